@@ -1,0 +1,12 @@
+"""para_kernels under diffusers pipelines: `accelerate(pipe)` is the one line."""
+
+try:
+    import diffusers as _diffusers  # noqa: F401
+except ImportError as error:
+    raise ImportError("this needs diffusers: pip install 'para-kernels[diffusers]'") from error
+
+from .accelerate import accelerate, apply_cache_on_pipe
+from .attention import ParaAttnProcessor
+from .handle import Handle
+
+__all__ = ["Handle", "ParaAttnProcessor", "accelerate", "apply_cache_on_pipe"]

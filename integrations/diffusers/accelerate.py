@@ -1,0 +1,138 @@
+"""The one line: `accelerate(pipe)`. Everything is checked here, before anything is changed."""
+
+from __future__ import annotations
+
+from enum import Enum
+from numbers import Real
+from typing import Any
+
+from para_kernels.cache import FirstBlockCache, check_threshold
+
+from .handle import Handle, Settings
+from .models import FAMILIES, Family
+
+ATTENTION = ("exact",)
+
+
+class Keep(Enum):
+    """The default of an argument that, when not given, leaves its setting as it is."""
+
+    AS_IS = "as is"
+
+
+def accelerate(
+    pipe: Any,
+    cache: FirstBlockCache | float | bool | Keep | None = Keep.AS_IS,
+    attention: str = "exact",
+) -> Handle:
+    """Put this package's attention, and if asked for First Block Cache, under a diffusers pipeline.
+
+    Works on this pipeline's transformer alone, and on its instance: pipelines that share the transformer share the
+    installation, others are not touched. Called again it re-tunes what is there.
+
+    Args:
+        pipe: a `HunyuanVideoPipeline` (text to video) or a subclass.
+        cache: a `FirstBlockCache`; or its threshold; True for the family's default threshold; None, False or 0 for no
+            cache, which is bit for bit the uncached pipe. Not given: as it is, that is none on a pipe that has not
+            been accelerated.
+        attention: `"exact"`, the only kind there is.
+
+    Returns:
+        The handle of the installation: `summary()`, `records`, `remove()`. The same one every time until it is removed.
+
+    Raises:
+        ValueError: if the pipe is not supported or an argument is not allowed. The pipe is then as it was.
+    """
+    family, transformer = _recognised(pipe)
+    if attention not in ATTENTION:
+        raise ValueError(f"attention: got {attention!r}, allowed is one of {list(ATTENTION)}")
+    handle = _handle(transformer, family)
+    policy = handle.settings.cache if isinstance(cache, Keep) else _policy(cache, family)
+    return _configured(handle, pipe, Settings(attention, policy))
+
+
+def apply_cache_on_pipe(
+    pipe: Any,
+    residual_diff_threshold: float | None = None,
+    *,
+    warmup_steps: int = 0,
+    max_consecutive_hits: int | None = None,
+    downsample_factor: int = 1,
+) -> Handle:
+    """Put First Block Cache under a diffusers pipeline and leave its attention as it is. Called again it re-tunes.
+
+    Args:
+        pipe: as for `accelerate`, before or after which it may be called.
+        residual_diff_threshold: a step reuses below this relative change of the first block's residual; None for the
+            family's default, 0 for no cache.
+        warmup_steps, max_consecutive_hits, downsample_factor: see `FirstBlockCache`.
+
+    Returns:
+        The handle of the installation, as from `accelerate`.
+
+    Raises:
+        ValueError: if the pipe is not supported or an argument is not allowed. The pipe is then as it was.
+    """
+    family, transformer = _recognised(pipe)
+    threshold = family.cache_threshold if residual_diff_threshold is None else residual_diff_threshold
+    check_threshold("residual_diff_threshold", threshold)
+    policy = FirstBlockCache(threshold, warmup_steps, max_consecutive_hits, downsample_factor)
+    handle = _handle(transformer, family)
+    return _configured(handle, pipe, Settings(handle.settings.attention, _unless_never(policy)))
+
+
+def _recognised(pipe: Any) -> tuple[Family, Any]:
+    """The pipe's family and its transformer, out of `torch.compile`'s wrapper."""
+    family = _family(pipe)
+    transformer = getattr(pipe.transformer, "_orig_mod", pipe.transformer)
+    if not _class_names(transformer) & set(family.transformers):
+        raise ValueError(
+            f"pipe: its transformer is a {type(transformer).__name__}, allowed is {' or '.join(family.transformers)}"
+        )
+    for name, allowed in family.config:
+        if (value := getattr(transformer.config, name, None)) != allowed:
+            raise ValueError(f"pipe: its transformer has {name}={value!r}, allowed is {allowed!r}")
+    return family, transformer
+
+
+def _family(pipe: Any) -> Family:
+    names = _class_names(pipe)
+    for family in FAMILIES:
+        if names & set(family.pipelines):
+            return family
+    supported = ", ".join(f"{' or '.join(family.pipelines)} [{family.name}]" for family in FAMILIES)
+    raise ValueError(f"pipe: got a {type(pipe).__name__}, supported: {supported}")
+
+
+def _class_names(thing: object) -> set[str]:
+    """Recognising by name spares importing every model of diffusers; subclasses are recognised too."""
+    return {cls.__name__ for cls in type(thing).__mro__}
+
+
+def _policy(cache: FirstBlockCache | float | bool | None, family: Family) -> FirstBlockCache | None:
+    if cache is None or cache is False:
+        return None
+    if cache is True:
+        return FirstBlockCache(family.cache_threshold)
+    if isinstance(cache, FirstBlockCache):
+        return _unless_never(cache)
+    if not isinstance(cache, Real):
+        raise ValueError(f"cache: got {cache!r}, allowed is a FirstBlockCache, a threshold >= 0, True, False or None")
+    check_threshold("cache", cache)
+    return _unless_never(FirstBlockCache(cache))
+
+
+def _unless_never(policy: FirstBlockCache) -> FirstBlockCache | None:
+    """No diff lies below 0: such a policy needs no hooks."""
+    return policy if policy.threshold > 0 else None
+
+
+def _handle(transformer: Any, family: Family) -> Handle:
+    """The handle that is installed on the transformer, or a new one that is not yet."""
+    return Handle.on(transformer) or Handle(transformer, family)
+
+
+def _configured(handle: Handle, pipe: Any, settings: Settings) -> Handle:
+    handle.configure(settings)
+    handle.watch(pipe)
+    return handle

@@ -1,0 +1,233 @@
+"""What is installed on one transformer: its parts, how each is put on and taken off, and what it reports."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from para_kernels.cache import FirstBlockCache, StepRecord
+
+from .attention import AttentionLengths, ParaAttnProcessor
+from .cache import BlockCache, add_cache_hooks, transformer_blocks
+from .hooks import Argument, BranchName, CallHook, DropArgumentHook, add_hook, forget_child_registries
+from .models import Family
+from .summary import render
+from .timeline import Timeline
+
+STOCK = "stock"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is wanted: `attention` is `"exact"` or `"stock"`, diffusers' own; `cache` is None without a cache."""
+
+    attention: str = STOCK
+    cache: FirstBlockCache | None = None
+
+
+class Handle:
+    """The installation on one transformer, made by `accelerate` and `apply_cache_on_pipe`.
+
+    It has three parts, each put on and taken off as a whole: the listeners (which call, which branch, what length,
+    how long), the attention processors, the cache. What must run around the transformer's forward is a hook of
+    torch's own: those stay on the module when CPU offload unwraps and wraps `forward` anew after every call, which
+    loses any hook of diffusers' that wraps the same `forward`.
+    """
+
+    def __init__(self, transformer: Any, family: Family) -> None:
+        self.family = family
+        self.settings = Settings()
+        self._transformer = transformer
+        self._parts: dict[str, ExitStack] = {}
+        self._pipes: list[weakref.ref[Any]] = []
+        self._schedules: tuple[Any, ...] = ()
+        self._call_over = True
+        self._branch = BranchName()
+        self._lengths = AttentionLengths()
+        self._timeline = Timeline()
+        self._cache: BlockCache | None = None
+        self._device: torch.device | None = None
+
+    @staticmethod
+    def on(transformer: Any) -> Handle | None:
+        """The handle that is installed on `transformer`, found by its own listener; None if there is none."""
+        for hook in transformer._forward_pre_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, Handle):
+                return owner
+        return None
+
+    # --- for the user -----------------------------------------------------------------------------------------------
+
+    @property
+    def installed(self) -> bool:
+        """False before the installation and after `remove`."""
+        return bool(self._parts)
+
+    @property
+    def records(self) -> list[StepRecord]:
+        """The steps of the last or running call, in the order in which they ran; `ms` is the transformer's forward.
+
+        Steps are kept when the call ends and when the installation is removed, until the next call begins or the
+        settings change. On CUDA this waits for the last step to end.
+        """
+        return self._timeline.records
+
+    def summary(self) -> str:
+        """What is installed and what the last call did, as a table of its steps, in plain text."""
+        return render(self)
+
+    def remove(self) -> None:
+        """Take everything off again, for every pipeline that has this transformer. A second time does nothing."""
+        self._take_off(list(self._parts))
+        self.settings = Settings()
+
+    # --- for `accelerate` and the summary ---------------------------------------------------------------------------
+
+    @property
+    def transformer(self) -> Any:
+        """The transformer that this is about."""
+        return self._transformer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer ran last; before that, where its weights are."""
+        return self._device or next(self._transformer.parameters()).device
+
+    @property
+    def processors(self) -> int:
+        """How many attention modules have this installation's processor now."""
+        return sum(self._is_ours(processor) for processor in self._transformer.attn_processors.values())
+
+    def configure(self, settings: Settings) -> None:
+        """Put on what is missing, take off what is not wanted, re-tune the rest. A failure changes nothing.
+
+        Raises:
+            ValueError: if the cache is wanted and another cache is enabled, or there are too few blocks to skip any.
+        """
+        if settings.cache is not None and self._cache is None:
+            self._check_cacheable()
+        wanted = {"listeners": True, "attention": settings.attention != STOCK, "cache": settings.cache is not None}
+        self._put_on([part for part, is_wanted in wanted.items() if is_wanted and part not in self._parts], settings)
+        self._take_off([part for part, is_wanted in wanted.items() if not is_wanted and part in self._parts])
+        if self._cache is not None and settings.cache is not None:
+            self._cache.retune(settings.cache)
+        if settings != self.settings:
+            self._timeline.clear()
+        self.settings = settings
+
+    def watch(self, pipe: Any) -> None:
+        """Learn from `pipe`'s scheduler when a call of it begins."""
+        if all(known() is not pipe for known in self._pipes):
+            self._pipes.append(weakref.ref(pipe))
+
+    # --- parts ------------------------------------------------------------------------------------------------------
+
+    def _put_on(self, parts: list[str], settings: Settings) -> None:
+        add = {"listeners": self._add_listeners, "attention": self._add_attention, "cache": self._add_cache}
+        added: dict[str, ExitStack] = {}
+        with ExitStack() as failed:
+            failed.callback(forget_child_registries, self._transformer)
+            for part in parts:
+                added[part] = failed.enter_context(ExitStack())
+                add[part](added[part], settings)
+            failed.pop_all()
+        self._parts.update(added)
+        forget_child_registries(self._transformer)
+
+    def _take_off(self, parts: list[str]) -> None:
+        for part in reversed(parts):
+            self._parts.pop(part).close()
+        forget_child_registries(self._transformer)
+
+    def _add_listeners(self, undo: ExitStack, settings: Settings) -> None:
+        transformer = self._transformer
+        self._text_mask = Argument.of(transformer, self.family.text_mask)
+        # The list of blocks is itself never called and nobody else hooks it: a place to listen that stands in no
+        # one's way.
+        blocks = getattr(transformer, self.family.block_lists[0])
+        add_hook(undo, blocks, CallHook(self._branch, self._end_call), "para_kernels.call")
+        undo.callback(transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True).remove)
+        after = transformer.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True)
+        undo.callback(after.remove)
+
+    def _add_attention(self, undo: ExitStack, settings: Settings) -> None:
+        transformer = self._transformer
+        processor = ParaAttnProcessor(self._lengths)
+        undo.callback(self._give_back_processors, transformer.attn_processors)
+        transformer.set_attn_processor(processor)
+        if self.family.refiner is not None:
+            refiner = transformer.get_submodule(self.family.refiner)
+            hook = DropArgumentHook(Argument.of(refiner, self.family.refiner_mask))
+            add_hook(undo, refiner, hook, "para_kernels.no_refiner_mask")
+
+    def _give_back_processors(self, originals: dict[str, Any]) -> None:
+        """The very objects that were there; where somebody has put another one since, that one stays."""
+        now = self._transformer.attn_processors
+        self._transformer.set_attn_processor(
+            {name: originals[name] if self._is_ours(processor) else processor for name, processor in now.items()}
+        )
+
+    def _is_ours(self, processor: Any) -> bool:
+        return isinstance(processor, ParaAttnProcessor) and processor.lengths is self._lengths
+
+    def _add_cache(self, undo: ExitStack, settings: Settings) -> None:
+        assert settings.cache is not None
+        undo.callback(self._forget_cache)
+        self._cache = BlockCache(settings.cache, self.family, self._branch)
+        add_cache_hooks(undo, self._cache, transformer_blocks(self._transformer, self.family))
+
+    def _forget_cache(self) -> None:
+        self._cache = None
+
+    def _check_cacheable(self) -> None:
+        if getattr(self._transformer, "is_cache_enabled", False):
+            raise ValueError(
+                "cache: diffusers' own cache is enabled on this transformer, allowed is one cache;"
+                " call pipe.transformer.disable_cache() first"
+            )
+        if (count := len(transformer_blocks(self._transformer, self.family))) < 2:
+            raise ValueError(f"cache: the transformer has {count} block(s), allowed are 2 or more")
+
+    # --- what the listeners hear ------------------------------------------------------------------------------------
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._notice_new_call()
+        text_mask = self._text_mask.get(args, kwargs)
+        if self._cache is not None:
+            self._cache.begin_forward()
+        if "attention" in self._parts:
+            self._lengths.begin(text_mask)
+        self._device = text_mask.device
+        self._timeline.start(text_mask.device)
+
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._lengths.end()
+        decision = None
+        if self._cache is not None:
+            decision = self._cache.decision
+            self._cache.begin_forward()
+        if output is not None:  # None: the forward has failed.
+            self._timeline.stop(self._branch.name, decision)
+
+    def _notice_new_call(self) -> None:
+        """Each call sets its scheduler's timesteps anew: so a new call shows even if the one before was interrupted."""
+        pipes = [pipe for known in self._pipes if (pipe := known()) is not None]
+        schedules = tuple(getattr(pipe.scheduler, "timesteps", None) for pipe in pipes)
+        same = len(schedules) == len(self._schedules) and all(
+            now is before for now, before in zip(schedules, self._schedules, strict=True)
+        )
+        if self._call_over or not same:
+            self._end_call()
+            self._timeline.clear()
+        self._schedules, self._call_over = schedules, False
+
+    def _end_call(self) -> None:
+        self._call_over = True
+        if self._cache is not None:
+            self._cache.reset()

@@ -1,0 +1,60 @@
+"""What differs between model families, as data. One row per family; no code here knows a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row: how a family's pipeline and transformer are recognised, and where things stand in them.
+
+    Attributes:
+        name: the family's name, for messages.
+        pipelines: class names of the pipelines that are supported; subclasses are too.
+        transformers: class names of their transformers.
+        config: values that the transformer's config must have.
+        head_dim: name of the config entry with the channels per attention head.
+        text_mask: name of the transformer argument that holds the text's key mask (B, T), ones before zeros.
+        refiner: path of the submodule that refines the text by self attention and would build a (B, 1, T, T) mask
+            from `refiner_mask`.
+        refiner_mask: name of that submodule's mask argument.
+        block_lists: names of the lists of transformer blocks, in the order in which they run.
+        block_arguments: names of the streams among the arguments of every block, the video stream first.
+        block_returns: the same names in the order in which every block returns them.
+        reused_streams: the streams that are still needed after the last block; of the others no residual is kept.
+        cache_threshold: First Block Cache's default threshold.
+    """
+
+    name: str
+    pipelines: tuple[str, ...]
+    transformers: tuple[str, ...]
+    config: tuple[tuple[str, object], ...]
+    head_dim: str
+    text_mask: str
+    refiner: str | None
+    refiner_mask: str
+    block_lists: tuple[str, ...]
+    block_arguments: tuple[str, ...]
+    block_returns: tuple[str, ...]
+    reused_streams: tuple[str, ...]
+    cache_threshold: float
+
+
+HUNYUAN_VIDEO = Family(
+    name="HunyuanVideo (text to video)",
+    pipelines=("HunyuanVideoPipeline",),
+    transformers=("HunyuanVideoTransformer3DModel",),
+    config=(("image_condition_type", None),),
+    head_dim="attention_head_dim",
+    text_mask="encoder_attention_mask",
+    refiner="context_embedder.token_refiner",
+    refiner_mask="attention_mask",
+    block_lists=("transformer_blocks", "single_transformer_blocks"),
+    block_arguments=("hidden_states", "encoder_hidden_states"),
+    block_returns=("hidden_states", "encoder_hidden_states"),
+    reused_streams=("hidden_states",),
+    cache_threshold=0.06,
+)
+
+FAMILIES = (HUNYUAN_VIDEO,)

@@ -1,0 +1,92 @@
+"""A handle's report in plain text: it reads the same on a terminal, in a log and in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import TYPE_CHECKING
+
+from para_kernels.attention import selected_kernel
+from para_kernels.cache import FirstBlockCache, StepRecord
+
+if TYPE_CHECKING:
+    from .handle import Handle
+
+
+def render(handle: Handle) -> str:
+    """What is installed, then a table of the last call's steps for each branch, then totals."""
+    records = handle.records
+    lines = [
+        f"para-kernels on {handle.family.name}",
+        f"attention   {_attention(handle)}",
+        f"cache       {_cache(handle.settings.cache)}",
+    ]
+    if not records:
+        return "\n".join([*lines, "steps       none has run yet"])
+    for branch in dict.fromkeys(record.branch for record in records):
+        lines += ["", *_table(branch, [record for record in records if record.branch == branch])]
+    return "\n".join([*lines, "", *_totals(records)])
+
+
+def estimated_speedup(records: Sequence[StepRecord]) -> float:
+    """Time of the steps had none been reused, over the time they took: a reused step counts as the median computed one.
+
+    The median, because the first computed step of a process may hold compilation, which no reused step would repeat.
+    """
+    usual = median(_ms(record) for record in records if not record.reused)
+    taken = sum(_ms(record) for record in records)
+    return sum(usual if record.reused else _ms(record) for record in records) / taken
+
+
+def _ms(record: StepRecord) -> float:
+    assert record.ms is not None, "records of a handle are timed"
+    return record.ms
+
+
+def _attention(handle: Handle) -> str:
+    if not handle.installed:
+        return "diffusers' own (the installation was removed)"
+    if handle.settings.attention == "stock":
+        return "diffusers' own"
+    modules = f"{handle.processors} of {len(handle.transformer.attn_processors)} processors swapped"
+    return f"{handle.settings.attention}, {modules}; kernel: {_kernel(handle)}"
+
+
+def _kernel(handle: Handle) -> str:
+    device, dtype = handle.device, handle.transformer.dtype
+    head_dim = getattr(handle.transformer.config, handle.family.head_dim)
+    return f"{selected_kernel(device, dtype, head_dim)} ({device}, {dtype}, head dim {head_dim})"
+
+
+def _cache(policy: FirstBlockCache | None) -> str:
+    if policy is None:
+        return "none"
+    parts = [f"First Block Cache, threshold {policy.threshold:g}"]
+    if policy.warmup_steps:
+        parts.append(f"{policy.warmup_steps} warm-up steps")
+    if policy.max_consecutive_hits is not None:
+        parts.append(f"at most {policy.max_consecutive_hits} reused in a row")
+    if policy.downsample_factor > 1:
+        parts.append(f"one token in {policy.downsample_factor} compared")
+    return ", ".join(parts)
+
+
+def _table(branch: str, records: Sequence[StepRecord]) -> list[str]:
+    head = f"{'step':>6}  {'diff':>8}  {'result':<8}  {'ms':>10}   [{branch}]"
+    return [head, *(_row(record) for record in records)]
+
+
+def _row(record: StepRecord) -> str:
+    diff = "-" if record.diff is None else f"{record.diff:.4f}"
+    return f"{record.step:>6}  {diff:>8}  {'reused' if record.reused else 'computed':<8}  {_ms(record):>10.1f}"
+
+
+def _totals(records: Sequence[StepRecord]) -> list[str]:
+    reused = sum(record.reused for record in records)
+    total = sum(_ms(record) for record in records)
+    return [
+        f"steps       {len(records)}: {len(records) - reused} computed, {reused} reused ({reused / len(records):.0%})",
+        f"time        {total / 1e3:.2f} s in the transformer, {total / len(records):.1f} ms per step",
+        f"speed-up    {estimated_speedup(records):.2f}x, an estimate from the transformer's own time:"
+        " a reused step counts as the median computed one",
+    ]
