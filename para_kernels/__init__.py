@@ -1,0 +1,15 @@
+"""Attention kernels for diffusion transformers: exact variable-length attention, softmax merging, fused residual differences."""
+
+from para_kernels.attention import flash_attention, flash_attention_varlen, merge_states
+from para_kernels.cache import FirstBlockCache
+from para_kernels.residual import residual_diff
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FirstBlockCache",
+    "flash_attention",
+    "flash_attention_varlen",
+    "merge_states",
+    "residual_diff",
+]

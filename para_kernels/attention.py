@@ -1,0 +1,194 @@
+"""Exact attention with lengths instead of masks, and the merging of partial attention."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from para_kernels import ops
+from para_kernels.checks import (
+    check_contiguous_last,
+    check_device,
+    check_dims,
+    check_dtype,
+    check_inference,
+    check_same,
+    check_shape,
+)
+
+MAX_HEAD_DIM = 256
+ATTENTION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kv_lens: Tensor | None = None,
+    q_lens: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v over each sample's true length, without a mask.
+
+    Method: FlashAttention-2 (Dao 2023, arXiv 2307.08691). Lengths stay on the device: no synchronisation, no recompilation.
+
+    Args:
+        q: (B, Sq, H, D), bfloat16, float16 or float32; D contiguous and at most 256, any other strides, no copies are made.
+        k, v: (B, Sk, Hk, D), same dtype and device; Hk divides H, and query head h reads key head h // (H / Hk).
+        kv_lens: int32 (B,) on the same device, or None: keys at or past kv_lens[b] do not exist, whatever they hold. A sample with
+            no keys gives zeros and an lse of -inf. Values must lie in 0 ... Sk: on the CPU others are refused, on CUDA, where looking
+            would stall the device, they are clamped into that range.
+        q_lens: int32 (B,), or None: rows at or past q_lens[b] come back as zeros, with an lse of -inf. Range as for kv_lens.
+        scale: factor on the scores, default D ** -0.5.
+        return_lse: also return the log-sum-exp of the scaled scores.
+
+    Returns:
+        out (B, Sq, H, D), contiguous, in q's dtype; with `return_lse` also lse (B, H, Sq), float32, natural logarithm.
+
+    Raises:
+        ValueError: for a dtype, device, shape or stride that is not allowed, D > 256, H % Hk != 0, or (CPU) lengths out of range.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_dims(name, tensor, "B, S, H, D")
+    batch, max_k, kv_heads, head_dim = k.shape
+    check_shape("k", k, (q.shape[0], max_k, kv_heads, q.shape[3]), "B, Sk, Hk, D of q and k")
+    _check_qkv(q, k, v)
+    for name, lens in (("kv_lens", kv_lens), ("q_lens", q_lens)):
+        if lens is not None:
+            _check_lens(name, lens, batch, q.device, "B")
+    out, lse = torch.ops.para_kernels.flash_attention(q, k, v, kv_lens, q_lens, _scale(scale, head_dim))
+    return (out, lse) if return_lse else out
+
+
+def flash_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over samples packed one after the other, in the argument order of flash-attn.
+
+    Args:
+        q: (Tq, H, D), the samples' queries concatenated; dtypes, strides and D as for `flash_attention`.
+        k, v: (Tk, Hk, D).
+        cu_seqlens_q, cu_seqlens_k: int32 (B + 1,) on the same device: sample b owns rows cu_seqlens[b] ... cu_seqlens[b + 1].
+            Start at 0, never fall, end at T at most (refused otherwise on the CPU; on CUDA they are not looked at).
+        max_seqlen_q, max_seqlen_k: at least the longest sample. They size the launch; no kernel is compiled for them.
+        scale: factor on the scores, default D ** -0.5.
+        return_lse: also return the log-sum-exp of the scaled scores.
+
+    Returns:
+        out (Tq, H, D), contiguous, in q's dtype; with `return_lse` also lse (H, Tq), float32, natural logarithm. On the CPU rows past
+        the last sample are zeros (lse -inf); on CUDA they are not written.
+
+    Raises:
+        ValueError: as for `flash_attention`, and for negative maximum lengths or cu_seqlens of different sizes.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_dims(name, tensor, "T, H, D")
+    check_shape("k", k, (*k.shape[:2], q.shape[2]), "Tk, Hk, D of q")
+    _check_qkv(q, k, v)
+    if cu_seqlens_q.dim() != 1 or cu_seqlens_q.numel() < 1:
+        raise ValueError(f"cu_seqlens_q: got shape {tuple(cu_seqlens_q.shape)}, must be (B + 1,) with at least one element")
+    for name, lens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        _check_lens(name, lens, cu_seqlens_q.numel(), q.device, "B + 1")
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if longest < 0:
+            raise ValueError(f"{name}: got {longest}, must be at least 0")
+    out, lse = torch.ops.para_kernels.flash_attention_varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, _scale(scale, q.shape[2])
+    )
+    return (out, lse) if return_lse else out
+
+
+def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint sets of keys, from the attention over each: exact, softmax included.
+
+    Method: out = w_a out_a + w_b out_b with w = exp(lse - lse_merged), lse_merged = log(exp(lse_a) + exp(lse_b)) (FlashInfer,
+    Ye et al. 2025, arXiv 2501.01005, section 2.2); float32 inside. An lse of -inf marks a state without keys; two of them merge
+    into zeros.
+
+    Args:
+        out_a, out_b: (B, S, H, D) or packed (T, H, D), one shape and dtype (bfloat16, float16, float32), D contiguous.
+        lse_a, lse_b: (B, H, S), or packed (H, T): float32, natural logarithm.
+
+    Returns:
+        (out, lse), contiguous, with the shapes and dtypes of out_a and lse_a.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not go together.
+    """
+    if out_a.dim() not in (3, 4):
+        raise ValueError(f"out_a: got shape {tuple(out_a.shape)}, must be (B, S, H, D) or (T, H, D)")
+    check_dtype("out_a", out_a, ATTENTION_DTYPES)
+    check_same("out_b", out_b, "out_a", out_a)
+    for name, out in (("out_a", out_a), ("out_b", out_b)):
+        check_contiguous_last(name, out)
+    for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
+        check_dtype(name, lse, (torch.float32,))
+        check_device(name, lse, out_a.device)
+        check_shape(name, lse, (*out_a.shape[:-3], out_a.shape[-2], out_a.shape[-3]), "..., H, S of out_a")
+    check_inference(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+    return torch.ops.para_kernels.merge_states(out_a, lse_a, out_b, lse_b)
+
+
+def selected_kernel(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str:
+    """The name of the kernel that `flash_attention` runs for (device, dtype, head dim), as reports show it.
+
+    Raises:
+        ValueError: for a combination that `flash_attention` refuses.
+    """
+    device = torch.device(device)
+    if dtype not in ATTENTION_DTYPES:
+        raise ValueError(f"dtype: got {dtype}, allowed are {', '.join(str(d) for d in ATTENTION_DTYPES)}")
+    if not 0 < head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim: got {head_dim}, must lie in 1 ... {MAX_HEAD_DIM}")
+    if device.type == "cpu":
+        return "torch CPU flash attention, per sample"
+    if device.type != "cuda" or not ops.TRITON_AVAILABLE:
+        raise ValueError(f"device: got {device}, allowed are cpu, and cuda with Triton installed")
+    from para_kernels.triton_kernels.attention import uses_tma
+
+    tma = uses_tma(torch.cuda.get_device_capability(device), dtype, head_dim)
+    return "Triton, TMA descriptors" if tma else "Triton, pointers"
+
+
+def _scale(scale: float | None, head_dim: int) -> float:
+    return 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """What both attention functions require of q (..., H, D) and k, v (..., Hk, D)."""
+    heads, head_dim = q.shape[-2:]
+    kv_heads = k.shape[-2]
+    check_dtype("q", q, ATTENTION_DTYPES)
+    if q.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"q: got device {q.device}, allowed are cpu and cuda")
+    check_same("v", v, "k", k)
+    if k.dtype != q.dtype:
+        raise ValueError(f"k: got dtype {k.dtype}, must be {q.dtype} like q")
+    check_device("k", k, q.device)
+    if not 0 < head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"q: got head dim {head_dim}, must lie in 1 ... {MAX_HEAD_DIM}")
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"k: got {kv_heads} heads, must divide the {heads} heads of q")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_contiguous_last(name, tensor)
+    check_inference(q=q, k=k, v=v)
+
+
+def _check_lens(name: str, lens: Tensor, count: int, device: torch.device, meaning: str) -> None:
+    check_dtype(name, lens, (torch.int32,))
+    check_device(name, lens, device)
+    check_shape(name, lens, (count,), meaning)
+    check_contiguous_last(name, lens)

@@ -1,0 +1,263 @@
+"""The operators: schemas, fakes, and which code runs on which device. Arguments are checked by the public functions above this file.
+
+Every operator is functional and opaque to `torch.compile`. On CUDA nothing reads a device value on the host; on the CPU, where there
+is no device to wait for, lengths are read and checked.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+try:  # The compiled CPU kernels; without them (PARA_KERNELS_SKIP_EXT=1) the torch expressions below take their place.
+    from para_kernels import _C
+except ImportError:
+    _C: ModuleType | None = None
+
+EXTENSION_AVAILABLE = _C is not None
+TRITON_AVAILABLE = importlib.util.find_spec("triton") is not None
+
+_library = torch.library.Library("para_kernels", "DEF")
+_library.define(
+    "flash_attention(Tensor q, Tensor k, Tensor v, Tensor? kv_lens, Tensor? q_lens, float scale) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "flash_attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
+    " SymInt max_seqlen_q, SymInt max_seqlen_k, float scale) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "residual_diff(Tensor hidden_in, Tensor hidden_out, Tensor? previous) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+# --- outputs -----------------------------------------------------------------------------------------------------------------------
+
+
+def _attention_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Empty (out, lse) for q (B, Sq, H, D): contiguous like q, and (B, H, Sq) float32."""
+    batch, length, heads, _ = q.shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty((batch, heads, length), dtype=torch.float32)
+
+
+def _packed_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Empty (out, lse) for packed q (T, H, D): contiguous like q, and (H, T) float32."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+# --- fakes: shapes and dtypes for torch.compile ----------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("para_kernels::flash_attention", lib=_library)
+def _flash_attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, q_lens: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    return _attention_outputs(q)
+
+
+@torch.library.register_fake("para_kernels::flash_attention_varlen", lib=_library)
+def _flash_attention_varlen_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return _packed_outputs(q)
+
+
+@torch.library.register_fake("para_kernels::merge_states", lib=_library)
+def _merge_states_fake(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(out_a, memory_format=torch.contiguous_format),
+        torch.empty_like(lse_a, memory_format=torch.contiguous_format),
+    )
+
+
+@torch.library.register_fake("para_kernels::residual_diff", lib=_library)
+def _residual_diff_fake(hidden_in: Tensor, hidden_out: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
+    residual = torch.empty_like(hidden_in, memory_format=torch.contiguous_format)
+    return residual, hidden_in.new_empty((2,), dtype=torch.float32)
+
+
+# --- CPU: torch's own flash attention on the true lengths, C++ for the reductions ---------------------------------------------------------
+
+
+def _host_lens(name: str, lens: Tensor | None, samples: int, longest: int) -> list[int]:
+    if lens is None:
+        return [longest] * samples
+    values = lens.tolist()
+    if any(not 0 <= value <= longest for value in values):
+        raise ValueError(f"{name}: got {values}, every length must lie in 0 ... {longest}")
+    return values
+
+
+def _host_offsets(name: str, cu_seqlens: Tensor, total: int, longest: int) -> list[int]:
+    values = cu_seqlens.tolist()
+    lengths = [after - before for before, after in zip(values, values[1:], strict=False)]
+    if values[0] != 0 or values[-1] > total or any(not 0 <= length <= longest for length in lengths):
+        raise ValueError(
+            f"{name}: got {values}, allowed are offsets that start at 0, never fall, end at {total} or before it,"
+            f" and whose steps are at most the maximum length {longest}"
+        )
+    return values
+
+
+def _cpu_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
+    """Attention of one sample, q (Sq, H, D) over k, v (Sk, Hk, D), into out (Sq, H, D) and lse (H, Sq).
+
+    Query heads that share a key head are taken one from each group at a time, so that keys are never repeated in memory.
+    """
+    if k.shape[0] == 0 or q.shape[0] == 0:
+        out.zero_()
+        lse.fill_(float("-inf"))
+        return
+    groups = q.shape[1] // k.shape[1]
+    keys, values = (x.transpose(0, 1).unsqueeze(0) for x in (k, v))
+    for group in range(groups):
+        queries = q[:, group::groups].transpose(0, 1).unsqueeze(0)
+        part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries, keys, values, 0.0, False, attn_mask=None, scale=scale
+        )
+        out[:, group::groups] = part[0].transpose(0, 1)
+        lse[group::groups] = part_lse[0]
+
+
+@torch.library.impl(_library, "flash_attention", "CPU")
+def _flash_attention_cpu(
+    q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, q_lens: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    out, lse = _attention_outputs(q)
+    queries = _host_lens("q_lens", q_lens, q.shape[0], q.shape[1])
+    keys = _host_lens("kv_lens", kv_lens, q.shape[0], k.shape[1])
+    for b, (q_len, kv_len) in enumerate(zip(queries, keys, strict=True)):
+        _cpu_attend(q[b, :q_len], k[b, :kv_len], v[b, :kv_len], scale, out[b, :q_len], lse[b, :, :q_len])
+        out[b, q_len:] = 0
+        lse[b, :, q_len:] = float("-inf")
+    return out, lse
+
+
+@torch.library.impl(_library, "flash_attention_varlen", "CPU")
+def _flash_attention_varlen_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    out, lse = _packed_outputs(q)
+    queries = _host_offsets("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+    keys = _host_offsets("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    for q0, q1, k0, k1 in zip(queries, queries[1:], keys, keys[1:], strict=False):
+        _cpu_attend(q[q0:q1], k[k0:k1], v[k0:k1], scale, out[q0:q1], lse[:, q0:q1])
+    out[queries[-1] :] = 0
+    lse[:, queries[-1] :] = float("-inf")
+    return out, lse
+
+
+def _merge_states_torch(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """The merge as torch expressions: what the CPU runs when the extension is not built."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    # Where both states are empty there is nothing to weigh: exp(-inf - 0) is 0.
+    anchor = torch.where(lse == float("-inf"), 0.0, lse)
+    weight_a, weight_b = (torch.exp(x - anchor).transpose(-1, -2).unsqueeze(-1) for x in (lse_a, lse_b))
+    return (out_a * weight_a + out_b * weight_b).to(out_a.dtype).contiguous(), lse
+
+
+def _residual_diff_torch(hidden_in: Tensor, hidden_out: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The residual and its sums as torch expressions: what the CPU runs when the extension is not built."""
+    residual = (hidden_out - hidden_in).contiguous()
+    if previous is None:
+        return residual, torch.zeros(2, dtype=torch.float32, device=hidden_in.device)
+    wide = torch.promote_types(hidden_in.dtype, torch.float32)
+    before, after = previous.to(wide), residual.to(wide)
+    return residual, torch.stack([(before - after).abs().sum(), before.abs().sum()]).float()
+
+
+if not EXTENSION_AVAILABLE:
+    _library.impl("merge_states", _merge_states_torch, "CPU")
+    _library.impl("residual_diff", _residual_diff_torch, "CPU")
+
+
+# --- CUDA: Triton ------------------------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=None)
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@torch.library.impl(_library, "flash_attention", "CUDA")
+def _flash_attention_cuda(
+    q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, q_lens: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    from para_kernels.triton_kernels.attention import attention_forward
+
+    out, lse = _attention_outputs(q)
+    with torch.cuda.device(q.device):
+        attention_forward(q, k, v, out, lse, q_lens, kv_lens, scale, capability=_capability(q.device))
+    return out, lse
+
+
+@torch.library.impl(_library, "flash_attention_varlen", "CUDA")
+def _flash_attention_varlen_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    from para_kernels.triton_kernels.attention import attention_forward
+
+    out, lse = _packed_outputs(q)
+    with torch.cuda.device(q.device):
+        attention_forward(
+            q[None],
+            k[None],
+            v[None],
+            out[None],
+            lse[None],
+            cu_seqlens_q,
+            cu_seqlens_k,
+            scale,
+            packed_max_lens=(max_seqlen_q, max_seqlen_k),
+            capability=_capability(q.device),
+        )
+    return out, lse
+
+
+@torch.library.impl(_library, "merge_states", "CUDA")
+def _merge_states_cuda(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    from para_kernels.triton_kernels.merge_states import merge_states_forward
+
+    with torch.cuda.device(out_a.device):
+        return merge_states_forward(out_a, lse_a, out_b, lse_b)
+
+
+@torch.library.impl(_library, "residual_diff", "CUDA")
+def _residual_diff_cuda(hidden_in: Tensor, hidden_out: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
+    from para_kernels.triton_kernels.residual_diff import residual_diff_forward
+
+    with torch.cuda.device(hidden_in.device):
+        return residual_diff_forward(hidden_in, hidden_out, previous)

@@ -1,0 +1,72 @@
+"""Attention in float64, written out plainly: what every attention test compares with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Largest allowed norm(out - ref) / norm(ref). float32: rounding of the inputs' products and sums, a few ulp of 6e-8.
+# bfloat16 and float16: the output's own rounding (2^-9 and 2^-12 relative at most) plus that of the probabilities.
+TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
+
+
+def error(out: Tensor, ref: Tensor) -> float:
+    """norm(out - ref) / norm(ref) in float64; infinite for a NaN; 0 where both are empty or zero."""
+    out, ref = out.double().cpu(), ref.double().cpu()
+    assert out.shape == ref.shape, f"{tuple(out.shape)} against {tuple(ref.shape)}"
+    if out.numel() == 0:
+        return 0.0
+    if not torch.isfinite(out).all():
+        return float("inf")
+    scale = ref.norm().item()
+    distance = (out - ref).norm().item()
+    return distance / scale if scale > 0 else distance
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """One sample: q (Sq, H, D), k and v (Sk, Hk, D) -> out (Sq, H, D) float64, lse (H, Sq) float64."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    repeats = q.shape[1] // k.shape[1]
+    q, k, v = (x.double() for x in (q, k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    if k.shape[0] == 0:
+        return torch.zeros_like(q), torch.full(scores.shape[:2], float("-inf"), dtype=torch.float64, device=q.device)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+def attention_batch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_lens: list[int] | None = None,
+    q_lens: list[int] | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A batch with lengths: rows past q_lens are zeros with an lse of -inf, keys past kv_lens are not there."""
+    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+    lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=torch.float64, device=q.device)
+    for b in range(q.shape[0]):
+        q_len = q.shape[1] if q_lens is None else q_lens[b]
+        kv_len = k.shape[1] if kv_lens is None else kv_lens[b]
+        out[b, :q_len], lse[b, :, :q_len] = attention(q[b, :q_len], k[b, :kv_len], v[b, :kv_len], scale)
+    return out, lse
+
+
+def attention_packed(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: list[int], cu_k: list[int], scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Packed samples: q (T, H, D) -> out (T, H, D), lse (H, T)."""
+    parts = [
+        attention(q[q0:q1], k[k0:k1], v[k0:k1], scale)
+        for q0, q1, k0, k1 in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False)
+    ]
+    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], 1)
+
+
+def lse_error(lse: Tensor, ref: Tensor) -> float:
+    """Largest absolute difference where the reference is finite; infinite if the -inf entries do not agree."""
+    lse, ref = lse.double().cpu(), ref.double().cpu()
+    empty = torch.isinf(ref)
+    if not torch.equal(empty, lse == float("-inf")) or torch.isnan(lse).any():
+        return float("inf")
+    return (lse - ref)[~empty].abs().max().item() if (~empty).any() else 0.0

@@ -1,0 +1,293 @@
+"""The portable attention kernel: exact softmax attention on sm80 and later, and in the Triton interpreter.
+
+Method: FlashAttention-2 (Dao 2023, arXiv 2307.08691, algorithm 1): one program per (batch, head, block of queries), an online
+softmax over blocks of keys, one division at the end. Lengths are read on the device, once per program; they are never constexpr
+and never specialised on, so a new length compiles nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+MAX_HEAD_DIM = 256
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _sample_span(lens, batch, max_len, PACKED: tl.constexpr):
+    """(first row, length) of a sample: from `cu_seqlens`, from its entry in `lens`, or all `max_len` rows."""
+    start = 0
+    length = max_len
+    if PACKED:
+        start = tl.load(lens + batch)
+        length = tl.load(lens + batch + 1) - start
+    elif lens is not None:
+        # Clamped, since a length on the device cannot be refused on the host without a synchronisation.
+        length = tl.minimum(tl.maximum(tl.load(lens + batch), 0), max_len)
+    return start, length
+
+
+@triton.jit
+def _origin(source, start, batch, head, stride_b, stride_n, stride_h, USE_TMA: tl.constexpr):
+    """Where a head's first row lies: (pointer, 0, 0), or (descriptor, row, column) of the matrix with row pitch `stride_n`."""
+    if USE_TMA:
+        row = start + batch * (stride_b // stride_n) + head * (stride_h // stride_n)
+        col = batch * (stride_b % stride_n) + head * (stride_h % stride_n)
+        return source, row.to(tl.int32), col.to(tl.int32)
+    else:
+        offset = batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + tl.cast(start, tl.int64) * stride_n
+        return source + offset, 0, 0
+
+
+@triton.jit
+def _load_rows(
+    source, row, col, first, length, stride_n,
+    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, USE_TMA: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Rows `first ... first + BLOCK` of a head as (BLOCK, BLOCK_D). With MASKED, rows at or past `length` are zeros."""
+    rows = tl.arange(0, BLOCK)
+    cols = tl.arange(0, BLOCK_D)
+    if USE_TMA:
+        tile = source.load([row + first, col])
+        if MASKED:
+            # What lies past the length may be anything, NaN included, and 0 * NaN is not 0.
+            tile = tl.where((first + rows < length)[:, None], tile, 0.0)
+    else:
+        pointers = source + tl.cast(first, tl.int64) * stride_n + (rows[:, None] * stride_n + cols[None, :])
+        if MASKED:
+            tile = tl.load(pointers, mask=(first + rows < length)[:, None] & (cols < D)[None, :], other=0.0)
+        elif D == BLOCK_D:
+            tile = tl.load(pointers)
+        else:
+            tile = tl.load(pointers, mask=(cols < D)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def _attend_block(
+    acc, l_i, m_i, q, first, kv_len, scale_log2, k, k_row, k_col, stride_kn, v, v_row, v_col, stride_vn,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, USE_TMA: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Take one block of keys through the online softmax. `m_i` is the row maximum of the unscaled scores."""
+    k_tile = _load_rows(k, k_row, k_col, first, kv_len, stride_kn, D, BLOCK_N, BLOCK_D, USE_TMA, MASKED)
+    scores = tl.dot(q, k_tile.T, input_precision=PRECISION)
+    if MASKED:
+        scores = tl.where((first + tl.arange(0, BLOCK_N) < kv_len)[None, :], scores, float("-inf"))
+    m_new = tl.maximum(m_i, tl.max(scores, 1))
+    # The scale is folded into the exponent: a score reaches exp2 through one fused multiply-add.
+    m_scaled = m_new * scale_log2
+    p = tl.math.exp2(scores * scale_log2 - m_scaled[:, None])
+    alpha = tl.math.exp2(m_i * scale_log2 - m_scaled)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    acc = acc * alpha[:, None]
+    v_tile = _load_rows(v, v_row, v_col, first, kv_len, stride_vn, D, BLOCK_N, BLOCK_D, USE_TMA, MASKED)
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+    return acc, l_i, m_new
+
+
+# Nothing about a shape is specialised on; what alignment the loads may rely on comes from VEC and from the pointers.
+_RUNTIME_INTEGERS = (
+    "max_q", "max_k", "heads", "heads_per_kv", "lse_stride_b", "lse_stride_h", "stride_qb", "stride_qm", "stride_qh",
+    "stride_kb", "stride_kn", "stride_kh", "stride_vb", "stride_vn", "stride_vh", "stride_ob", "stride_om",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_RUNTIME_INTEGERS)
+def _attention_fwd(
+    q_ptr, k, v, out_ptr, lse_ptr, q_lens, kv_lens, scale_log2, max_q, max_k, heads, heads_per_kv, lse_stride_b, lse_stride_h,
+    stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, stride_ob, stride_om,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    VEC: tl.constexpr, USE_TMA: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # Strides arrive divided by VEC. Multiplying here tells the compiler that they are multiples of a 16-byte load.
+    stride_qb, stride_qm, stride_qh = stride_qb * VEC, stride_qm * VEC, stride_qh * VEC
+    stride_kb, stride_kn, stride_kh = stride_kb * VEC, stride_kn * VEC, stride_kh * VEC
+    stride_vb, stride_vn, stride_vh = stride_vb * VEC, stride_vn * VEC, stride_vh * VEC
+
+    # Query blocks run fastest, so that programs in flight at one time share one head's keys and values in L2.
+    blocks_m = tl.cdiv(max_q, BLOCK_M)
+    pid = tl.program_id(0)
+    first_m = (pid % blocks_m) * BLOCK_M
+    head = (pid // blocks_m) % heads
+    batch = pid // (blocks_m * heads)
+    kv_head = head // heads_per_kv
+
+    q_start, q_len = _sample_span(q_lens, batch, max_q, PACKED)
+    k_start, kv_len = _sample_span(kv_lens, batch, max_k, PACKED)
+    rows = first_m + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_D)
+    if PACKED:
+        if first_m >= q_len:
+            return
+        stored_rows = q_len
+        batch = batch * 0  # The samples lie in one batch, told apart by where they start.
+    else:
+        # Rows past the length exist in the output: they are written as zeros.
+        stored_rows = max_q
+        kv_len = tl.where(first_m < q_len, kv_len, 0)
+
+    q_tile_ptr, _, _ = _origin(q_ptr, q_start + first_m, batch, head, stride_qb, stride_qm, stride_qh, False)
+    q_mask = (rows < q_len)[:, None] & (cols < D)[None, :]
+    q = tl.load(q_tile_ptr + tl.arange(0, BLOCK_M)[:, None] * stride_qm + cols[None, :], mask=q_mask, other=0.0)
+    k, k_row, k_col = _origin(k, k_start, batch, kv_head, stride_kb, stride_kn, stride_kh, USE_TMA)
+    v, v_row, v_col = _origin(v, k_start, batch, kv_head, stride_vb, stride_vn, stride_vh, USE_TMA)
+
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    full = kv_len // BLOCK_N * BLOCK_N
+    for first in tl.range(0, full, BLOCK_N, num_stages=STAGES):
+        acc, l_i, m_i = _attend_block(
+            acc, l_i, m_i, q, first, kv_len, scale_log2, k, k_row, k_col, stride_kn, v, v_row, v_col, stride_vn,
+            D, BLOCK_N, BLOCK_D, USE_TMA, False, PRECISION,
+        )  # fmt: skip
+    if full < kv_len:
+        acc, l_i, m_i = _attend_block(
+            acc, l_i, m_i, q, full, kv_len, scale_log2, k, k_row, k_col, stride_kn, v, v_row, v_col, stride_vn,
+            D, BLOCK_N, BLOCK_D, USE_TMA, True, PRECISION,
+        )  # fmt: skip
+
+    alive = (rows < q_len) & (l_i > 0)
+    safe_l = tl.where(alive, l_i, 1.0)
+    lse = tl.where(alive, m_i * (scale_log2 * _LN_2) + tl.math.log2(safe_l) * _LN_2, float("-inf"))
+    out = tl.where(alive[:, None], acc * (1.0 / safe_l)[:, None], 0.0)
+    lse_row = lse_ptr + batch * lse_stride_b + head.to(tl.int64) * lse_stride_h + q_start
+    out_tile_ptr, _, _ = _origin(out_ptr, q_start + first_m, batch, head, stride_ob, stride_om, D, False)
+    out_offsets = tl.arange(0, BLOCK_M)[:, None] * stride_om + cols[None, :]
+    tl.store(lse_row + rows, lse, mask=rows < stored_rows)
+    tl.store(
+        out_tile_ptr + out_offsets,
+        out.to(out_ptr.dtype.element_ty),
+        mask=(rows < stored_rows)[:, None] & (cols < D)[None, :],
+    )
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Tile sizes and launch options of one compiled variant."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# (architecture, padded head dim, bytes per element) -> configuration. Nothing is tuned at run time. Shared memory per
+# program limits the choice: 227 KiB on sm90, 163 KiB on sm80, 99 KiB on sm86, sm89 and sm120.
+# sm90, D = 128: with TMA descriptors, 128 x 128 tiles on 8 warps with 3 stages were the best of 8 configurations tried.
+_CONFIGS: dict[tuple[str, int, int], AttentionConfig] = {
+    ("sm90", 64, 2): AttentionConfig(128, 128, 8, 3),
+    ("sm90", 128, 2): AttentionConfig(128, 128, 8, 3),
+    ("sm90", 256, 2): AttentionConfig(128, 64, 8, 2),
+    ("sm80", 64, 2): AttentionConfig(128, 64, 4, 3),
+    ("sm80", 128, 2): AttentionConfig(128, 64, 8, 3),
+    ("sm80", 256, 2): AttentionConfig(64, 64, 8, 2),
+    ("sm89", 64, 2): AttentionConfig(128, 64, 8, 3),
+    ("sm89", 128, 2): AttentionConfig(128, 64, 8, 2),
+    ("sm89", 256, 2): AttentionConfig(64, 32, 8, 2),
+}
+# float32 runs on the FMA units (three TF32 passes would miss 1e-6): one small tile for all, exact rather than fast.
+_CONFIG_FLOAT32 = AttentionConfig(32, 32, 4, 1)
+
+
+def _architecture(capability: tuple[int, int]) -> str:
+    """The row of `_CONFIGS` for a compute capability: what its shared memory allows."""
+    if capability in ((9, 0), (10, 0), (10, 3)):
+        return "sm90"
+    return "sm80" if capability in ((8, 0), (8, 7)) else "sm89"
+
+
+def attention_config(capability: tuple[int, int], head_dim: int, dtype: torch.dtype) -> AttentionConfig:
+    """The configuration that the kernel is launched with for (capability, head dim, dtype)."""
+    if dtype == torch.float32:
+        return _CONFIG_FLOAT32
+    return _CONFIGS[_architecture(capability), max(64, triton.next_power_of_2(head_dim)), dtype.itemsize]
+
+
+def uses_tma(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether keys and values come through TMA descriptors: where the chip has them, for 16-bit tensors with no padding of D."""
+    return capability >= (9, 0) and dtype.itemsize == 2 and head_dim >= 16 and head_dim == triton.next_power_of_2(head_dim)
+
+
+def _vector_width(*tensors: torch.Tensor) -> int:
+    """Elements of the widest load (16 bytes) that every stride is a multiple of, or 1."""
+    width = 16 // tensors[0].element_size()
+    aligned = all(stride % width == 0 for tensor in tensors for stride in tensor.stride()[:-1])
+    return width if aligned else 1
+
+
+def _as_matrix(tensor: torch.Tensor, block: int) -> TensorDescriptor | None:
+    """A TMA descriptor of `tensor` (B, S, H, D) as a matrix whose row pitch is the stride of S, or None where there is none.
+
+    Head (b, h) starts at row (stride_b // pitch) * b + (stride_h // pitch) * h and at the column that the remainders give, which
+    covers token-major and head-major storage and slices of a fused projection. The last row and column are those of the last element,
+    so the copy engine never reads past the view.
+    """
+    batch, length, heads, head_dim = tensor.shape
+    stride_b, pitch, stride_h, _ = tensor.stride()
+    if tensor.numel() == 0 or pitch <= 0 or tensor.data_ptr() % 16 or _vector_width(tensor) == 1:
+        return None
+    (row_b, col_b), (row_h, col_h) = divmod(stride_b, pitch), divmod(stride_h, pitch)
+    rows = (batch - 1) * row_b + (heads - 1) * row_h + length
+    cols = (batch - 1) * col_b + (heads - 1) * col_h + head_dim
+    if cols > pitch or rows >= 2**31:
+        return None
+    return TensorDescriptor(tensor, [rows, cols], [pitch, 1], [block, head_dim])
+
+
+def attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q_lens: torch.Tensor | None,
+    kv_lens: torch.Tensor | None,
+    scale: float,
+    *,
+    packed_max_lens: tuple[int, int] | None = None,
+    capability: tuple[int, int],
+) -> None:
+    """Launch the kernel; writes `out` (as q, contiguous) and `lse` (B, H, Sq) float32.
+
+    q is (B, Sq, H, D), k and v (B, Sk, Hk, D), D contiguous, any other strides. `q_lens` and `kv_lens` are int32 (B,), or None.
+    With `packed_max_lens` = (longest query, longest key) the tensors are packed: B is 1, and `q_lens` and `kv_lens` are the
+    `cu_seqlens`, int32 (samples + 1,); lse is then (1, H, T). The caller has checked all of this.
+    """
+    _, max_q, heads, head_dim = q.shape
+    max_k, kv_heads = k.shape[1], k.shape[2]
+    samples = q.shape[0]
+    if packed_max_lens is not None:
+        assert q_lens is not None
+        max_q, max_k = packed_max_lens
+        samples = q_lens.numel() - 1
+    config = attention_config(capability, head_dim, q.dtype)
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    blocks = triton.cdiv(max_q, config.block_m) * heads * samples
+    if blocks == 0:
+        return
+    tma_allowed = uses_tma(capability, q.dtype, head_dim)
+    descriptors = [_as_matrix(x, config.block_n) if tma_allowed else None for x in (k, v)]
+    tma = all(d is not None for d in descriptors)
+    vec = _vector_width(q, k, v)
+    strides = [stride // vec for tensor in (q, k, v) for stride in tensor.stride()[:-1]]
+    _attention_fwd[(blocks,)](
+        q, *(descriptors if tma else (k, v)), out, lse, q_lens, kv_lens, scale * _LOG2_E.value, max_q, max_k, heads, heads // kv_heads,
+        lse.stride(0), lse.stride(1), *strides, out.stride(0), out.stride(1),
+        D=head_dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, STAGES=config.num_stages,
+        VEC=vec, USE_TMA=tma, PACKED=packed_max_lens is not None, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def compile_count() -> int:
+    """How many variants of the kernel this process holds, over all devices: for proving that lengths compile nothing."""
+    return sum(len(caches[0]) for caches in _attention_fwd.device_caches.values())

@@ -1,0 +1,81 @@
+"""Merge two attention states (output, log-sum-exp) over disjoint keys into the state over their union.
+
+Source: FlashInfer (Ye et al. 2025, arXiv 2501.01005, section 2.2) and FlashDecoding: with weights w = exp(lse - lse_merged),
+out = w_a out_a + w_b out_b and lse_merged = log(exp(lse_a) + exp(lse_b)).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+_RUNTIME_INTEGERS = (
+    "length", "heads", "a_stride_b", "a_stride_s", "a_stride_h", "b_stride_b", "b_stride_s", "b_stride_h",
+    "lse_a_stride_b", "lse_a_stride_h", "lse_a_stride_s", "lse_b_stride_b", "lse_b_stride_h", "lse_b_stride_s",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_RUNTIME_INTEGERS)
+def _merge_states(
+    out_a, lse_a, out_b, lse_b, out, lse, length, heads, a_stride_b, a_stride_s, a_stride_h, b_stride_b, b_stride_s, b_stride_h,
+    lse_a_stride_b, lse_a_stride_h, lse_a_stride_s, lse_b_stride_b, lse_b_stride_h, lse_b_stride_s,
+    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    row_mask = s < length
+    mask = row_mask[:, None] & (d < D)[None, :]
+
+    state_a = tl.load(
+        lse_a + batch * lse_a_stride_b + head * lse_a_stride_h + s * lse_a_stride_s, mask=row_mask, other=float("-inf")
+    )
+    state_b = tl.load(
+        lse_b + batch * lse_b_stride_b + head * lse_b_stride_h + s * lse_b_stride_s, mask=row_mask, other=float("-inf")
+    )
+    highest = tl.maximum(state_a, state_b)
+    # Two empty states merge to an empty one: -inf - -inf must not become NaN.
+    anchor = tl.where(highest == float("-inf"), 0.0, highest)
+    weight_a = tl.exp(state_a - anchor)
+    weight_b = tl.exp(state_b - anchor)
+    total = weight_a + weight_b
+    share = 1.0 / tl.where(total > 0, total, 1.0)
+
+    x = tl.load(out_a + batch * a_stride_b + head * a_stride_h + s[:, None] * a_stride_s + d[None, :], mask=mask, other=0.0)
+    y = tl.load(out_b + batch * b_stride_b + head * b_stride_h + s[:, None] * b_stride_s + d[None, :], mask=mask, other=0.0)
+    merged = x.to(tl.float32) * (weight_a * share)[:, None] + y.to(tl.float32) * (weight_b * share)[:, None]
+    tl.store(
+        out + ((batch * length + s[:, None]) * heads + head) * D + d[None, :], merged.to(out.dtype.element_ty), mask=mask
+    )
+    tl.store(lse + (batch * heads + head) * length + s, anchor + tl.log(total), mask=row_mask)
+
+
+def merge_states_forward(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merged (out, lse), contiguous; out (B, S, H, D) with lse (B, H, S), or packed (T, H, D) with (H, T). D is contiguous."""
+    out = torch.empty_like(out_a, memory_format=torch.contiguous_format)
+    lse = torch.empty_like(lse_a, memory_format=torch.contiguous_format)
+    if out.numel() == 0:
+        # No element to weigh, but an lse may exist where D is 0.
+        return out, torch.logaddexp(lse_a, lse_b)
+    if out_a.dim() == 3:
+        merge_into(out_a[None], lse_a[None], out_b[None], lse_b[None], out[None], lse[None])
+    else:
+        merge_into(out_a, lse_a, out_b, lse_b, out, lse)
+    return out, lse
+
+
+def merge_into(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> None:
+    """Launch the kernel on (B, S, H, D) and (B, H, S); `out` and `lse` are contiguous."""
+    batch, length, heads, head_dim = out_a.shape
+    block_d = triton.next_power_of_2(head_dim)
+    block_s = max(1, 4096 // block_d)
+    _merge_states[(triton.cdiv(length, block_s), heads, batch)](
+        out_a, lse_a, out_b, lse_b, out, lse, length, heads, *out_a.stride()[:-1], *out_b.stride()[:-1], *lse_a.stride(),
+        *lse_b.stride(), D=head_dim, BLOCK_S=block_s, BLOCK_D=block_d, num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,112 @@
+"""The residual of a transformer block and how far it moved, in one pass over memory.
+
+The metric is that of First Block Cache (ParaAttention, after TeaCache, Liu et al. 2024, arXiv 2411.19108, section 3.2): the relative
+L1 distance between the residuals of two denoising steps. Three tensors are read and one is written, once; the sums are reduced in a
+fixed order (within a program, then over programs), so that two runs agree to the bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+# Elements per program. 3 x 16 bytes in flight per thread and 8 warps keep the memory system busy.
+_TILE = 8192
+_MAX_COLS = 2048
+
+_RUNTIME_INTEGERS = (
+    "rows", "cols", "row_blocks", "col_blocks", "in_stride_b", "in_stride_r", "out_stride_b", "out_stride_r",
+    "previous_stride_b", "previous_stride_r",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_RUNTIME_INTEGERS)
+def _residual_diff(
+    hidden_in, hidden_out, previous, residual, partial_sums, rows, cols, row_blocks, col_blocks,
+    in_stride_b, in_stride_r, out_stride_b, out_stride_r, previous_stride_b, previous_stride_r,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """One (BLOCK_R, BLOCK_C) tile. Strides and `cols` arrive divided by VEC, so that the compiler knows they are multiples of it."""
+    cols = cols * VEC
+    pid = tl.program_id(0)
+    col_block = pid % col_blocks
+    row_block = (pid // col_blocks) % row_blocks
+    batch = (pid // (col_blocks * row_blocks)).to(tl.int64)
+    r = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = col_block * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (r < rows)[:, None] & (c < cols)[None, :]
+    wide_r = r.to(tl.int64)[:, None]
+
+    in_offsets = batch * (in_stride_b * VEC) + wide_r * (in_stride_r * VEC) + c[None, :]
+    out_offsets = batch * (out_stride_b * VEC) + wide_r * (out_stride_r * VEC) + c[None, :]
+    before = tl.load(hidden_in + in_offsets, mask=mask, other=0.0)
+    after = tl.load(hidden_out + out_offsets, mask=mask, other=0.0)
+    change = (after.to(tl.float32) - before.to(tl.float32)).to(residual.dtype.element_ty)
+    tl.store(residual + (batch * rows + wide_r) * cols + c[None, :], change, mask=mask)
+    if previous is not None:
+        previous_offsets = batch * (previous_stride_b * VEC) + wide_r * (previous_stride_r * VEC) + c[None, :]
+        reference = tl.load(previous + previous_offsets, mask=mask, other=0.0).to(tl.float32)
+        moved = tl.sum(tl.sum(tl.abs(reference - change.to(tl.float32)), 1), 0)
+        tl.store(partial_sums + pid * 2, moved)
+        tl.store(partial_sums + pid * 2 + 1, tl.sum(tl.sum(tl.abs(reference), 1), 0))
+
+
+@triton.jit(do_not_specialize=("count",))
+def _add_partial_sums(partial_sums, sums, count, BLOCK: tl.constexpr):
+    """Add the programs' sums in a fixed order, in float64: there may be tens of thousands of them."""
+    moved = tl.zeros([BLOCK], tl.float64)
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, count, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        moved += tl.load(partial_sums + i * 2, mask=i < count, other=0.0).to(tl.float64)
+        total += tl.load(partial_sums + i * 2 + 1, mask=i < count, other=0.0).to(tl.float64)
+    tl.store(sums, tl.sum(moved, 0).to(tl.float32))
+    tl.store(sums + 1, tl.sum(total, 0).to(tl.float32))
+
+
+def _as_batched_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """View `tensor` (..., C) as (B, R, C): one batch where the leading dimensions collapse, a copy only where C is strided."""
+    if tensor.dim() == 0 or tensor.stride(-1) != 1:
+        tensor = tensor.contiguous()
+    if tensor.dim() == 3:
+        return tensor
+    if tensor.dim() < 3:
+        return tensor.reshape(1, -1, tensor.shape[-1] if tensor.dim() else 1)
+    return tensor.reshape(-1, *tensor.shape[-2:])
+
+
+def _vector_width(tensors: list[torch.Tensor]) -> int:
+    """Elements of a 16-byte access if every stride and the row length are multiples of it, else 1."""
+    width = 16 // tensors[0].element_size()
+    sizes = [size for tensor in tensors for size in (tensor.shape[-1], *tensor.stride()[:-1])]
+    return width if all(size % width == 0 for size in sizes) else 1
+
+
+def residual_diff_forward(
+    hidden_in: torch.Tensor, hidden_out: torch.Tensor, previous: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(hidden_out - hidden_in, float32 (sum |previous - residual|, sum |previous|)); zeros where there is no `previous`.
+
+    The tensors have one shape (..., C), one dtype (float16, bfloat16, float32) and any strides; strided rows are read in place.
+    """
+    residual = torch.empty_like(hidden_in, memory_format=torch.contiguous_format)
+    sums = torch.zeros(2, dtype=torch.float32, device=hidden_in.device)
+    if residual.numel() == 0:
+        return residual, sums
+    views = [_as_batched_rows(t) for t in (hidden_in, hidden_out, *([] if previous is None else [previous]))]
+    batch, rows, cols = views[0].shape
+    vec = _vector_width(views)
+    block_c = min(triton.next_power_of_2(cols), _MAX_COLS)
+    block_r = max(1, min(_TILE // block_c, triton.next_power_of_2(rows)))
+    row_blocks, col_blocks = triton.cdiv(rows, block_r), triton.cdiv(cols, block_c)
+    programs = batch * row_blocks * col_blocks
+    partial_sums = None if previous is None else torch.empty((programs, 2), dtype=torch.float32, device=sums.device)
+    strides = [stride // vec for view in views for stride in view.stride()[:2]] + ([0, 0] if previous is None else [])
+    _residual_diff[(programs,)](
+        views[0], views[1], None if previous is None else views[2], residual, partial_sums,
+        rows, cols // vec, row_blocks, col_blocks, *strides, BLOCK_R=block_r, BLOCK_C=block_c, VEC=vec, num_warps=8,
+    )  # fmt: skip
+    if partial_sums is not None:
+        _add_partial_sums[(1,)](partial_sums, sums, programs, BLOCK=1024, num_warps=8)
+    return residual, sums
