@@ -1,0 +1,305 @@
+"""The ``para-kernels`` command: arguments in, one call out.
+
+What a command needs is imported after parsing: a mistyped option is answered before any model code is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+USER_ERROR = 2
+
+DESCRIPTION = """\
+Text to video with diffusers, on exact variable-length attention and First Block Cache.
+
+Three commands:
+  generate   a prompt goes in, an mp4 comes out
+  demo       the same prompts through stock diffusers, exact attention and the cache: videos, pictures, a table
+  doctor     what this machine has and which kernels will run on it
+"""
+
+EXAMPLES = """\
+examples:
+  para-kernels generate "a handwritten 7 moving to the left"
+  para-kernels generate "a 3 moving up" "a handwritten 8 moving to the right" --cache 0.1 --output digits.mp4
+  para-kernels generate "a cat walks on the grass, realistic" --model hunyuanvideo-community/HunyuanVideo --cache auto
+  para-kernels demo --out demo-output
+  para-kernels doctor
+"""
+
+GENERATE_DESCRIPTION = """\
+Generate one video per prompt and print what every denoising step did.
+
+Several prompts run as one batch; padded text is never computed, and prompt i starts from the noise of seed + i, so
+that each video is the one it would be alone. The default model is the small one that ships with the package: it draws
+the digits 0 to 9 moving left, right, up or down, in 64 x 64 pixels, in seconds on a CPU.
+"""
+
+GENERATE_EXAMPLES = """\
+examples:
+  para-kernels generate "a handwritten 7 moving to the left"
+      exact attention, no cache: the video that stock diffusers makes
+  para-kernels generate "a 3 moving up" "a 5 moving down" --cache 0.1 --output digits.mp4
+      two videos, digits-1.mp4 and digits-2.mp4, reusing steps that change little
+  para-kernels generate "a cat walks on the grass" --model hunyuanvideo-community/HunyuanVideo \\
+      --height 544 --width 960 --frames 61 --steps 30 --cache auto
+      the real model, from the Hugging Face hub or from a directory
+  para-kernels generate "a 7 moving to the left" --attention stock
+      diffusers' own attention, to compare with
+
+--cache THRESHOLD: a step is reused while the first block's output changed by less than THRESHOLD (relative) since the
+last computed step. Higher is faster and further from the uncached video; 0 never reuses; auto is the model's default.
+"""
+
+DEMO_DESCRIPTION = """\
+Run the same prompts, as one batch, through stock diffusers, through exact attention and with First Block Cache at
+several thresholds. Writes videos/*.mp4, contact-sheet.png, threshold.png and demo.json to --out, and prints the table
+of seconds, speed-up, reused steps, and PSNR, SSIM and largest difference to the stock videos.
+"""
+
+DEMO_EXAMPLES = """\
+examples:
+  para-kernels demo
+  para-kernels demo --quick                      two prompts, two thresholds, fewer steps
+  para-kernels demo --rounds 3 --out measured    each setting timed three times, the fastest counts
+  para-kernels demo --thresholds 0.05 0.1 0.2 --prompts "a 3 moving up" "a handwritten 8 moving down"
+"""
+
+DOCTOR_DESCRIPTION = """\
+Print the versions of what is installed, whether the C++ extension is built, every GPU, which attention kernel runs for
+which dtype and head dimension and why, and what is missing and how to get it. Sends nothing anywhere.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code (0 done, 2 bad input, 130 interrupted)."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, ImportError, OSError) as error:
+        print(f"para-kernels {options.command}: error: {_one_line(error)}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line; the usage is a --help away."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="para-kernels",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    _add_generate(commands)
+    _add_demo(commands)
+    _add_doctor(commands)
+    return parser
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+    parser = _command(commands, "generate", "make videos from prompts", GENERATE_DESCRIPTION, GENERATE_EXAMPLES)
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to show; several make a batch")
+    _add_model(parser)
+    _add_sampling(parser)
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what not to show; takes effect with --cfg above 1")
+    parser.add_argument(
+        "--cfg",
+        type=float,
+        default=1.0,
+        metavar="SCALE",
+        help="true classifier-free guidance, two passes per step (default: 1, off)",
+    )
+    parser.add_argument(
+        "--cache", type=_cache, default=None, metavar="THRESHOLD|auto|off", help="First Block Cache (default: off)"
+    )
+    parser.add_argument(
+        "--warmup-steps", type=int, default=0, metavar="N", help="always compute the first N steps (default: 0)"
+    )
+    parser.add_argument(
+        "--max-consecutive-hits",
+        type=int,
+        metavar="N",
+        help="compute after N reused steps in a row (default: no limit)",
+    )
+    parser.add_argument(
+        "--attention",
+        choices=("exact", "stock"),
+        default="exact",
+        help="this package's attention or diffusers' own (default: exact)",
+    )
+    parser.add_argument("--one-by-one", action="store_true", help="a call per prompt instead of one batch")
+    _add_video(parser)
+    parser.add_argument("--output", type=Path, default=Path("video.mp4"), help="mp4 to write (default: video.mp4)")
+    parser.set_defaults(run=_generate)
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
+    parser = _command(commands, "demo", "compare stock, exact and cached", DEMO_DESCRIPTION, DEMO_EXAMPLES)
+    _add_model(parser)
+    _add_sampling(parser)
+    parser.add_argument("--prompts", nargs="+", metavar="PROMPT", help="instead of the four that the demo brings")
+    parser.add_argument("--thresholds", nargs="+", type=float, metavar="X", help="cache thresholds to compare")
+    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="time each setting N times (default: 1)")
+    parser.add_argument(
+        "--quick", action="store_true", help="two prompts, two thresholds, 10 steps: a look, not a measure"
+    )
+    _add_video(parser)
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo-output"), metavar="DIR", help="folder to write (default: demo-output)"
+    )
+    parser.set_defaults(run=_demo)
+
+
+def _add_doctor(commands: argparse._SubParsersAction) -> None:
+    parser = _command(commands, "doctor", "what this machine has and will use", DOCTOR_DESCRIPTION, "")
+    parser.set_defaults(run=_doctor)
+
+
+def _command(
+    commands: argparse._SubParsersAction, name: str, summary: str, description: str, epilog: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default="toy", metavar="PATH_OR_ID", help="a pipeline's directory or Hugging Face id (default: toy)"
+    )
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the Hugging Face hub")
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]", help="default: a GPU if there is one")
+    parser.add_argument(
+        "--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default: bf16 on a GPU, else fp32"
+    )
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: toy 30, others 50)")
+    parser.add_argument("--height", type=int, metavar="PIXELS", help="multiple of 16 (default: toy 64, others 720)")
+    parser.add_argument("--width", type=int, metavar="PIXELS", help="multiple of 16 (default: toy 64, others 1280)")
+    parser.add_argument("--frames", type=int, metavar="N", help="multiple of 4 plus 1 (default: toy 17, others 129)")
+    parser.add_argument("--guidance", type=float, metavar="SCALE", help="embedded guidance (default: 6)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first prompt's noise (default: 0)")
+
+
+def _add_video(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--fps", type=int, metavar="N", help="frames per second (default: toy 8, others 24)")
+    parser.add_argument("--zoom", type=int, metavar="N", help="enlarge each pixel N times (default: toy 4, others 1)")
+
+
+def _cache(text: str) -> float | bool | None:
+    """``off`` -> None, ``auto`` -> True (the model's default threshold), a number -> itself."""
+    if text in ("off", "auto"):
+        return True if text == "auto" else None
+    try:
+        threshold = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; must be a threshold of at least 0, auto or off") from None
+    if not 0.0 <= threshold < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}; must be a threshold of at least 0, auto or off")
+    return threshold
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from . import generate
+    from .loading import defaults_for, resolve_device, resolve_dtype
+
+    defaults = defaults_for(options.model)
+    device = resolve_device(options.device)
+    generate.run(
+        generate.GenerateJob(
+            model=options.model,
+            revision=options.revision,
+            device=device,
+            dtype=resolve_dtype(options.dtype, device),
+            request=generate.Request(
+                prompts=tuple(options.prompts),
+                height=_given(options.height, defaults.height),
+                width=_given(options.width, defaults.width),
+                num_frames=_given(options.frames, defaults.num_frames),
+                steps=_given(options.steps, defaults.steps),
+                guidance=_given(options.guidance, defaults.guidance),
+                seed=options.seed,
+                negative_prompt=options.negative_prompt,
+                true_cfg_scale=options.cfg,
+            ),
+            acceleration=generate.Acceleration(
+                attention=options.attention,
+                cache=options.cache,
+                warmup_steps=options.warmup_steps,
+                max_consecutive_hits=options.max_consecutive_hits,
+            ),
+            batched=not options.one_by_one,
+            output=options.output,
+            fps=_given(options.fps, defaults.fps),
+            zoom=_given(options.zoom, defaults.zoom),
+        )
+    )
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from . import demo
+    from .generate import Request
+    from .loading import defaults_for, resolve_device, resolve_dtype
+
+    defaults = defaults_for(options.model)
+    device = resolve_device(options.device)
+    prompts = demo.QUICK_PROMPTS if options.quick else demo.PROMPTS
+    thresholds = demo.QUICK_THRESHOLDS if options.quick else demo.THRESHOLDS
+    steps = demo.QUICK_STEPS if options.quick else defaults.steps
+    demo.run(
+        demo.DemoJob(
+            model=options.model,
+            revision=options.revision,
+            device=device,
+            dtype=resolve_dtype(options.dtype, device),
+            request=Request(
+                prompts=tuple(_given(options.prompts, prompts)),
+                height=_given(options.height, defaults.height),
+                width=_given(options.width, defaults.width),
+                num_frames=_given(options.frames, defaults.num_frames),
+                steps=_given(options.steps, steps),
+                guidance=_given(options.guidance, defaults.guidance),
+                seed=options.seed,
+            ),
+            thresholds=tuple(_given(options.thresholds, thresholds)),
+            rounds=options.rounds,
+            out=options.out,
+            fps=_given(options.fps, defaults.fps),
+            zoom=_given(options.zoom, defaults.zoom),
+        )
+    )
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from .doctor import report
+
+    print(report())
+
+
+def _given(value, default):
+    """The user's value where there is one (0 is one: it must reach the checks)."""
+    return default if value is None else value
