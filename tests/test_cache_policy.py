@@ -1,8 +1,9 @@
-"""First Block Cache's policy against a plain Python model of it, and each of its rules alone. No diffusers, no model."""
+"""First Block Cache's policy against a plain Python model of it, and each of its rules alone."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import FrozenInstanceError
 from typing import Any
 
@@ -11,21 +12,22 @@ import torch
 from host_reads import HostReads
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from para_kernels import FirstBlockCache
 from para_kernels import cache as cache_module
 from para_kernels.cache import CacheState, StepRecord
-from torch import Tensor
 
 TOKENS, CHANNELS = 6, 2
 
 
-def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
+def column(values: Sequence[float]) -> Tensor:
     """One sample (1, S, C) whose token s holds values[s] in every channel."""
-    return torch.tensor(values, dtype=dtype)[None, :, None].expand(1, len(values), CHANNELS).contiguous()
+    return torch.tensor(values, dtype=torch.float32)[None, :, None].expand(1, len(values), CHANNELS).contiguous()
 
 
 def run(state: CacheState, residual: Tensor | float, tail: Tensor | float = 0.0) -> tuple[StepRecord, Tensor]:
-    """One step whose first block adds `residual` and whose other blocks would add `tail`: the record and the final states."""
+    """One step whose first block adds `residual` and whose others would add `tail`: the record and the final states."""
     hidden_in = torch.ones(1, TOKENS, CHANNELS)
     first = hidden_in + residual
     record = state.decide(hidden_in, first)
@@ -42,9 +44,10 @@ def decisions(policy: FirstBlockCache, residuals: list[float]) -> str:
     return "".join("r" if run(state, residual)[0].reused else "c" for residual in residuals)
 
 
-# --- against a model ---------------------------------------------------------------------------------------------------
+# --- against a model ------------------------------------------------------------------------------------------------
 
-# Small integers: their sums are exact in float32, so that both sides form the same quotient and no tie is decided by rounding.
+# Small integers: their sums are exact in float32, so that both sides form the same quotient and no tie is decided by
+# rounding.
 VECTORS = st.lists(st.integers(-8, 8), min_size=TOKENS, max_size=TOKENS)
 
 
@@ -82,10 +85,10 @@ def test_follows_the_model(steps: list[tuple[list[int], int]], **arguments: Any)
     policy = FirstBlockCache(**arguments)
     state = policy.new_state()
     for step, ((residual, new_tail), (diff, reused, tail)) in enumerate(zip(steps, model(policy, steps), strict=True)):
-        record, final = run(state, column([float(value) for value in residual]), float(new_tail))
+        record, final = run(state, column(residual), float(new_tail))
         assert (record.step, record.reused) == (step, reused)
         assert record.diff == diff or (math.isnan(record.diff or 0.0) and math.isnan(diff or 0.0))
-        assert torch.equal(final, 1.0 + column([float(value) for value in residual]) + tail)
+        assert torch.equal(final, 1.0 + column(residual) + tail)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -102,11 +105,13 @@ def test_diff_is_the_relative_change_of_the_rounded_residual(dtype: torch.dtype)
     assert record.diff == pytest.approx(expected.item(), rel=1e-6)
 
 
-# --- one rule at a time ------------------------------------------------------------------------------------------------
+# --- one rule at a time ---------------------------------------------------------------------------------------------
 
 
 def test_reference_is_refreshed_on_a_miss_only() -> None:
-    """A drift of 4 % a step passes a threshold of 10 % twice, then is noticed, though no two neighbours differ by 10 %."""
+    """A drift of 4 % a step passes a threshold of 10 % twice, then is noticed, though no two neighbours differ by 10
+    %.
+    """
     creeping = [1.0, 1.04, 1.08, 1.12, 1.16, 1.20, 1.24]
     assert decisions(FirstBlockCache(0.10), creeping) == "crrcrrc"
 
@@ -212,10 +217,9 @@ def test_reduce_sees_the_sums_on_the_device_and_decides() -> None:
 
     state = FirstBlockCache(0.5).new_state()
     hidden = torch.ones(1, TOKENS, CHANNELS)
-    for _ in range(2):
-        record = state.decide(hidden, 2 * hidden, reduce=add_other_rank)
-        if not record.reused:
-            state.remember((hidden,), (hidden,))
+    state.decide(hidden, 2 * hidden, reduce=add_other_rank)
+    state.remember((hidden,), (hidden,))
+    record = state.decide(hidden, 2 * hidden, reduce=add_other_rank)
     assert record.diff == pytest.approx(6.0 / (TOKENS * CHANNELS + 2.0))
     assert len(seen) == 1  # Nothing is reduced on the first step: no rank has anything to compare.
     assert seen[0].dtype == torch.float32
@@ -235,12 +239,12 @@ def test_the_host_reads_once_per_compared_step_and_never_otherwise() -> None:
 def test_states_keep_no_autograd_graph() -> None:
     state = FirstBlockCache(10.0).new_state()
     weight = torch.ones(1, TOKENS, CHANNELS, requires_grad=True)
-    for _ in range(2):
-        first = 2 * weight
-        if not state.decide(weight, first).reused:
-            state.remember((first,), (3 * first,))
-    final = state.reuse((first,))[0]
-    final.sum().backward()
+    first = 2 * weight
+    state.decide(weight, first)
+    state.remember((first,), (3 * first,))
+    assert state.decide(weight, first).reused
+    state.reuse((first,))[0].sum().backward()
+    assert weight.grad is not None
     assert torch.equal(weight.grad, torch.full_like(weight, 2.0))  # Through the first block alone, not the reused tail.
 
 
@@ -252,7 +256,7 @@ def test_states_are_independent() -> None:
     assert run(other, 1.0)[0] == StepRecord(0, "uncond", None, False)
 
 
-# --- bad input ---------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,14 @@ import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import HunyuanVideoPipeline
-from para_kernels.integrations.diffusers import ParaAttnProcessor, accelerate
-from para_kernels.integrations.diffusers import attention as attention_module
-from para_kernels.integrations.diffusers.attention import AttentionLengths
 from tiny_hunyuan import PROMPTS, TEXT_TOKENS, generate, tiny_pipeline, transformer_inputs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from para_kernels.integrations.diffusers import ParaAttnProcessor, accelerate
+from para_kernels.integrations.diffusers import attention as attention_module
+from para_kernels.integrations.diffusers.attention import AttentionLengths
 
 # Attention sums in another order than SDPA with a mask does. One key too many or too few shows at 4e-3.
 EXACT = 1e-5
@@ -43,7 +45,7 @@ def largest_error(result: Tensor, reference: Tensor) -> float:
     return (result - reference).abs().max().item()
 
 
-# --- the same result ---------------------------------------------------------------------------------------------------
+# --- the same result ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["accelerate", "processor"])
@@ -122,11 +124,11 @@ def test_rope_has_the_bits_of_diffusers(dtype: torch.dtype) -> None:
     assert torch.equal(ours, apply_rotary_emb(x, rotary, sequence_dim=1))  # type: ignore[arg-type]
 
 
-# --- no mask, no padding -----------------------------------------------------------------------------------------------
+# --- no mask, no padding --------------------------------------------------------------------------------------------
 
 
 class BooleansInAttention(TorchDispatchMode):
-    """Collects the shape of every boolean tensor that goes into or comes out of an operator inside an `Attention` module."""
+    """Collects the shape of every boolean tensor that an operator inside an `Attention` module takes or gives."""
 
     def __init__(self, transformer: Any) -> None:
         super().__init__()
@@ -144,7 +146,7 @@ class BooleansInAttention(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for value in torch.utils._pytree.tree_leaves((args, kwargs, result)):
+        for value in tree_leaves((args, kwargs, result)):
             if isinstance(value, Tensor) and value.dtype == torch.bool:
                 self.shapes.append(tuple(value.shape))
         return result
@@ -187,7 +189,7 @@ def test_padded_text_is_never_read(pipe: HunyuanVideoPipeline) -> None:
     assert torch.equal(forward(pipe.transformer, inputs), clean)
 
 
-# --- the processor alone -----------------------------------------------------------------------------------------------
+# --- the processor alone --------------------------------------------------------------------------------------------
 
 
 def test_the_processor_alone_reads_each_mask_once(pipe: HunyuanVideoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +244,7 @@ def test_a_mask_of_another_kind_is_refused(pipe: HunyuanVideoPipeline, mask: Ten
         block(torch.zeros(2, 18, 48), torch.zeros(2, 5, 48), torch.zeros(2, 48), mask)
 
 
-# --- lengths belong to one forward -------------------------------------------------------------------------------------
+# --- lengths belong to one forward ----------------------------------------------------------------------------------
 
 
 def test_arguments_may_be_positional(pipe: HunyuanVideoPipeline) -> None:
