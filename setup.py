@@ -8,6 +8,7 @@ Environment:
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 from setuptools import setup
 
@@ -25,7 +26,7 @@ def flag_is_set(variable: str) -> bool:
     return os.environ.get(variable, "0") not in ("", "0")
 
 
-def extension_arguments() -> dict[str, object]:
+def extension_arguments() -> dict[str, Any]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class BuildKernels(BuildExtension):

@@ -9,22 +9,21 @@ namespace para_kernels {
 inline void check_floating(const at::Tensor& tensor, const char* name) {
   const auto dtype = tensor.scalar_type();
   const bool allowed = dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
-  TORCH_CHECK_VALUE(allowed, name, " has dtype ", dtype, "; allowed are Float, Double, BFloat16 and Half");
+  TORCH_CHECK_VALUE(allowed, name, ": got dtype ", dtype, ", allowed are Float, Double, BFloat16 and Half");
 }
 
 inline void check_same_dtype(
     const at::Tensor& tensor, const char* name, const at::Tensor& reference, const char* reference_name) {
   TORCH_CHECK_VALUE(
       tensor.scalar_type() == reference.scalar_type(),
-      name, " has dtype ", tensor.scalar_type(), "; it must have the dtype of ", reference_name, ", ",
-      reference.scalar_type());
+      name, ": got dtype ", tensor.scalar_type(), ", must be that of ", reference_name, ", ", reference.scalar_type());
 }
 
 inline void check_same_shape(
     const at::Tensor& tensor, const char* name, const at::Tensor& reference, const char* reference_name) {
   TORCH_CHECK_VALUE(
       tensor.sizes() == reference.sizes(),
-      name, " has shape ", tensor.sizes(), "; it must have the shape of ", reference_name, ", ", reference.sizes());
+      name, ": got shape ", tensor.sizes(), ", must be that of ", reference_name, ", ", reference.sizes());
 }
 
 }  // namespace para_kernels

@@ -22,12 +22,12 @@ void check_lse(const at::Tensor& lse, const char* name, const at::Tensor& out) {
   const bool packed = out.dim() == 3;
   TORCH_CHECK_VALUE(
       lse.scalar_type() == at::kFloat || (lse.scalar_type() == at::kDouble && out.scalar_type() == at::kDouble),
-      name, " has dtype ", lse.scalar_type(), "; it must be Float, or Double where out_a is Double");
+      name, ": got dtype ", lse.scalar_type(), ", must be Float, or Double where out_a is Double");
   const std::vector<int64_t> expected = packed ? std::vector<int64_t>{out.size(1), out.size(0)}
                                                : std::vector<int64_t>{out.size(0), out.size(2), out.size(1)};
   TORCH_CHECK_VALUE(
       lse.sizes() == at::IntArrayRef(expected),
-      name, " has shape ", lse.sizes(), "; for out_a of shape ", out.sizes(), " it must be ", at::IntArrayRef(expected));
+      name, ": got shape ", lse.sizes(), ", must be ", at::IntArrayRef(expected), " for out_a of shape ", out.sizes());
 }
 
 void check_arguments(
@@ -35,7 +35,7 @@ void check_arguments(
   check_floating(out_a, "out_a");
   TORCH_CHECK_VALUE(
       out_a.dim() == 4 || out_a.dim() == 3,
-      "out_a has shape ", out_a.sizes(), "; it must be (B, S, H, D), or (T, H, D) when packed");
+      "out_a: got shape ", out_a.sizes(), ", must be (B, S, H, D) or (T, H, D)");
   check_same_dtype(out_b, "out_b", out_a, "out_a");
   check_same_shape(out_b, "out_b", out_a, "out_a");
   check_lse(lse_a, "lse_a", out_a);
