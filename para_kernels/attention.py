@@ -34,23 +34,27 @@ def flash_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale q k^T) v over each sample's true length, without a mask.
 
-    Method: FlashAttention-2 (Dao 2023, arXiv 2307.08691). Lengths stay on the device: no synchronisation, no recompilation.
+    Method: FlashAttention-2 (Dao 2023, arXiv 2307.08691). Lengths stay on the device: no synchronisation, no
+    recompilation.
 
     Args:
-        q: (B, Sq, H, D), bfloat16, float16 or float32; D contiguous and at most 256, any other strides, no copies are made.
+        q: (B, Sq, H, D), bfloat16, float16 or float32; D contiguous and at most 256, any other strides, no copies are
+            made.
         k, v: (B, Sk, Hk, D), same dtype and device; Hk divides H, and query head h reads key head h // (H / Hk).
-        kv_lens: int32 (B,) on the same device, or None: keys at or past kv_lens[b] do not exist, whatever they hold. A sample with
-            no keys gives zeros and an lse of -inf. Values must lie in 0 ... Sk: on the CPU others are refused, on CUDA, where looking
-            would stall the device, they are clamped into that range.
-        q_lens: int32 (B,), or None: rows at or past q_lens[b] come back as zeros, with an lse of -inf. Range as for kv_lens.
-        scale: factor on the scores, default D ** -0.5.
+        kv_lens: int32 (B,) on the same device, or None: keys at or past kv_lens[b] do not exist, whatever they hold. A
+            sample with no keys gives zeros and an lse of -inf. Values must lie in 0 ... Sk: on the CPU others are
+            refused, on CUDA, where looking would stall the device, they are clamped into that range.
+        q_lens: int32 (B,), or None: rows at or past q_lens[b] come back as zeros, with an lse of -inf. Range as for
+            kv_lens.
+        scale: factor on the scores, at least 0, default D ** -0.5.
         return_lse: also return the log-sum-exp of the scaled scores.
 
     Returns:
         out (B, Sq, H, D), contiguous, in q's dtype; with `return_lse` also lse (B, H, Sq), float32, natural logarithm.
 
     Raises:
-        ValueError: for a dtype, device, shape or stride that is not allowed, D > 256, H % Hk != 0, or (CPU) lengths out of range.
+        ValueError: for a dtype, device, shape or stride that is not allowed, D > 256, H % Hk != 0, a negative scale,
+            or (CPU) lengths out of range.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_dims(name, tensor, "B, S, H, D")
@@ -81,15 +85,16 @@ def flash_attention_varlen(
     Args:
         q: (Tq, H, D), the samples' queries concatenated; dtypes, strides and D as for `flash_attention`.
         k, v: (Tk, Hk, D).
-        cu_seqlens_q, cu_seqlens_k: int32 (B + 1,) on the same device: sample b owns rows cu_seqlens[b] ... cu_seqlens[b + 1].
-            Start at 0, never fall, end at T at most (refused otherwise on the CPU; on CUDA they are not looked at).
+        cu_seqlens_q, cu_seqlens_k: int32 (B + 1,) on the same device: sample b owns rows cu_seqlens[b] ...
+            cu_seqlens[b + 1]. Start at 0, never fall, end at T at most (refused otherwise on the CPU; on CUDA they are
+            not looked at).
         max_seqlen_q, max_seqlen_k: at least the longest sample. They size the launch; no kernel is compiled for them.
-        scale: factor on the scores, default D ** -0.5.
+        scale: factor on the scores, at least 0, default D ** -0.5.
         return_lse: also return the log-sum-exp of the scaled scores.
 
     Returns:
-        out (Tq, H, D), contiguous, in q's dtype; with `return_lse` also lse (H, Tq), float32, natural logarithm. On the CPU rows past
-        the last sample are zeros (lse -inf); on CUDA they are not written.
+        out (Tq, H, D), contiguous, in q's dtype; with `return_lse` also lse (H, Tq), float32, natural logarithm. On
+        the CPU rows past the last sample are zeros (lse -inf); on CUDA they are not written.
 
     Raises:
         ValueError: as for `flash_attention`, and for negative maximum lengths or cu_seqlens of different sizes.
@@ -99,7 +104,9 @@ def flash_attention_varlen(
     check_shape("k", k, (*k.shape[:2], q.shape[2]), "Tk, Hk, D of q")
     _check_qkv(q, k, v)
     if cu_seqlens_q.dim() != 1 or cu_seqlens_q.numel() < 1:
-        raise ValueError(f"cu_seqlens_q: got shape {tuple(cu_seqlens_q.shape)}, must be (B + 1,) with at least one element")
+        raise ValueError(
+            f"cu_seqlens_q: got shape {tuple(cu_seqlens_q.shape)}, must be (B + 1,) with at least one element"
+        )
     for name, lens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         _check_lens(name, lens, cu_seqlens_q.numel(), q.device, "B + 1")
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
@@ -114,9 +121,9 @@ def flash_attention_varlen(
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over two disjoint sets of keys, from the attention over each: exact, softmax included.
 
-    Method: out = w_a out_a + w_b out_b with w = exp(lse - lse_merged), lse_merged = log(exp(lse_a) + exp(lse_b)) (FlashInfer,
-    Ye et al. 2025, arXiv 2501.01005, section 2.2); float32 inside. An lse of -inf marks a state without keys; two of them merge
-    into zeros.
+    Method: out = w_a out_a + w_b out_b with w = exp(lse - lse_merged), lse_merged = log(exp(lse_a) + exp(lse_b))
+    (FlashInfer, Ye et al. 2025, arXiv 2501.01005, section 2.2); float32 inside. An lse of -inf marks a state without
+    keys; two of them merge into zeros.
 
     Args:
         out_a, out_b: (B, S, H, D) or packed (T, H, D), one shape and dtype (bfloat16, float16, float32), D contiguous.
@@ -164,7 +171,11 @@ def selected_kernel(device: torch.device | str, dtype: torch.dtype, head_dim: in
 
 
 def _scale(scale: float | None, head_dim: int) -> float:
-    return 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim) if head_dim else 1.0
+    if not 0 <= scale < math.inf:
+        raise ValueError(f"scale: got {scale}, must be finite and at least 0")
+    return float(scale)
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Checks of arguments. Each raises a `ValueError` that names the argument, what it was and what is allowed, before any work starts.
+"""Checks of arguments, before any work starts: a `ValueError` names the argument, what it was and what is allowed.
 
 Only properties that the host knows are looked at: shapes, dtypes, devices, strides. No device value is read.
 """
@@ -44,7 +44,8 @@ def check_same(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
 def check_contiguous_last(name: str, tensor: Tensor) -> None:
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise ValueError(
-            f"{name}: got strides {tensor.stride()} for shape {tuple(tensor.shape)}, the last dimension must be contiguous (stride 1)"
+            f"{name}: got strides {tensor.stride()} for shape {tuple(tensor.shape)},"
+            " the last dimension must be contiguous (stride 1)"
         )
 
 

@@ -1,13 +1,14 @@
-"""The operators: schemas, fakes, and which code runs on which device. Arguments are checked by the public functions above this file.
+"""The operators: schemas, fakes, and which code runs on which device. The public functions check the arguments.
 
-Every operator is functional and opaque to `torch.compile`. On CUDA nothing reads a device value on the host; on the CPU, where there
-is no device to wait for, lengths are read and checked.
+Every operator is functional and opaque to `torch.compile`. On CUDA nothing reads a device value on the host; on the
+CPU, where there is no device to wait for, lengths are read and checked.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+from itertools import pairwise
 from types import ModuleType
 
 import torch
@@ -41,7 +42,7 @@ _library.define(
 )
 
 
-# --- outputs -----------------------------------------------------------------------------------------------------------------------
+# --- outputs ----------------------------------------------------------------------------------------------------------
 
 
 def _attention_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +58,7 @@ def _packed_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return out, q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
-# --- fakes: shapes and dtypes for torch.compile ----------------------------------------------------------------------------------------
+# --- fakes: shapes and dtypes for torch.compile -----------------------------------------------------------------------
 
 
 @torch.library.register_fake("para_kernels::flash_attention", lib=_library)
@@ -95,7 +96,7 @@ def _residual_diff_fake(hidden_in: Tensor, hidden_out: Tensor, previous: Tensor 
     return residual, hidden_in.new_empty((2,), dtype=torch.float32)
 
 
-# --- CPU: torch's own flash attention on the true lengths, C++ for the reductions ---------------------------------------------------------
+# --- CPU: torch's own flash attention on the true lengths, C++ for the reductions -------------------------------------
 
 
 def _host_lens(name: str, lens: Tensor | None, samples: int, longest: int) -> list[int]:
@@ -109,7 +110,7 @@ def _host_lens(name: str, lens: Tensor | None, samples: int, longest: int) -> li
 
 def _host_offsets(name: str, cu_seqlens: Tensor, total: int, longest: int) -> list[int]:
     values = cu_seqlens.tolist()
-    lengths = [after - before for before, after in zip(values, values[1:], strict=False)]
+    lengths = [after - before for before, after in pairwise(values)]
     if values[0] != 0 or values[-1] > total or any(not 0 <= length <= longest for length in lengths):
         raise ValueError(
             f"{name}: got {values}, allowed are offsets that start at 0, never fall, end at {total} or before it,"
@@ -121,7 +122,8 @@ def _host_offsets(name: str, cu_seqlens: Tensor, total: int, longest: int) -> li
 def _cpu_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
     """Attention of one sample, q (Sq, H, D) over k, v (Sk, Hk, D), into out (Sq, H, D) and lse (H, Sq).
 
-    Query heads that share a key head are taken one from each group at a time, so that keys are never repeated in memory.
+    Query heads that share a key head are taken one from each group at a time, so that keys are never repeated in
+    memory.
     """
     if k.shape[0] == 0 or q.shape[0] == 0:
         out.zero_()
@@ -166,7 +168,7 @@ def _flash_attention_varlen_cpu(
     out, lse = _packed_outputs(q)
     queries = _host_offsets("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
     keys = _host_offsets("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
-    for q0, q1, k0, k1 in zip(queries, queries[1:], keys, keys[1:], strict=False):
+    for (q0, q1), (k0, k1) in zip(pairwise(queries), pairwise(keys), strict=True):
         _cpu_attend(q[q0:q1], k[k0:k1], v[k0:k1], scale, out[q0:q1], lse[:, q0:q1])
     out[queries[-1] :] = 0
     lse[:, queries[-1] :] = float("-inf")
@@ -197,10 +199,10 @@ if not EXTENSION_AVAILABLE:
     _library.impl("residual_diff", _residual_diff_torch, "CPU")
 
 
-# --- CUDA: Triton ------------------------------------------------------------------------------------------------------------------------
+# --- CUDA: Triton -----------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 

@@ -14,8 +14,9 @@ RESIDUAL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def residual_diff(hidden_in: Tensor, hidden_out: Tensor, previous: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The residual of a block and its distance from an earlier residual, in one pass over memory.
 
-    Method: First Block Cache (ParaAttention) measures mean|previous - residual| / mean|previous|, the relative L1 distance of
-    TeaCache (Liu et al. 2024, arXiv 2411.19108, section 3.2); both means are over the same elements, so the two sums suffice.
+    Method: First Block Cache (ParaAttention) measures mean|previous - residual| / mean|previous|, the relative L1
+    distance of TeaCache (Liu et al. 2024, arXiv 2411.19108, section 3.2); both means are over the same elements, so
+    the two sums suffice.
 
     Args:
         hidden_in: what went into the block, any shape (..., C); float32, bfloat16 or float16; rows may be strided.
@@ -23,8 +24,9 @@ def residual_diff(hidden_in: Tensor, hidden_out: Tensor, previous: Tensor | None
         previous: an earlier residual of the same shape, dtype and device, or None.
 
     Returns:
-        (residual, sums): residual = hidden_out - hidden_in in their dtype, contiguous; sums is float32 (2,) on the same device:
-        (sum |previous - residual|, sum |previous|), accumulated in float32 or wider in a fixed order (two runs agree to the bit),
+        (residual, sums): residual = hidden_out - hidden_in in their dtype, contiguous; sums is float32 (2,) on the
+        same device: (sum |previous - residual|, sum |previous|), accumulated in float32 or wider in a fixed order (two
+            runs agree to the bit),
         and zeros where `previous` is None. Nothing is read on the host.
 
     Raises:

@@ -1,7 +1,7 @@
 """Merge two attention states (output, log-sum-exp) over disjoint keys into the state over their union.
 
-Source: FlashInfer (Ye et al. 2025, arXiv 2501.01005, section 2.2) and FlashDecoding: with weights w = exp(lse - lse_merged),
-out = w_a out_a + w_b out_b and lse_merged = log(exp(lse_a) + exp(lse_b)).
+Source: FlashInfer (Ye et al. 2025, arXiv 2501.01005, section 2.2) and FlashDecoding: with weights w = exp(lse -
+lse_merged), out = w_a out_a + w_b out_b and lse_merged = log(exp(lse_a) + exp(lse_b)).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ _RUNTIME_INTEGERS = (
 
 @triton.jit(do_not_specialize=_RUNTIME_INTEGERS)
 def _merge_states(
-    out_a, lse_a, out_b, lse_b, out, lse, length, heads, a_stride_b, a_stride_s, a_stride_h, b_stride_b, b_stride_s, b_stride_h,
+    out_a, lse_a, out_b, lse_b, out, lse, length, heads,
+    a_stride_b, a_stride_s, a_stride_h, b_stride_b, b_stride_s, b_stride_h,
     lse_a_stride_b, lse_a_stride_h, lse_a_stride_s, lse_b_stride_b, lse_b_stride_h, lse_b_stride_s,
     D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -43,11 +44,17 @@ def _merge_states(
     total = weight_a + weight_b
     share = 1.0 / tl.where(total > 0, total, 1.0)
 
-    x = tl.load(out_a + batch * a_stride_b + head * a_stride_h + s[:, None] * a_stride_s + d[None, :], mask=mask, other=0.0)
-    y = tl.load(out_b + batch * b_stride_b + head * b_stride_h + s[:, None] * b_stride_s + d[None, :], mask=mask, other=0.0)
+    x = tl.load(
+        out_a + batch * a_stride_b + head * a_stride_h + s[:, None] * a_stride_s + d[None, :], mask=mask, other=0.0
+    )
+    y = tl.load(
+        out_b + batch * b_stride_b + head * b_stride_h + s[:, None] * b_stride_s + d[None, :], mask=mask, other=0.0
+    )
     merged = x.to(tl.float32) * (weight_a * share)[:, None] + y.to(tl.float32) * (weight_b * share)[:, None]
     tl.store(
-        out + ((batch * length + s[:, None]) * heads + head) * D + d[None, :], merged.to(out.dtype.element_ty), mask=mask
+        out + ((batch * length + s[:, None]) * heads + head) * D + d[None, :],
+        merged.to(out.dtype.element_ty),
+        mask=mask,
     )
     tl.store(lse + (batch * heads + head) * length + s, anchor + tl.log(total), mask=row_mask)
 
@@ -55,7 +62,7 @@ def _merge_states(
 def merge_states_forward(
     out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merged (out, lse), contiguous; out (B, S, H, D) with lse (B, H, S), or packed (T, H, D) with (H, T). D is contiguous."""
+    """Merged (out, lse), contiguous; (B, S, H, D) with (B, H, S), or packed (T, H, D) with (H, T). D is contiguous."""
     out = torch.empty_like(out_a, memory_format=torch.contiguous_format)
     lse = torch.empty_like(lse_a, memory_format=torch.contiguous_format)
     if out.numel() == 0:
@@ -69,13 +76,19 @@ def merge_states_forward(
 
 
 def merge_into(
-    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+    out_a: torch.Tensor,
+    lse_a: torch.Tensor,
+    out_b: torch.Tensor,
+    lse_b: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
 ) -> None:
     """Launch the kernel on (B, S, H, D) and (B, H, S); `out` and `lse` are contiguous."""
     batch, length, heads, head_dim = out_a.shape
     block_d = triton.next_power_of_2(head_dim)
     block_s = max(1, 4096 // block_d)
     _merge_states[(triton.cdiv(length, block_s), heads, batch)](
-        out_a, lse_a, out_b, lse_b, out, lse, length, heads, *out_a.stride()[:-1], *out_b.stride()[:-1], *lse_a.stride(),
-        *lse_b.stride(), D=head_dim, BLOCK_S=block_s, BLOCK_D=block_d, num_warps=4,
+        out_a, lse_a, out_b, lse_b, out, lse, length, heads,
+        *out_a.stride()[:-1], *out_b.stride()[:-1], *lse_a.stride(), *lse_b.stride(),
+        D=head_dim, BLOCK_S=block_s, BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """The residual of a transformer block and how far it moved, in one pass over memory.
 
-The metric is that of First Block Cache (ParaAttention, after TeaCache, Liu et al. 2024, arXiv 2411.19108, section 3.2): the relative
-L1 distance between the residuals of two denoising steps. Three tensors are read and one is written, once; the sums are reduced in a
-fixed order (within a program, then over programs), so that two runs agree to the bit.
+The metric is that of First Block Cache (ParaAttention, after TeaCache, Liu et al. 2024, arXiv 2411.19108, section
+3.2): the relative L1 distance between the residuals of two denoising steps. Three tensors are read and one is written,
+once; the sums are reduced in a fixed order (within a program, then over programs), so that two runs agree to the bit.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
-# Elements per program. 3 x 16 bytes in flight per thread and 8 warps keep the memory system busy.
+# Elements per tile and its widest row. Measured on an H100 at (1, 119056, 3072) bfloat16: 0.96 of copy bandwidth with
+# these, 0.84 with tiles of 2048 elements, 0.89 with 16384.
 _TILE = 8192
-_MAX_COLS = 2048
+_MAX_COLS = 1024
+# Row blocks per program: fewer sums to add at the end (one program adds them all).
+_TILES_PER_PROGRAM = 8
 
 _RUNTIME_INTEGERS = (
     "rows", "cols", "row_blocks", "col_blocks", "in_stride_b", "in_stride_r", "out_stride_b", "out_stride_r",
@@ -25,31 +28,35 @@ _RUNTIME_INTEGERS = (
 def _residual_diff(
     hidden_in, hidden_out, previous, residual, partial_sums, rows, cols, row_blocks, col_blocks,
     in_stride_b, in_stride_r, out_stride_b, out_stride_r, previous_stride_b, previous_stride_r,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """One (BLOCK_R, BLOCK_C) tile. Strides and `cols` arrive divided by VEC, so that the compiler knows they are multiples of it."""
+    """TILES tiles of (BLOCK_R, BLOCK_C), one below the other. Strides and `cols` arrive divided by VEC."""
     cols = cols * VEC
     pid = tl.program_id(0)
     col_block = pid % col_blocks
     row_block = (pid // col_blocks) % row_blocks
     batch = (pid // (col_blocks * row_blocks)).to(tl.int64)
-    r = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
     c = col_block * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = (r < rows)[:, None] & (c < cols)[None, :]
-    wide_r = r.to(tl.int64)[:, None]
-
-    in_offsets = batch * (in_stride_b * VEC) + wide_r * (in_stride_r * VEC) + c[None, :]
-    out_offsets = batch * (out_stride_b * VEC) + wide_r * (out_stride_r * VEC) + c[None, :]
-    before = tl.load(hidden_in + in_offsets, mask=mask, other=0.0)
-    after = tl.load(hidden_out + out_offsets, mask=mask, other=0.0)
-    change = (after.to(tl.float32) - before.to(tl.float32)).to(residual.dtype.element_ty)
-    tl.store(residual + (batch * rows + wide_r) * cols + c[None, :], change, mask=mask)
+    moved = 0.0
+    total = 0.0
+    for tile in range(TILES):
+        r = (row_block * TILES + tile) * BLOCK_R + tl.arange(0, BLOCK_R)
+        mask = (r < rows)[:, None] & (c < cols)[None, :]
+        wide_r = r.to(tl.int64)[:, None]
+        in_offsets = batch * (in_stride_b * VEC) + wide_r * (in_stride_r * VEC) + c[None, :]
+        out_offsets = batch * (out_stride_b * VEC) + wide_r * (out_stride_r * VEC) + c[None, :]
+        before = tl.load(hidden_in + in_offsets, mask=mask, other=0.0)
+        after = tl.load(hidden_out + out_offsets, mask=mask, other=0.0)
+        change = (after.to(tl.float32) - before.to(tl.float32)).to(residual.dtype.element_ty)
+        tl.store(residual + (batch * rows + wide_r) * cols + c[None, :], change, mask=mask)
+        if previous is not None:
+            previous_offsets = batch * (previous_stride_b * VEC) + wide_r * (previous_stride_r * VEC) + c[None, :]
+            reference = tl.load(previous + previous_offsets, mask=mask, other=0.0).to(tl.float32)
+            moved += tl.sum(tl.sum(tl.abs(reference - change.to(tl.float32)), 1), 0)
+            total += tl.sum(tl.sum(tl.abs(reference), 1), 0)
     if previous is not None:
-        previous_offsets = batch * (previous_stride_b * VEC) + wide_r * (previous_stride_r * VEC) + c[None, :]
-        reference = tl.load(previous + previous_offsets, mask=mask, other=0.0).to(tl.float32)
-        moved = tl.sum(tl.sum(tl.abs(reference - change.to(tl.float32)), 1), 0)
         tl.store(partial_sums + pid * 2, moved)
-        tl.store(partial_sums + pid * 2 + 1, tl.sum(tl.sum(tl.abs(reference), 1), 0))
+        tl.store(partial_sums + pid * 2 + 1, total)
 
 
 @triton.jit(do_not_specialize=("count",))
@@ -66,7 +73,7 @@ def _add_partial_sums(partial_sums, sums, count, BLOCK: tl.constexpr):
 
 
 def _as_batched_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """View `tensor` (..., C) as (B, R, C): one batch where the leading dimensions collapse, a copy only where C is strided."""
+    """View `tensor` (..., C) as (B, R, C); a copy only where C is strided or leading dimensions do not collapse."""
     if tensor.dim() == 0 or tensor.stride(-1) != 1:
         tensor = tensor.contiguous()
     if tensor.dim() == 3:
@@ -86,12 +93,16 @@ def _vector_width(tensors: list[torch.Tensor]) -> int:
 def residual_diff_forward(
     hidden_in: torch.Tensor, hidden_out: torch.Tensor, previous: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(hidden_out - hidden_in, float32 (sum |previous - residual|, sum |previous|)); zeros where there is no `previous`.
+    """(hidden_out - hidden_in, float32 (sum |previous - residual|, sum |previous|)); zeros with no `previous`.
 
-    The tensors have one shape (..., C), one dtype (float16, bfloat16, float32) and any strides; strided rows are read in place.
+    The tensors have one shape (..., C), one dtype (float16, bfloat16, float32) and any strides; strided rows are read
+    in place.
     """
     residual = torch.empty_like(hidden_in, memory_format=torch.contiguous_format)
-    sums = torch.zeros(2, dtype=torch.float32, device=hidden_in.device)
+    if residual.numel() == 0 or previous is None:
+        sums = torch.zeros(2, dtype=torch.float32, device=hidden_in.device)
+    else:
+        sums = torch.empty(2, dtype=torch.float32, device=hidden_in.device)
     if residual.numel() == 0:
         return residual, sums
     views = [_as_batched_rows(t) for t in (hidden_in, hidden_out, *([] if previous is None else [previous]))]
@@ -99,14 +110,15 @@ def residual_diff_forward(
     vec = _vector_width(views)
     block_c = min(triton.next_power_of_2(cols), _MAX_COLS)
     block_r = max(1, min(_TILE // block_c, triton.next_power_of_2(rows)))
-    row_blocks, col_blocks = triton.cdiv(rows, block_r), triton.cdiv(cols, block_c)
+    row_blocks, col_blocks = triton.cdiv(rows, block_r * _TILES_PER_PROGRAM), triton.cdiv(cols, block_c)
     programs = batch * row_blocks * col_blocks
     partial_sums = None if previous is None else torch.empty((programs, 2), dtype=torch.float32, device=sums.device)
     strides = [stride // vec for view in views for stride in view.stride()[:2]] + ([0, 0] if previous is None else [])
     _residual_diff[(programs,)](
         views[0], views[1], None if previous is None else views[2], residual, partial_sums,
-        rows, cols // vec, row_blocks, col_blocks, *strides, BLOCK_R=block_r, BLOCK_C=block_c, VEC=vec, num_warps=8,
+        rows, cols // vec, row_blocks, col_blocks, *strides,
+        BLOCK_R=block_r, BLOCK_C=block_c, TILES=_TILES_PER_PROGRAM, VEC=vec, num_warps=8,
     )  # fmt: skip
     if partial_sums is not None:
-        _add_partial_sums[(1,)](partial_sums, sums, programs, BLOCK=1024, num_warps=8)
+        _add_partial_sums[(1,)](partial_sums, sums, programs, BLOCK=2048, num_warps=8)
     return residual, sums

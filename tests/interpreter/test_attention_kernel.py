@@ -69,7 +69,11 @@ def test_matches_float64(case: Case, capability: tuple[int, int]) -> None:
     if capability == TMA and not uses_tma(TMA, case.dtype, case.head_dim):
         pytest.skip("no descriptors for this dtype or head dim")
     torch.manual_seed(0)
-    q, k, v = case.tensor(case.q_len, case.heads), case.tensor(case.k_len, case.kv_heads), case.tensor(case.k_len, case.kv_heads)
+    q, k, v = (
+        case.tensor(case.q_len, case.heads),
+        case.tensor(case.k_len, case.kv_heads),
+        case.tensor(case.k_len, case.kv_heads),
+    )
     for b, kv_len in enumerate(case.kv_lens or []):
         # What lies past the length must not be looked at, NaN included.
         k[b, kv_len:] = POISON
@@ -114,6 +118,6 @@ def test_config_for_every_allowed_head_dim() -> None:
     for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)):
         for head_dim in range(1, 257):
             for dtype in (torch.float16, torch.bfloat16, torch.float32):
-                config = attention_config(capability, head_dim, dtype)
+                config = attention_config(capability, head_dim, dtype, uses_tma(capability, dtype, head_dim))
                 assert config.block_m >= 16
                 assert config.block_n >= 16

@@ -47,7 +47,9 @@ def test_residual_diff_of_nothing() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 70, 3, 40), (75, 2, 64)], ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (2, 70, 3, 40), (75, 2, 64)], ids=lambda shape: "x".join(map(str, shape))
+)
 def test_merge_states(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(2)
     out_a, out_b = (torch.randn(shape).to(dtype) for _ in range(2))

@@ -1,0 +1,129 @@
+"""Every kernel compiles for sm80, sm89 and sm90 with no GPU: registers, spills and shared memory are read from the assembler."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from para_kernels.triton_kernels import attention, merge_states, residual_diff  # noqa: E402
+
+# Shared memory that one program may use, in bytes (CUDA C++ programming guide, table of compute capabilities).
+SHARED_MEMORY = {(8, 0): 163 * 1024, (8, 9): 99 * 1024, (9, 0): 227 * 1024}
+# Bytes that may spill. D = 256 does not fit the registers of sm80 and sm89, which hold q and the accumulators; on sm90
+# at D = 128 two programs share a multiprocessor, each at the limit of 255 registers, with one 8-byte spill inside the
+# loop.
+SPILLS = {((8, 0), 256): 768, ((8, 9), 256): 768, ((9, 0), 128): 48}
+POINTER_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass
+class Usage:
+    registers: int
+    spilled_bytes: int
+    shared: int
+    ptx: str
+
+
+def compile_kernel(kernel, signature: dict[str, str], constants: dict[str, object], capability: tuple[int, int],
+num_warps: int) -> Usage:  # fmt: skip
+    """Compile with 16-byte aligned pointers, as launches have them, and assemble with the ptxas that comes with Triton."""
+    names = kernel.arg_names
+    full = {name: signature.get(name, "constexpr" if name in constants else "i32") for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if full[name].startswith("*")}
+    source = ASTSource(
+        kernel, full, constexprs={(names.index(name),): value for name, value in constants.items()}, attrs=aligned
+    )
+    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
+    return assemble(compiled.asm["ptx"], compiled.metadata.shared)
+
+
+def assemble(ptx: str, shared: int) -> Usage:
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    arch = re.search(r"\.target (\w+)", ptx)
+    assert arch is not None
+    command = [str(ptxas), "-v", f"-arch={arch[1]}", "-o", "/dev/null", "/dev/stdin"]
+    report = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
+    serialised = re.findall(r"C75\d\d", report)
+    assert not serialised, report
+    registers = re.search(r"Used (\d+) registers", report)
+    spilled = re.search(r"(\d+) bytes spill stores", report)
+    assert registers is not None and spilled is not None, report  # noqa: PT018
+    return Usage(int(registers[1]), int(spilled[1]), shared, ptx)
+
+
+def compile_attention(capability: tuple[int, int], head_dim: int, dtype: torch.dtype, packed: bool) -> Usage:
+    tma = attention.uses_tma(capability, dtype, head_dim)
+    config = attention.attention_config(capability, head_dim, dtype, tma)
+    kind = POINTER_TYPES[dtype]
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    source = f"tensordesc<{kind}[{config.block_n}, {block_d}]>" if tma else f"*{kind}"
+    signature = {"q_ptr": f"*{kind}", "k": source, "v": source, "out_ptr": f"*{kind}", "lse_ptr": "*fp32"}
+    signature |= {"q_lens": "*i32", "kv_lens": "*i32", "scale_log2": "fp32"}
+    constants = {
+        "D": head_dim, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": block_d, "STAGES": config.num_stages,
+        "VEC": 16 // dtype.itemsize, "USE_TMA": tma, "PACKED": packed,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+    }  # fmt: skip
+    return compile_kernel(attention._attention_fwd, signature, constants, capability, config.num_warps)
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "dtype"),
+    [(capability, head_dim, torch.bfloat16) for capability in SHARED_MEMORY for head_dim in (64, 96, 128, 256)]
+    + [((9, 0), 128, torch.float16)],
+    ids=str,
+)
+def test_attention(capability: tuple[int, int], head_dim: int, dtype: torch.dtype) -> None:
+    usage = compile_attention(capability, head_dim, dtype, packed=False)
+    assert usage.shared <= SHARED_MEMORY[capability]
+    assert "mma" in usage.ptx
+    assert ("cp.async.bulk.tensor" in usage.ptx) == attention.uses_tma(capability, dtype, head_dim)
+    assert usage.spilled_bytes <= SPILLS.get((capability, head_dim), 0)
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY, ids=lambda c: f"sm{c[0]}{c[1]}")
+def test_packed_attention(capability: tuple[int, int]) -> None:
+    usage = compile_attention(capability, 128, torch.bfloat16, packed=True)
+    assert usage.shared <= SHARED_MEMORY[capability]
+    assert usage.spilled_bytes <= SPILLS.get((capability, 128), 0)
+
+
+def test_float32_attention_stays_off_the_tensor_cores() -> None:
+    usage = compile_attention((9, 0), 64, torch.float32, packed=False)
+    assert usage.spilled_bytes == 0
+    assert not re.search(r"\bw?g?mma\.", usage.ptx)
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY, ids=lambda c: f"sm{c[0]}{c[1]}")
+def test_residual_diff(capability: tuple[int, int]) -> None:
+    signature = {name: "*bf16" for name in ("hidden_in", "hidden_out", "previous", "residual")} | {
+        "partial_sums": "*fp32"
+    }
+    constants: dict[str, object] = {"BLOCK_R": 8, "BLOCK_C": 1024, "TILES": 8, "VEC": 8}
+    usage = compile_kernel(residual_diff._residual_diff, signature, constants, capability, num_warps=8)
+    assert usage.spilled_bytes == 0
+    assert "ld.global.v4.b32" in usage.ptx, "16-byte loads"
+    sums = compile_kernel(
+        residual_diff._add_partial_sums, {"partial_sums": "*fp32", "sums": "*fp32"}, {"BLOCK": 2048}, capability,
+        num_warps=8
+    )  # fmt: skip
+    assert sums.spilled_bytes == 0
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY, ids=lambda c: f"sm{c[0]}{c[1]}")
+def test_merge_states(capability: tuple[int, int]) -> None:
+    signature = {name: "*bf16" for name in ("out_a", "out_b", "out")} | {n: "*fp32" for n in ("lse_a", "lse_b", "lse")}
+    usage = compile_kernel(
+        merge_states._merge_states, signature, {"D": 128, "BLOCK_S": 32, "BLOCK_D": 128}, capability, num_warps=4
+    )  # fmt: skip
+    assert usage.spilled_bytes == 0
