@@ -218,7 +218,7 @@ def report(job: DemoJob, rows: Sequence[Row]) -> dict[str, Any]:
         "guidance": request.guidance,
         "seed": request.seed,
         "rounds": job.rounds,
-        "rows": [_json_row(row) for row in rows],
+        "rows": [json_row(row) for row in rows],
     }
 
 
@@ -226,7 +226,8 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
 
 
-def _json_row(row: Row) -> dict[str, Any]:
+def json_row(row: Row) -> dict[str, Any]:
+    """One row with plain values; an infinite PSNR is None."""
     return {
         "setting": row.setting,
         "threshold": row.threshold,
