@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -315,6 +316,16 @@ OUT, LSE = torch.zeros(2, 5, 3, 8), torch.zeros(2, 3, 5)
 def test_merge_states_refuses(arguments: tuple[Tensor, Tensor, Tensor, Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         merge_states(*arguments)
+
+
+def test_build_info_names_the_torch_that_runs() -> None:
+    """Another torch than the one compiled against may lay out its tensors differently."""
+    from para_kernels import _C
+
+    info = _C.build_info()
+    assert info["torch"] == torch.__version__.split("+")[0]
+    assert info["cpu_capability"] in ("DEFAULT", "AVX2")
+    assert re.match(r"(gcc|clang) \d+", info["compiler"])
 
 
 # --- the kernels for a processor without AVX2 -------------------------------------------------------------------------
