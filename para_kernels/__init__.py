@@ -1,4 +1,4 @@
-"""Attention kernels for diffusion transformers: exact variable-length attention, merging, fused residual differences."""
+"""Attention kernels for diffusion transformers: exact variable-length attention, fused residual differences."""
 
 from para_kernels.attention import flash_attention, flash_attention_varlen, merge_states
 from para_kernels.cache import FirstBlockCache
