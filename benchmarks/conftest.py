@@ -46,9 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, default=RESULTS, help="folder for the JSON records (benchmarks/results)")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    config.option.benchmark_skip = False  # The project's default, right for its tests, would skip everything here.
     config.stash[TIMED] = []
 
 

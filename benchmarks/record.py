@@ -7,6 +7,7 @@ the README and the docs are rendered from these files by ``render_tables.py`` an
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -23,6 +24,7 @@ import torch
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
 OURS = "para_kernels"
+COMMIT_VARIABLE = "PARA_KERNELS_COMMIT"  # set it where the repository is a copy without its history
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,10 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit measured, marked "-dirty" where tracked files differ from it."""
+    """The commit measured, marked "-dirty" where tracked files differ from it; of a copy without git, as told."""
     commit = _output(["git", "-C", str(REPOSITORY), "rev-parse", "--short=12", "HEAD"])
     if not commit:
-        return None
+        return os.environ.get(COMMIT_VARIABLE)
     changed = _output(["git", "-C", str(REPOSITORY), "status", "--porcelain", "--untracked-files=no"])
     return f"{commit}-dirty" if changed else commit
 

@@ -90,7 +90,8 @@ def _origin(rows: Sequence[Row]) -> str:
     for row in rows:
         gpu = f"{row['gpu']}, driver {row['driver']}" if row["gpu"] else row["cpu"]
         software = f"torch {row['torch']}" + (f", Triton {row['triton']}" if row["gpu"] else "")
-        line = f"*{gpu}; {software}; commit {row['commit']}, {row['date']}; `{row['command']}`*"
+        version = f"commit {row['commit']}, " if row["commit"] else ""
+        line = f"*{gpu}; {software}; {version}{row['date']}; `{row['command']}`*"
         if line not in lines:
             lines.append(line)
     return "  \n".join(lines)

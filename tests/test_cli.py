@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -187,14 +188,20 @@ def test_a_folder_that_cannot_be_written_is_refused_before_generating(
     assert "cannot be created" in capsys.readouterr().err
 
 
-def test_a_broken_model_directory_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "model_index.json").write_text(
-        '{"_class_name": "HunyuanVideoPipeline", "vae": ["diffusers", "Nothing"]}'
-    )
-    assert cli.main(["generate", "x", "--model", str(tmp_path), "--output", str(tmp_path / "v.mp4")]) == 2
+@pytest.mark.parametrize("broken", ["index", "weights"])
+def test_a_broken_model_directory_is_one_line(
+    broken: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    if broken == "index":
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", "NoSuchModel"]}))
+    else:
+        (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut off")
+    assert cli.main(["generate", "x", "--model", str(folder), "--output", str(tmp_path / "v.mp4")]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "could not be loaded" in last
-    assert "Traceback" not in last
+    assert last.startswith(f"para-kernels generate: error: model: {str(folder)!r} could not be loaded: ")
 
 
 def test_an_unsupported_pipeline_is_refused_by_name(

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
-from huggingface_hub.errors import HfHubHTTPError
 
 from .toy import TOY_PIPELINE
 
@@ -87,7 +86,7 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype, revision
     try:
         with _quiet():
             pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype, revision=revision)
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except Exception as error:  # A download or a directory can be broken in any way; the chain is kept.
         raise ValueError(f"model: {model!r} could not be loaded: {_root_cause(error)}") from error
     return pipe.to(device)
 
