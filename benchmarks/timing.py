@@ -8,6 +8,9 @@ from statistics import median
 
 import torch
 
+# Longer than any call here keeps the host busy (about 0.2 ms): the device must find the call already queued, or the gap
+# before it would be counted. What the host takes is measured by itself, in `host_microseconds`.
+HEAD_START_CYCLES = 1_000_000
 FLUSH_BYTES = 256 * 2**20  # several times the largest L2 (50 MB on an H100, 60 MB on an H200)
 
 
@@ -21,7 +24,7 @@ def medians_ms(
     """Median time of each candidate in milliseconds.
 
     Candidates take turns, so that a clock that drops drops for all of them. On CUDA each call is timed by its own pair
-    of events, after a write of 256 MB that empties the L2 cache and gives the host time to queue the call.
+    of events, after a write of 256 MB that empties the L2 cache, and is queued before the device gets to it.
 
     Args:
         candidates: functions of no arguments by name.
@@ -64,6 +67,7 @@ def _cuda_medians(
         events = {}
         for name, candidate in candidates.items():
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(HEAD_START_CYCLES)
             flush.zero_()
             start.record()
             candidate()

@@ -106,7 +106,7 @@ def test_float32_attention_stays_off_the_tensor_cores() -> None:
 @pytest.mark.parametrize("capability", SHARED_MEMORY, ids=lambda c: f"sm{c[0]}{c[1]}")
 def test_residual_diff(capability: tuple[int, int]) -> None:
     signature = dict.fromkeys(("hidden_in", "hidden_out", "previous", "residual"), "*bf16") | {"partial_sums": "*fp32"}
-    constants: dict[str, object] = {"BLOCK_R": 8, "BLOCK_C": 1024, "TILES": 8, "VEC": 8}
+    constants: dict[str, object] = {"BLOCK_R": 8, "BLOCK_C": 1024, "TILES": 4, "VEC": 8}
     usage = compile_kernel(residual_diff._residual_diff, signature, constants, capability, num_warps=8)
     assert usage.spilled_bytes == 0
     assert "ld.global.v4.b32" in usage.ptx, "16-byte loads"
