@@ -255,7 +255,8 @@ def _device_name(device: torch.device) -> str:
 
 
 def save_gif(videos: np.ndarray, path: Path, columns: int = 5) -> None:
-    """One animated picture of videos (N, T, H, W, 3), N a multiple of `columns`, 8 frames a second, doubled in size."""
+    """One animated picture of videos (N, T, H, W, 3) in full rows, at 8 frames a second, doubled in size."""
+    columns = min(columns, len(videos))
     rows = len(videos) // columns
     grid = videos[: rows * columns].reshape(rows, columns, *videos.shape[1:]).transpose(2, 0, 3, 1, 4, 5)
     sheets = grid.reshape(videos.shape[1], rows * videos.shape[2], columns * videos.shape[3], 3)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, LlamaConfig, LlamaModel, LlamaTokenizerFast
 
 CROP_START: int = DEFAULT_PROMPT_TEMPLATE["crop_start"]
@@ -93,7 +94,7 @@ def build_clip_tokenizer(corpus: list[str], folder: Path) -> CLIPTokenizer:
 
 def build_llama(tokenizer: LlamaTokenizerFast, width: int = 64) -> LlamaModel:
     """A Llama of three layers. The pipeline reads the output of the first (`hidden_states[-3]`)."""
-    return LlamaModel(
+    model = LlamaModel(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
@@ -107,6 +108,9 @@ def build_llama(tokenizer: LlamaTokenizerFast, width: int = 64) -> LlamaModel:
             dtype="float32",
         )
     )
+    # Llama's usual 0.02 would drown words in the biases of the layers that read them.
+    nn.init.normal_(model.embed_tokens.weight, std=1.0)
+    return model
 
 
 def build_clip(tokenizer: CLIPTokenizer, width: int = 64) -> CLIPTextModel:

@@ -57,8 +57,8 @@ SHIFT = 3.0
 """Timestep shift of the scheduler: the clip's content is settled early, at high noise, and gets more of the steps."""
 DEFAULT_GUIDANCE = 6.0
 KL_WEIGHT = 2e-3
-"""Lets the posterior's noise show up in pixels at about half a grey level, so that the decoder forgives small errors."""
-VAE_SHARE = 0.35
+"""Lets the posterior's noise show up in pixels at about half a grey level: the decoder forgives small errors."""
+VAE_SHARE = 0.4
 
 
 def build_vae() -> AutoencoderKLHunyuanVideo:
@@ -67,7 +67,7 @@ def build_vae() -> AutoencoderKLHunyuanVideo:
     Three blocks with a spatial ratio of 8 make each of them halve the picture, the last one behind its own layers.
     """
     channels = (8, 24, 32)
-    return AutoencoderKLHunyuanVideo(
+    vae = AutoencoderKLHunyuanVideo(
         latent_channels=LATENT_CHANNELS,
         down_block_types=("HunyuanVideoDownBlock3D",) * len(channels),
         up_block_types=("HunyuanVideoUpBlock3D",) * len(channels),
@@ -78,6 +78,10 @@ def build_vae() -> AutoencoderKLHunyuanVideo:
         temporal_compression_ratio=4,
         mid_block_add_attention=False,
     )
+    # At the usual start the posterior's noise is four times its mean, and nothing is learnt for hundreds of steps.
+    nn.init.zeros_(vae.quant_conv.weight[LATENT_CHANNELS:])
+    nn.init.constant_(vae.quant_conv.bias[LATENT_CHANNELS:], -5.0)
+    return vae
 
 
 def build_transformer() -> HunyuanVideoTransformer3DModel:
@@ -239,7 +243,7 @@ class Ema:
 
 def _optimiser(parameters: list[nn.Parameter], device: torch.device, decay: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(
-        parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=decay, fused=device.type == "cuda", eps=1e-8
+        parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=decay, fused=device.type == "cuda", eps=1e-8
     )
 
 
@@ -288,7 +292,7 @@ def train_vae(parts: Parts, device: torch.device, box: TimeBox, batch: int, out:
     for step in box.steps():
         clips = renderer.render([sample_scene(rng) for _ in range(batch)], rng)
         loss, squared, divergence = vae_loss(vae, clips)
-        rate = box.learning_rate(2e-3)
+        rate = box.learning_rate(1e-3)
         _advance(optimiser, loss, rate, parameters)
         ema.update(step)
         box.report(step, loss=loss.detach(), squared_error=squared, kl=divergence, learning_rate=rate)
@@ -451,12 +455,12 @@ def train_transformer(
     """Train transformer and text encoders together for `seconds`; their running averages replace them."""
     deadline = time.monotonic() + seconds
     on_gpu = device.type == "cuda"
-    batch = options.batch or (256 if on_gpu else 8)
+    batch = options.batch or (128 if on_gpu else 8)
     pool = LatentPool(
         parts,
         device,
-        size=options.pool or (32768 if on_gpu else 256),
-        refresh=64 if on_gpu else 8,
+        size=options.pool or (16384 if on_gpu else 256),
+        refresh=32 if on_gpu else 8,
         prompts=50_000 if on_gpu else 5_000,
     )
     modules = [parts.transformer.train(), parts.llama.train(), parts.clip.train()]
@@ -512,12 +516,12 @@ def _read_arguments() -> argparse.Namespace:
     parser.add_argument("--init", type=Path, help="start from this saved pipeline instead of from nothing")
     parser.add_argument("--out", type=Path, default=Path("toy_run"), help="where pipeline/ and the figures go")
     parser.add_argument("--results", type=Path, help="also copy the flat files (figures, archive, log) here")
-    parser.add_argument("--batch", type=int, help="clips per transformer step (default: 256 on a GPU, 8 on a CPU)")
+    parser.add_argument("--batch", type=int, help="clips per transformer step (default: 128 on a GPU, 8 on a CPU)")
     parser.add_argument("--vae-batch", type=int, help="clips per VAE step (default: 16 on a GPU, 4 on a CPU)")
-    parser.add_argument("--pool", type=int, help="encoded clips kept (default: 32768 on a GPU, 256 on a CPU)")
+    parser.add_argument("--pool", type=int, help="encoded clips kept (default: 16384 on a GPU, 256 on a CPU)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="transformer's peak (default: 1e-3)")
     parser.add_argument("--no-compile", action="store_true", help="do not compile the transformer's blocks")
-    parser.add_argument("--save-every", type=float, default=45.0, help="seconds between saved pipelines")
+    parser.add_argument("--save-every", type=float, default=60.0, help="seconds between saved pipelines")
     parser.add_argument("--evaluate", type=int, default=200, help="held-out clips to judge at the end; 0 for none")
     parser.add_argument("--evaluation-batch", type=int, help="prompts per call (default: 50 on a GPU, 4 on a CPU)")
     return parser.parse_args()
