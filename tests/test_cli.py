@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from importlib import metadata
@@ -178,6 +179,14 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert printed.err.count("\n") == 1
     assert printed.err.startswith("para-kernels generate: error: ")
     assert named.strip() in printed.err
+
+
+def test_the_readme_shows_the_error_that_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = (Path(__file__).resolve().parent.parent / "README.md").read_text().splitlines()
+    (shown,) = (i for i, line in enumerate(lines) if line.startswith("    $ para-kernels "))
+    arguments = shlex.split(lines[shown].strip().removeprefix("$ para-kernels "))
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err.strip() == lines[shown + 1].strip()
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_generating(
