@@ -13,7 +13,9 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Bytecode is written at the first import instead, for the modules that are used.
+# Bytecode is written at the first import instead, for the modules that are used; a shell that forbids it would have every
+# process compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(PIP) install --quiet --no-compile
 CONSTRAINTS := $(VENV)/constraints.txt
 READY := $(VENV)/.installed
