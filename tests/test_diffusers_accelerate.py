@@ -128,6 +128,17 @@ def test_a_pipe_that_is_dropped_is_freed() -> None:
     assert transformer() is None
 
 
+def test_an_accelerated_transformer_does_not_hold_its_pipe() -> None:
+    known, transformer = weakref.ref(tiny := tiny_pipeline()), tiny.transformer
+    accelerate(tiny, cache=100.0)
+    generate(tiny, steps=1)
+    del tiny
+    gc.collect()
+    assert known() is None
+    with torch.no_grad():
+        transformer(**transformer_inputs())
+
+
 # --- calling again --------------------------------------------------------------------------------------------------
 
 
@@ -206,7 +217,8 @@ def test_two_pipes_share_nothing(pipe: HunyuanVideoPipeline) -> None:
 def test_two_pipes_in_step_share_nothing(pipe: HunyuanVideoPipeline) -> None:
     """One call runs inside a step of another one: neither sees the other's lengths or residuals."""
     other = tiny_pipeline(seed=1)
-    accelerate(pipe, cache=100.0), accelerate(other, cache=100.0)
+    for each in (pipe, other):
+        accelerate(each, cache=100.0)
     expected = generate(pipe, PROMPTS[:1]), generate(other, PROMPTS[1:2])
     inner = []
 

@@ -203,6 +203,20 @@ def test_a_forward_that_fails_leaves_nothing_to_the_next(pipe: HunyuanVideoPipel
     assert pattern(handle, "default") == "c"
 
 
+def test_a_block_called_by_itself_after_a_hit_is_computed(pipe: HunyuanVideoPipeline) -> None:
+    block = pipe.transformer.transformer_blocks[1]
+    video, text, temb = torch.ones(1, 18, 48), torch.ones(1, 5, 48), torch.ones(1, 48)
+    with torch.no_grad():
+        stock = block(video, text, temb)
+        handle = apply_cache_on_pipe(pipe, 100.0)
+        for _ in range(2):
+            pipe.transformer(**transformer_inputs())
+        assert pattern(handle, "default") == "cr"
+        ours = block(video, text, temb)
+    assert torch.equal(ours[0], stock[0])
+    assert torch.equal(ours[1], stock[1])
+
+
 def test_another_size_is_computed(pipe: HunyuanVideoPipeline) -> None:
     handle = accelerate(pipe, cache=100.0)
     with torch.no_grad():

@@ -107,9 +107,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None) -> T
     """(B, S, H, D) three times to (B, S, H * D). Queries past the length are padding as much as the keys are: they
     cost nothing.
     """
-    out = flash_attention(query, key, value, kv_lens=lens, q_lens=lens)
-    assert isinstance(out, Tensor)
-    return out.flatten(2)
+    return flash_attention(query, key, value, kv_lens=lens, q_lens=lens).flatten(2)
 
 
 def _single_stream(attn: Any, video: Tensor, text: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
