@@ -32,6 +32,7 @@ from diffusers import (
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
 )
+from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoResnetBlockCausal3D
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
@@ -78,10 +79,27 @@ def build_vae() -> AutoencoderKLHunyuanVideo:
         temporal_compression_ratio=4,
         mid_block_add_attention=False,
     )
-    # At the usual start the posterior's noise is four times its mean, and nothing is learnt for hundreds of steps.
+    _start_vae(vae)
+    return vae
+
+
+def _start_vae(vae: AutoencoderKLHunyuanVideo) -> None:
+    """Initial values under which the VAE learns from its first steps.
+
+    Convolutions keep their input's scale and every residual branch starts at zero. The posterior starts narrow: at the
+    usual start its noise is four times its mean, and nothing is learnt for hundreds of steps.
+    """
+    for module in vae.modules():
+        if isinstance(module, nn.Conv3d) and module.kernel_size == (3, 3, 3):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+    for module in vae.modules():
+        if isinstance(module, HunyuanVideoResnetBlockCausal3D):
+            nn.init.zeros_(module.conv2.conv.weight)
+            nn.init.zeros_(module.conv2.conv.bias)
+    with torch.no_grad():
+        vae.decoder.conv_out.conv.weight.mul_(0.3)
     nn.init.zeros_(vae.quant_conv.weight[LATENT_CHANNELS:])
     nn.init.constant_(vae.quant_conv.bias[LATENT_CHANNELS:], -5.0)
-    return vae
 
 
 def build_transformer() -> HunyuanVideoTransformer3DModel:
