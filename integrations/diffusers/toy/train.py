@@ -1,4 +1,7 @@
-"""Train the toy HunyuanVideo pipeline: a video VAE, then a flow-matching transformer with its text encoders.
+"""Train the toy HunyuanVideo pipeline: a video VAE, a flow-matching transformer with its text encoders, its guidance.
+
+The transformer is trained twice, as HunyuanVideo was: by flow matching, then by guidance distillation, after which one
+forward gives what classifier-free guidance takes two for, and the embedded guidance scale steers it.
 
     python train.py --device cuda --minutes 7 --out toy_run
     python train.py --stage transformer --init toy_run/pipeline --minutes 4 --out toy_run
@@ -19,7 +22,7 @@ import random
 import shutil
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +62,10 @@ SHIFT = 3.0
 DEFAULT_GUIDANCE = 6.0
 KL_WEIGHT = 2e-3
 """Lets the posterior's noise show up in pixels at about half a grey level: the decoder forgives small errors."""
-VAE_SHARE = 0.4
+GUIDANCE_SLOPE = 0.4
+"""A guidance of g stands for a classifier-free weight of 1 + 0.4 (g - 1): 1 at 1, 3 at the pipeline's default of 6."""
+VAE_SHARE, FLOW_SHARE = 0.4, 0.55
+"""Of the whole time, and of what is left for the transformer."""
 
 
 def build_vae() -> AutoencoderKLHunyuanVideo:
@@ -99,6 +105,7 @@ def _start_vae(vae: AutoencoderKLHunyuanVideo) -> None:
     with torch.no_grad():
         vae.decoder.conv_out.conv.weight.mul_(0.3)
     nn.init.zeros_(vae.quant_conv.weight[LATENT_CHANNELS:])
+    assert vae.quant_conv.bias is not None
     nn.init.constant_(vae.quant_conv.bias[LATENT_CHANNELS:], -5.0)
 
 
@@ -366,19 +373,20 @@ class LatentPool:
         self.latents = torch.empty(size, LATENT_CHANNELS, 5, 8, 8, device=device)
         self._text = torch.zeros(size, dtype=torch.long, device=device)
         self._next = 0
-        for _ in range(math.ceil(size / refresh)):
-            self.refresh()
+        for _ in range(math.ceil(size / 64)):
+            self.refresh(64)
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Replace the oldest clips."""
-        chosen = [self._rng.randrange(len(self._scenes)) for _ in range(self._refresh)]
+    def refresh(self, count: int | None = None) -> None:
+        """Replace the `count` oldest clips."""
+        count = min(count or self._refresh, len(self.latents))
+        chosen = [self._rng.randrange(len(self._scenes)) for _ in range(count)]
         clips = self._renderer.render([self._scenes[index] for index in chosen], self._rng)
         mean, _ = encode_mean_and_logvar(self._vae, clips)
-        slots = torch.arange(self._next, self._next + self._refresh, device=self._device) % len(self.latents)
+        slots = torch.arange(self._next, self._next + count, device=self._device) % len(self.latents)
         self.latents[slots] = mean * self._scale
         self._text[slots] = torch.tensor(chosen, device=self._device)
-        self._next = (self._next + self._refresh) % len(self.latents)
+        self._next = (self._next + count) % len(self.latents)
 
     def sample(self, batch: int) -> tuple[Tensor, list[Tensor]]:
         """Latents (B, 16, 5, 8, 8) of unit scale and their prompts' (Llama ids, mask, CLIP ids)."""
@@ -414,23 +422,27 @@ def sample_sigma(batch: int, device: torch.device) -> Tensor:
     return SHIFT * level / (1 + (SHIFT - 1) * level)
 
 
-def flow_loss(parts: Parts, latents: Tensor, tokens: list[Tensor]) -> Tensor:
-    """Rectified flow (Liu et al. 2023): at x = (1 - s) data + s noise the transformer predicts noise - data.
+Text = tuple[Tensor, Tensor, Tensor]
+"""What `encode_text` returns."""
 
-    This is the convention of `FlowMatchEulerDiscreteScheduler`: the timestep is 1000 s, and a step adds
-    (s_next - s) times the prediction. Guidance, an input of the model, is 6 (the pipeline's default) in 4 of 5 draws.
-    """
-    states, mask, pooled = encode_text(parts.llama, parts.clip, tokens)
-    batch = latents.shape[0]
-    sigma = sample_sigma(batch, latents.device)
+
+def noised(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, s, velocity): x = (1 - s) data + s noise at random noise levels s (B,), and noise - data."""
+    sigma = sample_sigma(latents.shape[0], latents.device)
     noise = torch.randn_like(latents)
-    mixed = torch.lerp(latents, noise, sigma[:, None, None, None, None])
-    guidance = torch.where(
-        torch.rand(batch, device=latents.device) < 0.8,
-        DEFAULT_GUIDANCE,
-        1.0 + 11.0 * torch.rand(batch, device=latents.device),
-    )
-    velocity = parts.transformer(
+    return torch.lerp(latents, noise, sigma[:, None, None, None, None]), sigma, noise - latents
+
+
+def sample_guidance(batch: int, device: torch.device) -> Tensor:
+    """Guidance scales (B,): the pipeline's default of 6 in 4 of 5 draws, else anything from 1 to 12."""
+    uniform = 1.0 + 11.0 * torch.rand(batch, device=device)
+    return torch.where(torch.rand(batch, device=device) < 0.8, DEFAULT_GUIDANCE, uniform)
+
+
+def velocity(transformer: nn.Module, mixed: Tensor, sigma: Tensor, text: Text, guidance: Tensor) -> Tensor:
+    """The transformer's prediction, called as the pipeline calls it: timestep 1000 s, guidance times 1000."""
+    states, mask, pooled = text
+    return transformer(
         hidden_states=mixed,
         timestep=1000.0 * sigma,
         encoder_hidden_states=states,
@@ -438,74 +450,144 @@ def flow_loss(parts: Parts, latents: Tensor, tokens: list[Tensor]) -> Tensor:
         pooled_projections=pooled,
         guidance=1000.0 * guidance,
         return_dict=False,
-    )[0]
-    return functional.mse_loss(velocity.float(), noise - latents)
+    )[0].float()
 
 
-def _compile_blocks(transformer: HunyuanVideoTransformer3DModel) -> None:
-    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-        block.compile(dynamic=False)
+def flow_loss(parts: Parts, latents: Tensor, tokens: list[Tensor]) -> Tensor:
+    """Rectified flow (Liu et al. 2023, arXiv 2209.03003): at x the transformer predicts noise - data.
+
+    This is the convention of `FlowMatchEulerDiscreteScheduler`: a step adds (s_next - s) times the prediction.
+    """
+    mixed, sigma, target = noised(latents)
+    guidance = sample_guidance(len(latents), latents.device)
+    text = encode_text(parts.llama, parts.clip, tokens)
+    return functional.mse_loss(velocity(parts.transformer, mixed, sigma, text, guidance), target)
 
 
-def _uncompile_blocks(transformer: HunyuanVideoTransformer3DModel) -> None:
-    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-        block._compiled_call_impl = None
+def distillation_loss(
+    parts: Parts, teacher: nn.Module, empty: list[Tensor], latents: Tensor, tokens: list[Tensor]
+) -> Tensor:
+    """Guidance distillation (Meng et al. 2023, arXiv 2210.03142, section 3.1), for rectified flow.
+
+    The target is the teacher's classifier-free guidance against the `empty` prompt's tokens, at the weight that the
+    student's guidance scale stands for.
+    """
+    mixed, sigma, _ = noised(latents)
+    guidance = sample_guidance(len(latents), latents.device)
+    default = torch.full_like(guidance, DEFAULT_GUIDANCE)
+    with torch.no_grad():
+        text = encode_text(parts.llama, parts.clip, tokens)
+        nothing = encode_text(parts.llama, parts.clip, [row.expand(len(latents), -1) for row in empty])
+        towards = velocity(teacher, mixed, sigma, text, default)
+        away = velocity(teacher, mixed, sigma, nothing, default)
+        weight = 1.0 + GUIDANCE_SLOPE * (guidance - 1.0)
+        target = away + weight[:, None, None, None, None] * (towards - away)
+    return functional.mse_loss(velocity(parts.transformer, mixed, sigma, text, guidance), target)
 
 
-def _try_compiled(parts: Parts, pool: LatentPool, device: torch.device, batch: int) -> bool:
+Loss = Callable[[Tensor, list[Tensor]], Tensor]
+"""Of latents and their prompts' tokens."""
+
+
+def _compile_blocks(*transformers: Any) -> None:
+    for transformer in transformers:
+        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+            block.compile(dynamic=False)
+
+
+def _uncompile_blocks(*transformers: Any) -> None:
+    for transformer in transformers:
+        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+            block._compiled_call_impl = None
+
+
+def _try_compiled(loss: Loss, pool: LatentPool, device: torch.device, batch: int, *transformers: Any) -> bool:
     """Compile the blocks and take one trial step; a machine that cannot compile trains eagerly."""
-    _compile_blocks(parts.transformer)
+    _compile_blocks(*transformers)
     try:
         with autocast(device):
-            loss = flow_loss(parts, *pool.sample(batch))
-        loss.backward()
+            trial = loss(*pool.sample(batch))
+        trial.backward()
         torch.cuda.synchronize()
     except Exception as error:  # whatever the compiler raises, training goes on without it
         print(f"torch.compile failed, training eagerly: {type(error).__name__}: {str(error)[:300]}", flush=True)
-        _uncompile_blocks(parts.transformer)
+        _uncompile_blocks(*transformers)
         return False
     return True
 
 
-def train_transformer(
-    parts: Parts, device: torch.device, seconds: float, out: Path, options: argparse.Namespace
-) -> dict[str, Any]:
-    """Train transformer and text encoders together for `seconds`; their running averages replace them."""
+def train_flow(parts: Parts, pool: LatentPool, seconds: float, options: argparse.Namespace) -> dict[str, Any]:
+    """Flow matching: transformer and text encoders together. Their running averages replace them."""
+
+    def loss(latents: Tensor, tokens: list[Tensor]) -> Tensor:
+        return flow_loss(parts, latents, tokens)
+
+    trained = [parts.transformer, parts.llama, parts.clip]
+    averages, record = _fit("flow", parts, trained, loss, pool, seconds, options.learning_rate, options)
+    parts.transformer, parts.llama, parts.clip = averages
+    return record
+
+
+def distil_guidance(parts: Parts, pool: LatentPool, seconds: float, options: argparse.Namespace) -> dict[str, Any]:
+    """Guidance distillation: the transformer alone, from itself. Its running average replaces it."""
+    teacher = copy.deepcopy(parts.transformer).eval().requires_grad_(False)
+    for encoder in (parts.llama, parts.clip):
+        encoder.eval().requires_grad_(False)
+    device = pool.latents.device
+    empty = [row.to(device) for row in tokenize([""], parts.llama_tokenizer, parts.clip_tokenizer, TEXT_TOKENS)]
+
+    def loss(latents: Tensor, tokens: list[Tensor]) -> Tensor:
+        return distillation_loss(parts, teacher, empty, latents, tokens)
+
+    rate = options.learning_rate / 2
+    averages, record = _fit("guidance", parts, [parts.transformer], loss, pool, seconds, rate, options, teacher)
+    parts.transformer = averages[0]
+    return record
+
+
+def _fit(
+    stage: str,
+    parts: Parts,
+    trained: list[Any],
+    loss: Loss,
+    pool: LatentPool,
+    seconds: float,
+    learning_rate: float,
+    options: argparse.Namespace,
+    *frozen: Any,
+) -> tuple[list[Any], dict[str, Any]]:
+    """Train `trained`, the transformer first, for `seconds`: (their running averages, what happened)."""
     deadline = time.monotonic() + seconds
-    on_gpu = device.type == "cuda"
-    batch = options.batch or (128 if on_gpu else 8)
-    pool = LatentPool(
-        parts,
-        device,
-        size=options.pool or (16384 if on_gpu else 256),
-        refresh=32 if on_gpu else 8,
-        prompts=50_000 if on_gpu else 5_000,
+    device = pool.latents.device
+    batch = options.batch or (128 if device.type == "cuda" else 8)
+    parameters = [parameter for module in trained for parameter in module.train().requires_grad_(True).parameters()]
+    ema = Ema(trained, decay=0.999)
+    compiled = (
+        device.type == "cuda"
+        and not options.no_compile
+        and _try_compiled(loss, pool, device, batch, trained[0], *frozen)
     )
-    modules = [parts.transformer.train(), parts.llama.train(), parts.clip.train()]
-    parameters = [parameter.requires_grad_(True) for module in modules for parameter in module.parameters()]
-    ema = Ema(modules, decay=0.999)
-    compiled = on_gpu and not options.no_compile and _try_compiled(parts, pool, device, batch)
     optimiser = _optimiser(parameters, device, decay=0.01)
-    averaged = Parts(parts.vae, *ema.modules, parts.llama_tokenizer, parts.clip_tokenizer)
-    box = TimeBox("transformer", max(deadline - time.monotonic(), 1.0), out / "train.jsonl", options.save_every)
-    print(f"transformer: {box.seconds:.0f} s left after preparation, compiled: {compiled}", flush=True)
+    box = TimeBox(stage, max(deadline - time.monotonic(), 1.0), options.out / "train.jsonl", options.save_every)
+    print(f"{stage}: {box.seconds:.0f} s left after preparation, compiled: {compiled}", flush=True)
     step, mean_loss = 0, torch.ones((), device=device)
     for step in box.steps():
         pool.refresh()
         latents, tokens = pool.sample(batch)
         with autocast(device):
-            loss = flow_loss(parts, latents, tokens)
-        rate = box.learning_rate(options.learning_rate)
-        _advance(optimiser, loss, rate, parameters)
+            value = loss(latents, tokens)
+        rate = box.learning_rate(learning_rate)
+        _advance(optimiser, value, rate, parameters)
         ema.update(step)
-        mean_loss = torch.lerp(mean_loss, loss.detach(), 0.02 if step > 50 else 0.2)
+        mean_loss = torch.lerp(mean_loss, value.detach(), 0.02 if step > 50 else 0.2)
         box.report(step, loss=mean_loss, learning_rate=rate)
         if box.is_time_to_save():
-            averaged.save(out / "pipeline")
-            pack(out)
-            publish(out, options.results)
-    parts.transformer, parts.llama, parts.clip = ema.modules
-    return {"steps": step + 1, "batch": batch, "compiled": compiled, "loss": round(mean_loss.item(), 5)}
+            averages = (*ema.modules, parts.llama, parts.clip)[:3] if len(trained) == 1 else ema.modules
+            Parts(parts.vae, *averages, parts.llama_tokenizer, parts.clip_tokenizer).save(options.out / "pipeline")
+            pack(options.out)
+            publish(options.out, options.results)
+    steps = {"steps": step + 1, "batch": batch, "compiled": compiled, "loss": round(mean_loss.item(), 5)}
+    return ema.modules, steps
 
 
 def pack(out: Path) -> Path:
@@ -567,8 +649,14 @@ def main() -> None:
     print(json.dumps(record["vae"]), flush=True)
     parts.save(out / "pipeline")
     if options.stage != "vae":
+        on_gpu = device.type == "cuda"
+        size = options.pool or (16384 if on_gpu else 256)
+        pool = LatentPool(parts, device, size, refresh=8, prompts=50_000 if on_gpu else 5_000)
         left = seconds - (time.monotonic() - began)
-        record["transformer"] = train_transformer(parts, device, left, out, options)
+        record["flow"] = train_flow(parts, pool, FLOW_SHARE * left, options)
+        parts.save(out / "pipeline")
+        left = seconds - (time.monotonic() - began)
+        record["guidance"] = distil_guidance(parts, pool, left, options)
         parts.save(out / "pipeline")
     pack(out)
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
