@@ -17,6 +17,11 @@ py::dict build_info() {
   info["compiler"] = "gcc " __VERSION__;
 #endif
   info["cpu_capability"] = para_kernels::kernel_table().capability;
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
   info["torch"] = TORCH_VERSION;
   return info;
 }
@@ -30,5 +35,5 @@ TORCH_LIBRARY_IMPL(para_kernels, CPU, m) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "C++ CPU kernels of para_kernels. Importing it registers them with torch's dispatcher.";
-  m.def("build_info", &build_info, "Compiler, CPU capability chosen at run time, and the torch compiled against.");
+  m.def("build_info", &build_info, "Compiler, CPU capability chosen at run time, whether the ops are parallel, and the torch compiled against.");
 }

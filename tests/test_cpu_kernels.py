@@ -328,6 +328,17 @@ def test_build_info_names_the_torch_that_runs() -> None:
     assert re.match(r"(gcc|clang) \d+", info["compiler"])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the libraries of an ELF file")
+def test_the_threads_are_those_of_torch() -> None:
+    """Parallel, and in torch's OpenMP runtime: one of its own would start as many threads again."""
+    from para_kernels import _C
+
+    assert _C.build_info()["openmp"]
+    needed = subprocess.run(["ldd", str(_C.__file__)], capture_output=True, text=True, check=True).stdout
+    assert "libtorch_cpu" in needed
+    assert not re.search(r"lib(g|i)?omp", needed)
+
+
 # --- the kernels for a processor without AVX2 -------------------------------------------------------------------------
 
 RUN_PORTABLE = """
