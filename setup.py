@@ -14,8 +14,8 @@ from setuptools import setup
 
 SOURCES = ["csrc/bindings.cpp", "csrc/kernel_table.cpp", "csrc/merge_states.cpp", "csrc/residual_diff.cpp"]
 KERNELS = ["csrc/kernels/merge_states.cpp", "csrc/kernels/residual_diff.cpp"]
-# at::parallel_for is serial unless compiled with OpenMP. It is not linked: the runtime is the one that torch has loaded,
-# since a second one would bring its own threads.
+# at::parallel_for is serial unless compiled with OpenMP. The runtime is not linked but the one that torch has loaded: a
+# second one would bring its own threads.
 FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 
 # Every kernel is compiled once per capability, and csrc/kernel_table.cpp chooses at run time. The names are ATen's.
