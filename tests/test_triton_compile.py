@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from para_kernels.triton_kernels import attention, merge_states, residual_diff  # noqa: E402
@@ -48,10 +48,9 @@ num_warps: int) -> Usage:  # fmt: skip
 
 
 def assemble(ptx: str, shared: int) -> Usage:
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    arch = re.search(r"\.target (\w+)", ptx)
+    arch = re.search(r"\.target (sm_(\d+)\w*)", ptx)
     assert arch is not None
-    command = [str(ptxas), "-v", f"-arch={arch[1]}", "-o", "/dev/null", "/dev/stdin"]
+    command = [get_ptxas(int(arch[2])).path, "-v", f"-arch={arch[1]}", "-o", "/dev/null", "/dev/stdin"]
     report = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
     serialised = re.findall(r"C75\d\d", report)
     assert not serialised, report

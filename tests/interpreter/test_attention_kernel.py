@@ -5,7 +5,7 @@ float32 and float16: the interpreter holds bfloat16 as raw integers and cannot m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch

@@ -30,7 +30,9 @@ def split_digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Real digits in [0, 1]: (training images, held-out images, training labels, held-out labels), images (N, 8, 8)."""
     images, labels = load_digits(return_X_y=True)
     images = images.reshape(-1, 8, 8).astype(np.float32) / 16.0
-    return tuple(train_test_split(images, labels, test_size=0.25, random_state=_SPLIT_SEED, stratify=labels))
+    parts = train_test_split(images, labels, test_size=0.25, random_state=_SPLIT_SEED, stratify=labels)
+    train_images, held_out_images, train_labels, held_out_labels = map(np.asarray, parts)
+    return train_images, held_out_images, train_labels, held_out_labels
 
 
 def smooth_glyphs(images: np.ndarray) -> torch.Tensor:

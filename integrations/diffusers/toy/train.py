@@ -166,6 +166,8 @@ class Parts:
             text_encoder_2=copy.deepcopy(self.clip).cpu().float(),
             tokenizer_2=self.clip_tokenizer,
         )
+        for module in (pipe.transformer, pipe.vae):
+            module.register_to_config(_name_or_path="")  # not the folder that it was once read from
         fresh = folder.with_name(folder.name + ".new")
         shutil.rmtree(fresh, ignore_errors=True)
         pipe.save_pretrained(fresh)
