@@ -99,7 +99,7 @@ def _run(section: Section, device: torch.device) -> Outcome:
         skipped = str(reason)
     except report_checks.CheckFailedError as error:
         failure = str(error)
-    except Exception:  # A report from a borrowed machine must come back whole.
+    except Exception:  # One broken section must not cost the others their results.
         failure = traceback.format_exc()
     finally:
         torch.cuda.empty_cache()
