@@ -12,6 +12,7 @@ from para_kernels import ops
 from para_kernels.checks import (
     check_contiguous_last,
     check_device,
+    check_device_type,
     check_dims,
     check_dtype,
     check_inference,
@@ -135,15 +136,16 @@ def flash_attention_varlen(
         q: (Tq, H, D), the samples' queries concatenated; dtypes, strides and D as for `flash_attention`.
         k, v: (Tk, Hk, D).
         cu_seqlens_q, cu_seqlens_k: int32 (B + 1,) on the same device: sample b owns rows cu_seqlens[b] ...
-            cu_seqlens[b + 1]. Start at 0, never fall, end at T at most (refused otherwise on the CPU; on CUDA they are
-            not looked at).
-        max_seqlen_q, max_seqlen_k: at least the longest sample. They size the launch; no kernel is compiled for them.
+            cu_seqlens[b + 1]. Start at 0, never fall, end at T at most: others are refused on the CPU and clamped into
+            the tensor on CUDA.
+        max_seqlen_q, max_seqlen_k: at least the longest sample (checked on the CPU; on CUDA rows of a sample past
+            max_seqlen_q come back as zeros). They size the launch; no kernel is compiled for them.
         scale: factor on the scores, at least 0, default D ** -0.5.
         return_lse: also return the log-sum-exp of the scaled scores.
 
     Returns:
-        out (Tq, H, D), contiguous, in q's dtype; with `return_lse` also lse (H, Tq), float32, natural logarithm. On
-        the CPU rows past the last sample are zeros (lse -inf); on CUDA they are not written.
+        out (Tq, H, D), contiguous, in q's dtype; with `return_lse` also lse (H, Tq), float32, natural logarithm. Rows
+        of no sample are zeros, with an lse of -inf.
 
     Raises:
         ValueError: as for `flash_attention`, and for negative maximum lengths or cu_seqlens of different sizes.
@@ -159,8 +161,8 @@ def flash_attention_varlen(
     for name, lens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         _check_lens(name, lens, cu_seqlens_q.numel(), q.device, "B + 1")
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if longest < 0:
-            raise ValueError(f"{name}: got {longest}, must be at least 0")
+        if not isinstance(longest, (int, torch.SymInt)) or longest < 0:
+            raise ValueError(f"{name}: got {longest!r}, must be an integer, at least 0")
     out, lse = torch.ops.para_kernels.flash_attention_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, _scale(scale, q.shape[2])
     )
@@ -187,6 +189,7 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     if out_a.dim() not in (3, 4):
         raise ValueError(f"out_a: got shape {tuple(out_a.shape)}, must be (B, S, H, D) or (T, H, D)")
     check_dtype("out_a", out_a, ATTENTION_DTYPES)
+    check_device_type("out_a", out_a)
     check_same("out_b", out_b, "out_a", out_a)
     for name, out in (("out_a", out_a), ("out_b", out_b)):
         check_contiguous_last(name, out)
@@ -232,8 +235,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     heads, head_dim = q.shape[-2:]
     kv_heads = k.shape[-2]
     check_dtype("q", q, ATTENTION_DTYPES)
-    if q.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"q: got device {q.device}, allowed are cpu and cuda")
+    check_device_type("q", q)
     check_same("v", v, "k", k)
     if k.dtype != q.dtype:
         raise ValueError(f"k: got dtype {k.dtype}, must be {q.dtype} like q")

@@ -106,7 +106,7 @@ class CacheState:
 
         Reads the device once, and not at all on a warm-up step or when there is nothing to compare with. A tensor of
         another shape, dtype or device than before belongs to another call: the state is reset first. A diff that is
-            NaN or infinite is a miss.
+        NaN or infinite is a miss.
 
         Args:
             reduce: combines the sums of several ranks that each hold a shard of the sequence, so that all of them

@@ -21,6 +21,11 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name}: got device {tensor.device}, must be {device} like the other tensors")
 
 
+def check_device_type(name: str, tensor: Tensor) -> None:
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name}: got device {tensor.device}, allowed are cpu and cuda")
+
+
 def check_dims(name: str, tensor: Tensor, shape: str) -> None:
     """`shape` names the dimensions, for instance "B, S, H, D"."""
     if tensor.dim() != shape.count(",") + 1:

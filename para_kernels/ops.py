@@ -177,11 +177,15 @@ def _flash_attention_varlen_cpu(
 
 def _merge_states_torch(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """The merge as torch expressions: what the CPU runs when the extension is not built."""
-    lse = torch.logaddexp(lse_a, lse_b)
+    lse = torch.logaddexp(lse_a, lse_b).contiguous()
     # Where both states are empty there is nothing to weigh: exp(-inf - 0) is 0.
     anchor = torch.where(lse == float("-inf"), 0.0, lse)
-    weight_a, weight_b = (torch.exp(x - anchor).transpose(-1, -2).unsqueeze(-1) for x in (lse_a, lse_b))
-    return (out_a * weight_a + out_b * weight_b).to(out_a.dtype).contiguous(), lse
+    merged = torch.zeros((), dtype=out_a.dtype)
+    for out, state in ((out_a, lse_a), (out_b, lse_b)):
+        weight = torch.exp(state - anchor).transpose(-1, -2).unsqueeze(-1)
+        # The rows of a state without keys are not looked at: they may hold anything, NaN included.
+        merged = merged + torch.where(state.transpose(-1, -2).unsqueeze(-1) == float("-inf"), 0.0, out * weight)
+    return merged.to(out_a.dtype).contiguous(), lse
 
 
 def _residual_diff_torch(hidden_in: Tensor, hidden_out: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -232,7 +236,8 @@ def _flash_attention_varlen_cuda(
 ) -> tuple[Tensor, Tensor]:
     from para_kernels.triton_kernels.attention import attention_forward
 
-    out, lse = _packed_outputs(q)
+    # Rows of no sample come back as on the CPU.
+    out, lse = (x.fill_(value) for x, value in zip(_packed_outputs(q), (0.0, float("-inf")), strict=True))
     with torch.cuda.device(q.device):
         attention_forward(
             q[None],
@@ -243,7 +248,7 @@ def _flash_attention_varlen_cuda(
             cu_seqlens_q,
             cu_seqlens_k,
             scale,
-            packed_max_lens=(max_seqlen_q, max_seqlen_k),
+            packed_max_q=max_seqlen_q,
             capability=_capability(q.device),
         )
     return out, lse

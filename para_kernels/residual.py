@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import para_kernels.ops  # noqa: F401  (defines the operators)
-from para_kernels.checks import check_dtype, check_inference, check_same
+from para_kernels.checks import check_device_type, check_dtype, check_inference, check_same
 
 RESIDUAL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -26,13 +26,13 @@ def residual_diff(hidden_in: Tensor, hidden_out: Tensor, previous: Tensor | None
     Returns:
         (residual, sums): residual = hidden_out - hidden_in in their dtype, contiguous; sums is float32 (2,) on the
         same device: (sum |previous - residual|, sum |previous|), accumulated in float32 or wider in a fixed order (two
-            runs agree to the bit),
-        and zeros where `previous` is None. Nothing is read on the host.
+        runs agree to the bit), and zeros where `previous` is None. Nothing is read on the host.
 
     Raises:
         ValueError: for another dtype, or tensors that differ in shape, dtype or device.
     """
     check_dtype("hidden_in", hidden_in, RESIDUAL_DTYPES)
+    check_device_type("hidden_in", hidden_in)
     check_same("hidden_out", hidden_out, "hidden_in", hidden_in)
     if previous is not None:
         check_same("previous", previous, "hidden_in", hidden_in)

@@ -112,10 +112,18 @@ def test_packed(dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_scale(device: str) -> None:
+@pytest.mark.parametrize("scale", [0.7, 0.0])
+def test_scale(scale: float, device: str) -> None:
     torch.manual_seed(5)
     q, k, v = random_qkv(1, 20, 30, 2, 2, 16, torch.float32, device)
-    check(*flash_attention(q, k, v, scale=0.7, return_lse=True), *attention_batch(q, k, v, scale=0.7))
+    check(*flash_attention(q, k, v, scale=scale, return_lse=True), *attention_batch(q, k, v, scale=scale))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nan_among_the_keys_comes_out_as_nan(device: str) -> None:
+    q, k, v = random_qkv(1, 20, 30, 1, 1, 16, torch.float32, device)
+    k[0, 3] = float("nan")
+    assert flash_attention(q, k, v).isnan().all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -229,7 +237,8 @@ BAD_PACKED: list[tuple[str, dict[str, object], str]] = [
     ("falls", {"cu_seqlens_q": torch.tensor([0, 5, 3], dtype=torch.int32), "cu_seqlens_k": torch.tensor([0, 3, 5], dtype=torch.int32)}, r"cu_seqlens_q: got \[0, 5, 3\]"),
     ("past the end", {"cu_seqlens_k": torch.tensor([0, 6], dtype=torch.int32)}, r"cu_seqlens_k: got \[0, 6\].*end at 5 or before"),
     ("longer than max", {"max_seqlen_q": 4}, r"cu_seqlens_q: got \[0, 5\].*at most the maximum length 4"),
-    ("negative max", {"max_seqlen_k": -1}, r"max_seqlen_k: got -1, must be at least 0"),
+    ("negative max", {"max_seqlen_k": -1}, r"max_seqlen_k: got -1, must be an integer, at least 0"),
+    ("float max", {"max_seqlen_q": 5.0}, r"max_seqlen_q: got 5.0, must be an integer"),
     ("head dim", {"k": torch.zeros(5, 2, 4), "v": torch.zeros(5, 2, 4)}, r"k: got shape \(5, 2, 4\), must be \(5, 2, 8\)"),
 ]  # fmt: skip
 

@@ -203,8 +203,9 @@ def test_a_forward_that_fails_leaves_nothing_to_the_next(pipe: HunyuanVideoPipel
     assert pattern(handle, "default") == "c"
 
 
-def test_a_block_called_by_itself_after_a_hit_is_computed(pipe: HunyuanVideoPipeline) -> None:
-    block = pipe.transformer.transformer_blocks[1]
+@pytest.mark.parametrize("index", [0, 1, -1], ids=["first", "middle", "last"])
+def test_a_block_called_by_itself_after_a_hit_is_computed(pipe: HunyuanVideoPipeline, index: int) -> None:
+    block = [*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks][index]
     video, text, temb = torch.ones(1, 18, 48), torch.ones(1, 5, 48), torch.ones(1, 48)
     with torch.no_grad():
         stock = block(video, text, temb)
@@ -213,8 +214,10 @@ def test_a_block_called_by_itself_after_a_hit_is_computed(pipe: HunyuanVideoPipe
             pipe.transformer(**transformer_inputs())
         assert pattern(handle, "default") == "cr"
         ours = block(video, text, temb)
+        pipe.transformer(**transformer_inputs())
     assert torch.equal(ours[0], stock[0])
     assert torch.equal(ours[1], stock[1])
+    assert pattern(handle, "default") == "crr"
 
 
 def test_another_size_is_computed(pipe: HunyuanVideoPipeline) -> None:

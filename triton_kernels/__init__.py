@@ -1,4 +1,4 @@
-"""Triton and Gluon kernels, one file each: the kernel, then its launcher. They import torch and triton only."""
+"""Triton kernels, one file each: the kernel, then its launcher. They import torch and triton only."""
 
 if __name__ != "para_kernels.triton_kernels":
     raise ImportError(

@@ -14,23 +14,23 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-MAX_HEAD_DIM = 256
-
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _sample_span(lens, batch, max_len, PACKED: tl.constexpr):
-    """(first row, length) of a sample: from `cu_seqlens`, from its entry in `lens`, or all `max_len` rows."""
+def _sample_span(lens, batch, rows, PACKED: tl.constexpr):
+    """(first row, length) of a sample within `rows`: from `cu_seqlens`, from its entry in `lens`, or all rows.
+
+    Clamped, since what lies on the device cannot be refused on the host without a synchronisation.
+    """
     start = 0
-    length = max_len
+    length = rows
     if PACKED:
-        start = tl.load(lens + batch)
-        length = tl.load(lens + batch + 1) - start
+        start = tl.minimum(tl.maximum(tl.load(lens + batch), 0), rows)
+        length = tl.minimum(tl.maximum(tl.load(lens + batch + 1), start), rows) - start
     elif lens is not None:
-        # Clamped, since a length on the device cannot be refused on the host without a synchronisation.
-        length = tl.minimum(tl.maximum(tl.load(lens + batch), 0), max_len)
+        length = tl.minimum(tl.maximum(tl.load(lens + batch), 0), rows)
     return start, length
 
 
@@ -80,10 +80,15 @@ def _attend_block(
     k_tile = _load_rows(k, k_row, k_col, first, kv_len, stride_kn, D, BLOCK_N, BLOCK_D, USE_TMA, MASKED)
     scores = tl.dot(q, k_tile.T, input_precision=PRECISION)
     if MASKED:
-        scores = tl.where((first + tl.arange(0, BLOCK_N) < kv_len)[None, :], scores, float("-inf"))
-    # Scores are scaled inside the exponent: each reaches exp2 through one fused multiply-add.
-    m_new = tl.maximum(m_i, tl.max(scores, 1) * scale_log2)
-    p = tl.math.exp2(scores * scale_log2 - m_new[:, None])
+        # Scaled before they are masked: -inf * 0 is not -inf.
+        valid = (first + tl.arange(0, BLOCK_N) < kv_len)[None, :]
+        scaled = tl.where(valid, scores * scale_log2, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(scaled, 1))
+        p = tl.math.exp2(scaled - m_new[:, None])
+    else:
+        # Scaled inside the exponent: each score reaches exp2 through one fused multiply-add.
+        m_new = tl.maximum(m_i, tl.max(scores, 1) * scale_log2)
+        p = tl.math.exp2(scores * scale_log2 - m_new[:, None])
     alpha = tl.math.exp2(m_i - m_new)
     l_i = l_i * alpha + tl.sum(p, 1)
     acc = acc * alpha[:, None]
@@ -92,25 +97,28 @@ def _attend_block(
     return acc, l_i, m_new
 
 
-# Nothing about a shape is specialised on; what alignment the loads may rely on comes from VEC and from the pointers.
+# No length is specialised on; what alignment the loads may rely on comes from VEC and from the pointers.
 _RUNTIME_INTEGERS = (
-    "max_q", "max_k", "heads", "heads_per_kv", "lse_stride_b", "lse_stride_h", "stride_qb", "stride_qm", "stride_qh",
-    "stride_kb", "stride_kn", "stride_kh", "stride_vb", "stride_vn", "stride_vh", "stride_ob", "stride_om",
+    "max_q", "rows_q", "rows_k", "heads", "heads_per_kv", "lse_stride_b", "lse_stride_h",
+    "stride_qb", "stride_qm", "stride_qh", "stride_kb", "stride_kn", "stride_kh",
+    "stride_vb", "stride_vn", "stride_vh", "stride_ob", "stride_om",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_RUNTIME_INTEGERS)
 def _attention_fwd(
-    q_ptr, k, v, out_ptr, lse_ptr, q_lens, kv_lens, scale_log2, max_q, max_k, heads, heads_per_kv,
+    q_ptr, k, v, out_ptr, lse_ptr, q_lens, kv_lens, scale_log2, max_q, rows_q, rows_k, heads, heads_per_kv,
     lse_stride_b, lse_stride_h, stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh, stride_ob, stride_om,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
     VEC: tl.constexpr, USE_TMA: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Strides arrive divided by VEC. Multiplying here tells the compiler that they are multiples of a 16-byte load.
-    stride_qb, stride_qm, stride_qh = stride_qb * VEC, stride_qm * VEC, stride_qh * VEC
-    stride_kb, stride_kn, stride_kh = stride_kb * VEC, stride_kn * VEC, stride_kh * VEC
-    stride_vb, stride_vn, stride_vh = stride_vb * VEC, stride_vn * VEC, stride_vh * VEC
+    # Those of samples and heads may need 64 bits; those of rows are kept short by the launcher.
+    stride_qm, stride_kn, stride_vn = stride_qm * VEC, stride_kn * VEC, stride_vn * VEC
+    stride_qb, stride_qh = tl.cast(stride_qb, tl.int64) * VEC, tl.cast(stride_qh, tl.int64) * VEC
+    stride_kb, stride_kh = tl.cast(stride_kb, tl.int64) * VEC, tl.cast(stride_kh, tl.int64) * VEC
+    stride_vb, stride_vh = tl.cast(stride_vb, tl.int64) * VEC, tl.cast(stride_vh, tl.int64) * VEC
 
     # Query blocks run fastest, so that programs in flight at one time share one head's keys and values in L2.
     blocks_m = tl.cdiv(max_q, BLOCK_M)
@@ -120,8 +128,8 @@ def _attention_fwd(
     batch = pid // (blocks_m * heads)
     kv_head = head // heads_per_kv
 
-    q_start, q_len = _sample_span(q_lens, batch, max_q, PACKED)
-    k_start, kv_len = _sample_span(kv_lens, batch, max_k, PACKED)
+    q_start, q_len = _sample_span(q_lens, batch, rows_q, PACKED)
+    k_start, kv_len = _sample_span(kv_lens, batch, rows_k, PACKED)
     rows = first_m + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_D)
     if PACKED:
@@ -131,7 +139,7 @@ def _attention_fwd(
         batch = batch * 0  # The samples lie in one batch, told apart by where they start.
     else:
         # Rows past the length exist in the output: they are written as zeros.
-        stored_rows = max_q
+        stored_rows = rows_q
         kv_len = tl.where(first_m < q_len, kv_len, 0)
 
     q_tile_ptr, _, _ = _origin(q_ptr, q_start + first_m, batch, head, stride_qb, stride_qm, stride_qh, False)
@@ -155,11 +163,12 @@ def _attention_fwd(
             D, BLOCK_N, BLOCK_D, USE_TMA, True, PRECISION,
         )  # fmt: skip
 
-    alive = (rows < q_len) & (l_i > 0)
+    # Not `l_i > 0`: a NaN among the keys must come out as NaN, not as a row without keys.
+    alive = (rows < q_len) & (kv_len > 0)
     safe_l = tl.where(alive, l_i, 1.0)
     lse = tl.where(alive, (m_i + tl.math.log2(safe_l)) * _LN_2, float("-inf"))
     out = tl.where(alive[:, None], acc * (1.0 / safe_l)[:, None], 0.0)
-    lse_row = lse_ptr + batch * lse_stride_b + head.to(tl.int64) * lse_stride_h + q_start
+    lse_row = lse_ptr + batch.to(tl.int64) * lse_stride_b + head.to(tl.int64) * lse_stride_h + q_start
     out_tile_ptr, _, _ = _origin(out_ptr, q_start + first_m, batch, head, stride_ob, stride_om, D, False)
     out_offsets = tl.arange(0, BLOCK_M)[:, None] * stride_om + cols[None, :]
     tl.store(lse_row + rows, lse, mask=rows < stored_rows)
@@ -250,6 +259,11 @@ def _matrix_shape(tensor: torch.Tensor) -> list[int] | None:
     return [rows, cols]
 
 
+def _with_short_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` with a row stride whose multiples within a tile fit 32 bits; a copy only beyond 16 million elements."""
+    return tensor.contiguous() if tensor.stride(1) >= 2**31 // 128 else tensor
+
+
 def attention_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -260,22 +274,24 @@ def attention_forward(
     kv_lens: torch.Tensor | None,
     scale: float,
     *,
-    packed_max_lens: tuple[int, int] | None = None,
+    packed_max_q: int | None = None,
     capability: tuple[int, int],
 ) -> None:
     """Launch the kernel; writes `out` (as q, contiguous) and `lse` (B, H, Sq) float32.
 
     q is (B, Sq, H, D), k and v (B, Sk, Hk, D), D contiguous, any other strides. `q_lens` and `kv_lens` are int32 (B,),
-    or None. With `packed_max_lens` = (longest query, longest key) the tensors are packed: B is 1, and `q_lens` and
-    `kv_lens` are the `cu_seqlens`, int32 (samples + 1,); lse is then (1, H, T). The caller has checked all of this.
+    or None.
+    With `packed_max_q`, the longest query, the tensors are packed: B is 1, and `q_lens` and `kv_lens` are the
+    `cu_seqlens`, int32 (samples + 1,); lse is then (1, H, T), and rows of no sample are not written. The caller has
+    checked all of this.
     """
-    _, max_q, heads, head_dim = q.shape
-    max_k, kv_heads = k.shape[1], k.shape[2]
-    samples = q.shape[0]
-    if packed_max_lens is not None:
+    q, k, v = (_with_short_rows(x) for x in (q, k, v))
+    samples, rows_q, heads, head_dim = q.shape
+    rows_k, kv_heads = k.shape[1], k.shape[2]
+    max_q = rows_q
+    if packed_max_q is not None:
         assert q_lens is not None
-        max_q, max_k = packed_max_lens
-        samples = q_lens.numel() - 1
+        max_q, samples = packed_max_q, q_lens.numel() - 1
     shapes = [_matrix_shape(x) if uses_tma(capability, q.dtype, head_dim) else None for x in (k, v)]
     tma = all(shape is not None for shape in shapes)
     config = attention_config(capability, head_dim, q.dtype, tma)
@@ -290,10 +306,11 @@ def attention_forward(
     vec = _vector_width(q, k, v)
     strides = [stride // vec for tensor in (q, k, v) for stride in tensor.stride()[:-1]]
     _attention_fwd[(blocks,)](
-        q, *keys_values, out, lse, q_lens, kv_lens, scale * _LOG2_E.value, max_q, max_k, heads, heads // kv_heads,
+        q, *keys_values, out, lse, q_lens, kv_lens, scale * _LOG2_E.value,
+        max_q, rows_q, rows_k, heads, heads // kv_heads,
         lse.stride(0), lse.stride(1), *strides, out.stride(0), out.stride(1),
         D=head_dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, STAGES=config.num_stages,
-        VEC=vec, USE_TMA=tma, PACKED=packed_max_lens is not None,
+        VEC=vec, USE_TMA=tma, PACKED=packed_max_q is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=config.num_warps,
     )  # fmt: skip

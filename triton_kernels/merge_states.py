@@ -23,8 +23,8 @@ def _merge_states(
     lse_a_stride_b, lse_a_stride_h, lse_a_stride_s, lse_b_stride_b, lse_b_stride_h, lse_b_stride_s,
     D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    batch = (tl.program_id(1) // heads).to(tl.int64)
     s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     row_mask = s < length
@@ -44,12 +44,13 @@ def _merge_states(
     total = weight_a + weight_b
     share = 1.0 / tl.where(total > 0, total, 1.0)
 
-    x = tl.load(
-        out_a + batch * a_stride_b + head * a_stride_h + s[:, None] * a_stride_s + d[None, :], mask=mask, other=0.0
-    )
-    y = tl.load(
-        out_b + batch * b_stride_b + head * b_stride_h + s[:, None] * b_stride_s + d[None, :], mask=mask, other=0.0
-    )
+    # The rows of a state without keys are not looked at: they may hold anything, NaN included.
+    has_a = (state_a > float("-inf"))[:, None]
+    has_b = (state_b > float("-inf"))[:, None]
+    a_offsets = batch * a_stride_b + head * a_stride_h + s[:, None] * a_stride_s + d[None, :]
+    b_offsets = batch * b_stride_b + head * b_stride_h + s[:, None] * b_stride_s + d[None, :]
+    x = tl.load(out_a + a_offsets, mask=mask & has_a, other=0.0)
+    y = tl.load(out_b + b_offsets, mask=mask & has_b, other=0.0)
     merged = x.to(tl.float32) * (weight_a * share)[:, None] + y.to(tl.float32) * (weight_b * share)[:, None]
     tl.store(
         out + ((batch * length + s[:, None]) * heads + head) * D + d[None, :],
@@ -67,7 +68,7 @@ def merge_states_forward(
     lse = torch.empty_like(lse_a, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         # No element to weigh, but an lse may exist where D is 0.
-        return out, torch.logaddexp(lse_a, lse_b)
+        return out, torch.logaddexp(lse_a, lse_b).contiguous()
     if out_a.dim() == 3:
         merge_into(out_a[None], lse_a[None], out_b[None], lse_b[None], out[None], lse[None])
     else:
@@ -87,7 +88,7 @@ def merge_into(
     batch, length, heads, head_dim = out_a.shape
     block_d = triton.next_power_of_2(head_dim)
     block_s = max(1, 4096 // block_d)
-    _merge_states[(triton.cdiv(length, block_s), heads, batch)](
+    _merge_states[(triton.cdiv(length, block_s), heads * batch)](
         out_a, lse_a, out_b, lse_b, out, lse, length, heads,
         *out_a.stride()[:-1], *out_b.stride()[:-1], *lse_a.stride(), *lse_b.stride(),
         D=head_dim, BLOCK_S=block_s, BLOCK_D=block_d, num_warps=4,

@@ -43,14 +43,14 @@ def _residual_diff(
         r = (row_block * TILES + tile) * BLOCK_R + tl.arange(0, BLOCK_R)
         mask = (r < rows)[:, None] & (c < cols)[None, :]
         wide_r = r.to(tl.int64)[:, None]
-        in_offsets = batch * (in_stride_b * VEC) + wide_r * (in_stride_r * VEC) + c[None, :]
-        out_offsets = batch * (out_stride_b * VEC) + wide_r * (out_stride_r * VEC) + c[None, :]
+        in_offsets = batch * in_stride_b * VEC + wide_r * in_stride_r * VEC + c[None, :]
+        out_offsets = batch * out_stride_b * VEC + wide_r * out_stride_r * VEC + c[None, :]
         before = tl.load(hidden_in + in_offsets, mask=mask, other=0.0)
         after = tl.load(hidden_out + out_offsets, mask=mask, other=0.0)
         change = (after.to(tl.float32) - before.to(tl.float32)).to(residual.dtype.element_ty)
         tl.store(residual + (batch * rows + wide_r) * cols + c[None, :], change, mask=mask)
         if previous is not None:
-            previous_offsets = batch * (previous_stride_b * VEC) + wide_r * (previous_stride_r * VEC) + c[None, :]
+            previous_offsets = batch * previous_stride_b * VEC + wide_r * previous_stride_r * VEC + c[None, :]
             reference = tl.load(previous + previous_offsets, mask=mask, other=0.0).to(tl.float32)
             moved += tl.sum(tl.sum(tl.abs(reference - change.to(tl.float32)), 1), 0)
             total += tl.sum(tl.sum(tl.abs(reference), 1), 0)

@@ -24,7 +24,7 @@ class BlockCache:
         self.family = family
         self.branch = branch
         self.states: dict[str, CacheState] = {}
-        self.begin_forward()
+        self.end_forward()
 
     def retune(self, policy: FirstBlockCache) -> None:
         """Go on with another policy and no memory."""
@@ -34,10 +34,16 @@ class BlockCache:
     def reset(self) -> None:
         """A call has begun or ended: nothing of it may be reused in another one, and its tensors are freed."""
         self.states.clear()
-        self.begin_forward()
+        self.end_forward()
 
     def begin_forward(self) -> None:
-        """No decision yet: blocks run."""
+        """A forward of the transformer begins: no decision yet, blocks run."""
+        self.end_forward()
+        self.running = True
+
+    def end_forward(self) -> None:
+        """The forward is over. A block that is called by itself from here on just runs."""
+        self.running = False
         self.decision: StepRecord | None = None
         self._first: dict[str, Tensor] = {}
 
@@ -96,6 +102,8 @@ class FirstBlockHook(_BlockHook):
     """Runs the first block and decides about the others."""
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not self._cache.running:
+            return self.fn_ref.original_forward(*args, **kwargs)
         hidden_in = self._arguments[0].get(args, kwargs)
         return self._returned(self._cache.after_first_block(hidden_in, self._run(args, kwargs)))
 
@@ -115,6 +123,8 @@ class LastBlockHook(_BlockHook):
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self._cache.reusing:
             return self._returned(self._given(args, kwargs))
+        if not self._cache.running:
+            return self.fn_ref.original_forward(*args, **kwargs)
         streams = self._run(args, kwargs)
         self._cache.after_last_block(streams)
         return self._returned(streams)

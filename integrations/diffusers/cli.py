@@ -36,7 +36,7 @@ Generate one video per prompt and print what every denoising step did.
 
 Several prompts run as one batch; padded text is never computed, and prompt i starts from the noise of seed + i, so
 that each video is the one it would be alone. The default model is the small one that ships with the package: it draws
-the digits 0 to 9 moving left, right, up or down, in 64 x 64 pixels, in seconds on a CPU.
+the digits 0 to 9 moving in eight directions or standing still, in 64 x 64 pixels, in seconds on a CPU.
 """
 
 GENERATE_EXAMPLES = """\

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import platform
 import shutil
 import subprocess
@@ -60,7 +61,7 @@ def _extension() -> str:
         extension = importlib.import_module("para_kernels._C")
     except ImportError as error:
         return (
-            f"not built ({error}); the CPU ops run on torch instead, slower. To build it: a C++17 compiler, then "
+            f"not built ({error}); the CPU ops run on torch instead, slower. To build it: a C++ compiler, then "
             "pip install --no-build-isolation ."
         )
     info = extension.build_info()
@@ -113,8 +114,12 @@ def _gpu(index: int) -> Iterator[str]:
     yield f"  {index}: {properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB"
     if capability < OLDEST_TRITON_CAPABILITY:
         yield "    too old for the Triton kernels, which need sm_80 or later"
+        return
     has_tma = capability >= TMA_CAPABILITY
     yield f"    TMA (bulk tensor copies): {'yes' if has_tma else 'no, needs sm_90 or later'}"
+    if importlib.util.find_spec("triton") is None:
+        yield "    no kernels: Triton is not installed (pip install triton)"
+        return
     yield from (f"  {line}" for line in _kernels(torch.device("cuda", index)))
 
 

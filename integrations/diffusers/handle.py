@@ -211,7 +211,7 @@ class Handle:
         decision = None
         if self._cache is not None:
             decision = self._cache.decision
-            self._cache.begin_forward()
+            self._cache.end_forward()
         if output is not None:  # None: the forward has failed.
             self._timeline.stop(self._branch.name, decision)
 

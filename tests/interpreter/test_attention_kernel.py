@@ -58,6 +58,7 @@ CASES = {
     "head-major": Case(70, 135, heads=2, kv_heads=2, batch=2, dtype=torch.float16, layout="BHSD"),
     "fused projection": Case(70, 135, heads=2, kv_heads=2, batch=2, dtype=torch.float16, layout="fused"),
     "scale": Case(30, 40, scale=0.3),
+    "scale 0": Case(30, 40, scale=0.0, dtype=torch.float16),
     "kv_lens": Case(40, 200, batch=4, kv_lens=[200, 0, 1, 130], dtype=torch.float16),
     "both lens": Case(140, 140, batch=3, heads=2, kv_heads=1, q_lens=[140, 0, 129], kv_lens=[129, 5, 128], dtype=torch.float16),
 }  # fmt: skip
@@ -97,11 +98,51 @@ def test_packed_matches_float64(capability: tuple[int, int]) -> None:
     out, lse = torch.full_like(q, POISON), torch.full((4, 171), POISON)
     starts_q, starts_k = (torch.tensor(x, dtype=torch.int32) for x in (cu_q, cu_k))
     attention_forward(
-        q[None], k[None], v[None], out[None], lse[None], starts_q, starts_k, 0.125, packed_max_lens=(130, 261), capability=capability
+        q[None], k[None], v[None], out[None], lse[None], starts_q, starts_k, 0.125, packed_max_q=130, capability=capability
     )  # fmt: skip
     ref, ref_lse = attention_packed(q, k, v, cu_q, cu_k)
     assert error(out, ref) <= TOLERANCES[torch.float16]
     assert lse_error(lse, ref_lse) <= 1e-3
+
+
+@pytest.mark.parametrize("capability", [TMA, POINTERS], ids=["tma", "pointers"])
+def test_packed_offsets_out_of_range_are_clamped(capability: tuple[int, int]) -> None:
+    """Offsets below 0, past the end and falling: nothing outside the tensors is read or written."""
+    torch.manual_seed(3)
+    q, k, v = (torch.randn(60, 2, 64, dtype=torch.float16) for _ in range(3))
+    around = torch.full((180, 2, 64), 7.0, dtype=torch.float16)
+    out, lse = around[60:120], torch.zeros(2, 60)
+    cu_q, cu_k = (torch.tensor(x, dtype=torch.int32) for x in ([-9, 20, 15, 1000], [0, 30, 40, 5000]))
+    attention_forward(
+        q[None], k[None], v[None], out[None], lse[None], cu_q, cu_k, 0.125, packed_max_q=60, capability=capability
+    )
+    assert torch.all(around[:60] == 7.0)
+    assert torch.all(around[120:] == 7.0)
+    ref, _ = attention_packed(q[15:], k[40:], v[40:], [0, 45], [0, 20])
+    assert error(out[15:], ref) <= TOLERANCES[torch.float16]
+
+
+@pytest.mark.parametrize("key", [0, 130], ids=["full block", "tail"])
+def test_nan_among_the_keys_comes_out_as_nan(key: int) -> None:
+    q, k, v = (torch.randn(1, 131, 1, 64) for _ in range(3))
+    k[0, key] = POISON
+    out, lse = torch.zeros_like(q), torch.zeros(1, 1, 131)
+    attention_forward(q, k, v, out, lse, None, None, 0.125, capability=POINTERS)
+    assert out.isnan().all()
+    assert lse.isnan().all()
+
+
+def test_strides_beyond_32_bits() -> None:
+    """Two samples 2^31 elements apart: the pages between them are never touched."""
+    torch.manual_seed(4)
+    stride = 2**31 + 64
+    storage = torch.empty(stride + 40 * 64, dtype=torch.float16)
+    far = torch.as_strided(storage, (2, 40, 1, 64), (stride, 64, 64, 1))
+    far.copy_(torch.randn(2, 40, 1, 64))
+    near = torch.randn(2, 40, 1, 64).half()
+    out, lse = torch.empty_like(near), torch.empty(2, 1, 40)
+    attention_forward(near, near, far, out, lse, None, None, 0.125, capability=POINTERS)
+    assert error(out, attention_batch(near, near, far)[0]) <= TOLERANCES[torch.float16]
 
 
 def test_lengths_out_of_range_are_clamped() -> None:
