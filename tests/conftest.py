@@ -1,7 +1,18 @@
 """Shared by all tests: those marked `gpu` are skipped where there is none."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For models so small that threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

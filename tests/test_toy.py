@@ -10,11 +10,12 @@ pytest.importorskip("diffusers")
 pytest.importorskip("sklearn")
 
 import torch
-from diffusers import HunyuanVideoPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 
 from para_kernels.integrations.diffusers.toy import TOY_PIPELINE, evaluate, train
 from para_kernels.integrations.diffusers.toy.digits import ClipRenderer, split_digits, to_uint8
+from para_kernels.integrations.diffusers.toy.parts import SHIFT, new_parts
 from para_kernels.integrations.diffusers.toy.prompts import (
     COLOURS,
     MOTIONS,
@@ -121,7 +122,7 @@ def test_reader_is_not_fooled_by_swapped_answers(reader: evaluate.Reader, render
 
 def test_noise_levels_follow_the_scheduler() -> None:
     """Training's noise at level s and the scheduler's `scale_noise` at timestep 1000 s are the same mixture."""
-    scheduler = train.FlowMatchEulerDiscreteScheduler(shift=train.SHIFT)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, 31)[:-1].tolist())
     data, noise = torch.randn(1, 4), torch.randn(1, 4)
     for index in (0, 7, 29):
@@ -132,7 +133,7 @@ def test_noise_levels_follow_the_scheduler() -> None:
 
 def test_exact_velocity_samples_the_data_exactly() -> None:
     """With the velocity that training teaches, the scheduler's steps lead from noise to the data point."""
-    scheduler = train.FlowMatchEulerDiscreteScheduler(shift=train.SHIFT)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, 31)[:-1].tolist())
     data, sample = torch.randn(5), torch.randn(5)
     velocity = sample - data
@@ -143,7 +144,7 @@ def test_exact_velocity_samples_the_data_exactly() -> None:
 
 def test_two_training_steps_save_a_pipeline_that_runs(tmp_path) -> None:
     torch.manual_seed(0)
-    parts = train.new_parts(tmp_path / "tokenizers")
+    parts = new_parts(tmp_path / "tokenizers")
     clips = torch.rand(1, 3, 17, 64, 64) * 2 - 1
     loss, _, _ = train.vae_loss(parts.vae, clips)
     loss.backward()
