@@ -19,8 +19,7 @@ from para_kernels.triton_kernels import attention, merge_states, residual_diff  
 # Shared memory that one program may use, in bytes (CUDA C++ programming guide, table of compute capabilities).
 SHARED_MEMORY = {(8, 0): 163 * 1024, (8, 9): 99 * 1024, (9, 0): 227 * 1024}
 # Bytes that may spill. D = 256 does not fit the registers of sm80 and sm89, which hold q and the accumulators; on sm90
-# at D = 128 two programs share a multiprocessor, each at the limit of 255 registers, with one 8-byte spill inside the
-# loop.
+# at D = 128 two programs share a multiprocessor, each at the limit of 255 registers, with a few spilled bytes.
 SPILLS = {((8, 0), 256): 768, ((8, 9), 256): 768, ((9, 0), 128): 48}
 POINTER_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 

@@ -193,7 +193,7 @@ class AttentionConfig:
 # program limits the choice: 227 KiB on sm90, 163 KiB on sm80, 99 KiB on sm86, sm89 and sm120.
 # sm90 with TMA, measured on an H100 at S = 16,384 (TFLOP/s, bfloat16, 24 heads): 4 warps and 64-key tiles let two
 # programs share a multiprocessor, and the softmax of one runs under the matrix products of the other. D = 128: 535,
-# against 497 for 128 x 128 on 8 warps, whose barriers keep its two warpgroups in step; D = 64: 435 against 375.
+# against 497 for 128 x 128 on 8 warps, whose barriers probably keep both warpgroups in step; D = 64: 435 against 375.
 _CONFIGS: dict[tuple[str, int], AttentionConfig] = {
     ("sm90 tma", 64): AttentionConfig(128, 64, 4, 3),
     ("sm90 tma", 128): AttentionConfig(128, 64, 4, 2),
