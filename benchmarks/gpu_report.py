@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu_report --out /tmp/report
     python -m benchmarks.gpu_report --out /tmp/report --only correctness,attention
+    python -m benchmarks.gpu_report --out /tmp/report --skip random_shapes
 
-Writes one JSON file of records per timed section to --out and prints a table. A section that fails is reported and does
-not stop the others; the exit code is then 1. On a machine without CUDA the sections that need none run small.
+Writes one JSON file of records per section to --out and prints a table. A section that fails is reported and does not
+stop the others; the exit code is then 1. On a machine without CUDA the sections that need none run small.
 """
 
 from __future__ import annotations
@@ -13,42 +14,44 @@ import argparse
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from . import report_checks, report_speed
-from .record import Record, environment, write_records
+from . import first_calls, random_shapes, report_attention, report_checks, report_speed
+from .record import Check, Record, environment, write_records
+from .section import CheckFailedError, Section, SectionSkippedError
 
 
 @dataclass
 class Outcome:
-    """What one section gave: lines to print, records to write, and the failure if it raised."""
+    """What one section gave: lines to print, records to write, and the failure if it raised or a check did not hold."""
 
     lines: list[str]
-    records: list[Record]
+    records: list[Record | Check]
     failure: str | None
     skipped: str | None
     seconds: float
 
-
-Section = Callable[[torch.device], tuple[list[str], list[Record]]]
 
 SECTIONS: dict[str, Section] = {
     "correctness": report_checks.correctness,
     "no_sync": report_checks.no_sync,
     "compile_count": report_checks.compile_count,
     "cuda_graph": report_checks.cuda_graph,
-    "attention": report_speed.attention,
-    "masked": report_speed.masked,
-    "varlen": report_speed.varlen,
+    "repeatable": report_checks.repeatable,
+    "random_shapes": random_shapes.random_shapes,
+    "compile": first_calls.compile_time,
+    "attention": report_attention.attention,
+    "masked": report_attention.masked,
+    "varlen": report_attention.varlen,
+    "small": report_attention.small,
     "residual_diff": report_speed.residual_diff_speed,
     "merge_states": report_speed.merge_states_speed,
     "host_overhead": report_speed.host_overhead,
 }
-FLEX_SECTION: dict[str, Section] = {"flex_attention": report_speed.flex_attention}
+FLEX_SECTION: dict[str, Section] = {"flex_attention": report_attention.flex_attention}
 
 
 def main() -> int:
@@ -57,6 +60,9 @@ def main() -> int:
     print(", ".join(f"{key} {value}" for key, value in environment().items() if value), flush=True)
     outcomes: dict[str, Outcome] = {}
     for name in options.only:
+        if name in options.skip:
+            continue
+        print(f"\n== {name}", flush=True)
         outcomes[name] = _run({**SECTIONS, **FLEX_SECTION}[name], device)
         _print(name, outcomes[name])
         if outcomes[name].records:
@@ -77,6 +83,7 @@ def _options() -> argparse.Namespace:
         metavar="A,B",
         help=f"sections to run: {', '.join([*SECTIONS, *FLEX_SECTION])} (default: all but flex_attention)",
     )
+    parser.add_argument("--skip", type=_section_names, default=[], metavar="A,B", help="sections to leave out")
     return parser.parse_args()
 
 
@@ -92,12 +99,13 @@ def _run(section: Section, device: torch.device) -> Outcome:
     start = time.perf_counter()
     failure = skipped = None
     lines: list[str] = []
-    records: list[Record] = []
+    records: list[Record | Check] = []
     try:
         lines, records = section(device)
-    except report_checks.SectionSkippedError as reason:
+        failure = _failed_checks(records)
+    except SectionSkippedError as reason:
         skipped = str(reason)
-    except report_checks.CheckFailedError as error:
+    except CheckFailedError as error:
         failure = str(error)
     except Exception:  # One broken section must not cost the others their results.
         failure = traceback.format_exc()
@@ -106,14 +114,24 @@ def _run(section: Section, device: torch.device) -> Outcome:
     return Outcome(lines, records, failure, skipped, time.perf_counter() - start)
 
 
+def _failed_checks(records: list[Record | Check]) -> str | None:
+    """The checks among `records` that did not hold; None if all did."""
+    failed = [record for record in records if isinstance(record, Check) and not record.passed]
+    lines = [
+        f"{check.check}, {check.dtype}: {check.failures} of {check.cases} failed, worst {check.worst},"
+        f" allowed {check.allowed}"
+        for check in failed
+    ]
+    return "\n".join(lines) or None
+
+
 def _print(name: str, outcome: Outcome) -> None:
-    verdict = " FAILED" if outcome.failure else f" skipped: {outcome.skipped}" if outcome.skipped else ""
-    print(f"\n== {name} ({outcome.seconds:.1f} s){verdict}")
     for line in outcome.lines:
         print(f"  {line}")
     if outcome.failure:
         print(outcome.failure)
-    sys.stdout.flush()
+    verdict = "FAILED" if outcome.failure else f"skipped: {outcome.skipped}" if outcome.skipped else "done"
+    print(f"-- {name} {verdict} ({outcome.seconds:.1f} s)", flush=True)
 
 
 if __name__ == "__main__":

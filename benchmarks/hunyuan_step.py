@@ -2,6 +2,7 @@
 
     python -m benchmarks.hunyuan_step --out benchmarks/results
     python -m benchmarks.hunyuan_step --small --out /tmp/step        a tiny model and video, also on a CPU
+    python -m benchmarks.hunyuan_step --out /tmp/step --profile      and one more step, taken apart by kernel
 
 The weights are random (normal, standard deviation 1 / sqrt(fan-in), so that activations stay of order one) in the
 shapes of the public configuration, which is diffusers' default one: 20 dual-stream and 40 single-stream blocks, 24
@@ -25,8 +26,9 @@ from torch import Tensor
 
 from para_kernels.integrations.diffusers import accelerate
 
+from . import step_profile
 from .record import Record, write_records
-from .report_checks import relative_error
+from .reference import relative_error
 
 TEXT_TOKENS = 256
 SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION = 8, 4
@@ -68,7 +70,9 @@ def main() -> int:
     record = _record(transformer, measured, tokens, options, dtype)
     write_records("hunyuan_step", [record], options.out)
     print(_table(measured, tokens))
-    print(f"relative difference of the outputs: {record.notes['difference']:.2e}")
+    print(f"relative difference of the outputs: {record.notes['difference']:.2e}", flush=True)
+    if options.profile:
+        _profile(transformer, full, record, options.out, device)
     return 0
 
 
@@ -81,6 +85,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--frames", type=int, metavar="N", help="default: 129")
     parser.add_argument("--text", type=int, default=120, metavar="TOKENS", help="valid ones of 256 (default: 120)")
     parser.add_argument("--repeats", type=int, default=2, metavar="N", help="timed forwards of each (default: 2)")
+    parser.add_argument("--profile", action="store_true", help="take one more step apart, of this package")
     options = parser.parse_args()
     for name, small, full in (("height", 64, 720), ("width", 96, 1280), ("frames", 9, 129)):
         if getattr(options, name) is None:
@@ -133,16 +138,7 @@ def step_inputs(
 
 def measure(transformer: Any, inputs: dict[str, Any], repeats: int, device: torch.device) -> dict[str, Measured]:
     """Time both ways in turns, each warmed up on a small video."""
-    pipeline: Any = HunyuanVideoPipeline  # its annotations do not say that parts may be missing
-    pipe = pipeline(
-        text_encoder=None,
-        tokenizer=None,
-        transformer=transformer,
-        vae=None,
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        text_encoder_2=None,
-        tokenizer_2=None,
-    )
+    pipe = _pipeline(transformer)
     small = step_inputs(transformer, 64, 96, 9, 50, device, transformer.dtype)
     measured: dict[str, Measured] = {}
     for turn in range(repeats):
@@ -160,6 +156,30 @@ def measure(transformer: Any, inputs: dict[str, Any], repeats: int, device: torc
     return measured
 
 
+def _pipeline(transformer: Any) -> Any:
+    """The pipeline around `transformer` alone, for `accelerate`."""
+    pipeline: Any = HunyuanVideoPipeline  # its annotations do not say that parts may be missing
+    return pipeline(
+        text_encoder=None,
+        tokenizer=None,
+        transformer=transformer,
+        vae=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder_2=None,
+        tokenizer_2=None,
+    )
+
+
+def _profile(transformer: Any, inputs: dict[str, Any], measured: Record, out: Path, device: torch.device) -> None:
+    """One step of this package under the profiler: written beside the step's record, and printed."""
+    handle = accelerate(_pipeline(transformer), cache=None)
+    found = step_profile.profiled(transformer, lambda: _output(transformer, inputs), device)
+    handle.remove()
+    rows = step_profile.records(found, dict(measured.shape), measured.dtype, OURS)
+    write_records("hunyuan_step_profile", rows, out)
+    print(step_profile.table(found, rows))
+
+
 def _forward(transformer: Any, inputs: dict[str, Any], device: torch.device) -> tuple[float, float, Tensor]:
     """(seconds, peak GiB, output on the host) of one forward."""
     on_gpu = device.type == "cuda"
@@ -168,13 +188,17 @@ def _forward(transformer: Any, inputs: dict[str, Any], device: torch.device) -> 
         torch.cuda.reset_peak_memory_stats(device)
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    with torch.no_grad(), transformer.cache_context("cond"):
-        output = transformer(**inputs)[0]
+    output = _output(transformer, inputs)
     if on_gpu:
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else 0.0
     return seconds, peak, output.float().cpu()
+
+
+def _output(transformer: Any, inputs: dict[str, Any]) -> Tensor:
+    with torch.no_grad(), transformer.cache_context("cond"):
+        return transformer(**inputs)[0]
 
 
 def _video_tokens(transformer: Any, inputs: dict[str, Any]) -> int:

@@ -16,8 +16,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+Lens = Tensor  # int32 (B,)
+
 SDPA_MASKED = "SDPA with mask"
-ATTENTION_PEERS = ("SDPA", "cuDNN", "SDPA flash", "FlashAttention-3", "SageAttention", "flex_attention")
+FA3 = "FlashAttention-3"
+CUDNN = "cuDNN"
+PORTABLE = "portable kernel"
+ATTENTION_PEERS = ("SDPA", CUDNN, "SDPA flash", FA3, "SageAttention", "flex_attention")
 
 
 class PeerUnavailableError(Exception):
@@ -25,7 +30,7 @@ class PeerUnavailableError(Exception):
 
 
 def attention_peer(name: str, device: torch.device) -> Attention:
-    """The peer `name`, one of ATTENTION_PEERS.
+    """The peer `name`, one of ATTENTION_PEERS or PORTABLE.
 
     Raises:
         PeerUnavailableError: not on this device, or its package is not installed.
@@ -34,12 +39,14 @@ def attention_peer(name: str, device: torch.device) -> Attention:
         return sdpa
     if device.type != "cuda":
         raise PeerUnavailableError(f"{name} runs on CUDA only")
-    if name == "cuDNN":
+    if name == CUDNN:
         return _sdpa_with(SDPBackend.CUDNN_ATTENTION)
     if name == "SDPA flash":
         return _sdpa_with(SDPBackend.FLASH_ATTENTION)
-    if name == "FlashAttention-3":
+    if name == FA3:
         return _flash_attention_3(device)
+    if name == PORTABLE:
+        return _portable(device)
     if name == "SageAttention":
         return _sage_attention()
     return _flex_attention()
@@ -59,14 +66,67 @@ def _sdpa_with(backend: SDPBackend) -> Attention:
     return run
 
 
+def runs(peer: Callable[[], object]) -> str | None:
+    """Call `peer` once: None, or in one line why it cannot compute this (a dtype or a size that it does not take)."""
+    try:
+        peer()
+    except (RuntimeError, NotImplementedError, ValueError, AssertionError) as error:
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None
+
+
 def _flash_attention_3(device: torch.device) -> Attention:
+    flash_attn_func = _fa3_interface(device).flash_attn_func
+    return lambda q, k, v: _first(flash_attn_func(q, k, v))
+
+
+def fa3_packed(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]:
+    """FlashAttention-3 on packed samples, with the arguments of `flash_attention_varlen`.
+
+    Raises:
+        PeerUnavailableError: not on this device, or its package is not installed.
+    """
+    varlen = _fa3_interface(device).flash_attn_varlen_func
+    return lambda *arguments: _first(varlen(*arguments))
+
+
+def fa3_padded(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Lens | None, Lens], Tensor]:
+    """FlashAttention-3 on padded samples: (q, k, v, q_lens, kv_lens), its `seqused_q` and `seqused_k`.
+
+    Raises:
+        PeerUnavailableError: not on this device, or its package is not installed.
+    """
+    varlen = _fa3_interface(device).flash_attn_varlen_func
+
+    def run(q: Tensor, k: Tensor, v: Tensor, q_lens: Lens | None, kv_lens: Lens) -> Tensor:
+        longest = q.shape[1], k.shape[1]
+        return _first(varlen(q, k, v, None, None, *longest, seqused_q=q_lens, seqused_k=kv_lens))
+
+    return run
+
+
+def _fa3_interface(device: torch.device) -> Any:
+    if device.type != "cuda":
+        raise PeerUnavailableError(f"{FA3} runs on CUDA only")
     if torch.cuda.get_device_capability(device) != (9, 0):
-        raise PeerUnavailableError("FlashAttention-3 needs sm_90")
-    flash_attn_func = _import("fa3_fwd_interface", "pip install fa3-fwd").flash_attn_func
+        raise PeerUnavailableError(f"{FA3} needs sm_90")
+    return _import("fa3_fwd_interface", "pip install fa3-fwd")
+
+
+def _first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _portable(device: torch.device) -> Attention:
+    """This package's own portable kernel, past the choice that `flash_attention` makes by size."""
+    attention_forward = _import("para_kernels.triton_kernels.attention", "pip install triton").attention_forward
+    capability = torch.cuda.get_device_capability(device)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = flash_attn_func(q, k, v)
-        return out[0] if isinstance(out, tuple) else out
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+        attention_forward(q, k, v, out, lse, None, None, q.shape[-1] ** -0.5, capability=capability)
+        return out
 
     return run
 

@@ -1,7 +1,8 @@
 """The one writer of measurements: JSON lists of records in ``benchmarks/results/``.
 
-A record says what ran (op, shape, dtype, kernel), against which peer timed in the same run, and where. The tables in
-the README and the docs are rendered from these files by ``render_tables.py`` and are never typed.
+A record says what ran (op, shape, dtype, kernel), against which peer timed in the same run, and where; a check says
+what must hold, on how many cases it was tried, and the worst of them. The tables in the README and the docs are
+rendered from these files by ``render_tables.py`` and are never typed.
 """
 
 from __future__ import annotations
@@ -61,7 +62,34 @@ class Record:
         return None if self.peer_ms is None else self.peer_ms / self.median_ms
 
 
-def write_records(name: str, records: Sequence[Record], folder: Path = RESULTS) -> Path:
+@dataclass(frozen=True)
+class Check:
+    """One property, and how far it held on what it was tried on.
+
+    Attributes:
+        check: what must hold, such as "attention, padded".
+        cases: on how many problems or calls it was tried.
+        failures: in how many of them it did not hold.
+        dtype: such as "bfloat16"; None where it does not matter.
+        worst: largest value seen, such as a relative error or a time in seconds; None where there is none.
+        allowed: the largest value that passes.
+        notes: further measured values.
+    """
+
+    check: str
+    cases: int
+    failures: int = 0
+    dtype: str | None = None
+    worst: float | None = None
+    allowed: float | None = None
+    notes: Mapping[str, float | int | str | None] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        return self.failures == 0
+
+
+def write_records(name: str, records: Sequence[Record | Check], folder: Path = RESULTS) -> Path:
     """Write `records` with this machine's environment to ``folder/name.json``, replacing that file.
 
     Raises:
@@ -72,11 +100,15 @@ def write_records(name: str, records: Sequence[Record], folder: Path = RESULTS) 
     if not records:
         raise ValueError("records: empty; there is nothing to write")
     shared = environment()
-    rows = [{**asdict(record), "ratio": record.ratio, **shared} for record in records]
+    rows = [{**asdict(record), **_derived(record), **shared} for record in records]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n")
     return path
+
+
+def _derived(record: Record | Check) -> dict[str, float | bool | None]:
+    return {"passed": record.passed} if isinstance(record, Check) else {"ratio": record.ratio}
 
 
 def read_records(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@
     python -m benchmarks.render_tables --check    exit 1 if a table is not what the records say
 
 A table stands between two comments, ``<!-- table: NAME -->`` and ``<!-- /table -->``; NAME is one of TABLES below.
+Where a record is missing, it says so.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ def main() -> int:
 
 def documents(repository: Path) -> list[Path]:
     """The files that may hold tables."""
-    return [path for path in [repository / "README.md", *sorted((repository / "docs").glob("*.md"))] if path.is_file()]
+    return [path for path in [repository / "README.md", *sorted((repository / "docs").rglob("*.md"))] if path.is_file()]
 
 
 def update(paths: Iterable[Path], results: Path, write: bool) -> list[Path]:
     """Render every table in `paths`; returns the files whose text was not what the records say.
 
     Raises:
-        ValueError: a table that is not in TABLES, or whose record is missing.
+        ValueError: a table that is not in TABLES.
     """
     stale = []
     for path in paths:
@@ -66,16 +67,18 @@ def render(text: str, results: Path) -> str:
         if name not in TABLES:
             raise ValueError(f"table {name!r} is unknown; there are: {', '.join(TABLES)}")
         files, make = TABLES[name]
-        return f"{match[1]}{make(_rows(name, files, results))}\n{match[3]}"
+        missing = [file for file in files if not (results / f"{file}.json").is_file()]
+        rows = [row for file in files if file not in missing for row in read_records(file, results)]
+        body = f"{make(rows)}\n" if rows else "\n"
+        return f"{match[1]}{body}{_no_record(missing)}{match[3]}"
 
     return MARKED.sub(table, text)
 
 
-def _rows(name: str, files: Sequence[str], results: Path) -> list[Row]:
-    missing = [file for file in files if not (results / f"{file}.json").is_file()]
-    if missing:
-        raise ValueError(f"table {name!r} needs {', '.join(f'benchmarks/results/{file}.json' for file in missing)}")
-    return [row for file in files for row in read_records(file, results)]
+def _no_record(missing: Sequence[str]) -> str:
+    if not missing:
+        return ""
+    return f"*No record yet: {', '.join(f'`benchmarks/results/{file}.json`' for file in missing)}.*\n\n"
 
 
 def _markdown(head: Sequence[str], body: Iterable[Sequence[str]], rows: Sequence[Row]) -> str:
@@ -97,22 +100,73 @@ def _origin(rows: Sequence[Row]) -> str:
     return "  \n".join(lines)
 
 
-def _by_shape(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows of one shape together, in the order of the records."""
+def _by(rows: Sequence[Row], *keys: str) -> list[list[Row]]:
+    """Rows that agree in all of `keys` together, in the order of the records."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(str(row["shape"]), []).append(row)
+        groups.setdefault(str([row[key] for key in keys]), []).append(row)
     return list(groups.values())
 
 
+def _ratios(group: Sequence[Row], peers: Sequence[str]) -> list[str]:
+    """One cell per peer: how many times as fast this package is, empty where the peer did not run."""
+    ratios = {row["peer"]: f"{row['ratio']:.2f}x" for row in group}
+    return [ratios.get(peer, "") for peer in peers]
+
+
+def _peers(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["peer"] for row in rows if row["peer"]))
+
+
 def _attention(rows: Sequence[Row]) -> str:
-    peers = list(dict.fromkeys(row["peer"] for row in rows))
-    body = []
-    for group in _by_shape(rows):
-        ratios = {row["peer"]: f"{row['ratio']:.2f}x" for row in group}
-        speeds = f"{group[0]['tflops']:.0f}"
-        body.append([f"{group[0]['shape']['S']:,}", speeds, *(ratios.get(peer, "") for peer in peers)])
+    """HunyuanVideo's heads and dtype: those of the first record."""
+    usual = [row for row in rows if (row["dtype"], row["shape"]["D"]) == (rows[0]["dtype"], rows[0]["shape"]["D"])]
+    peers = _peers(usual)
+    body = [
+        [f"{group[0]['shape']['S']:,}", f"{group[0]['tflops']:.0f}", *_ratios(group, peers)]
+        for group in _by(usual, "shape")
+    ]
     return _markdown(["tokens", "TFLOP/s", *(f"against {peer}" for peer in peers)], body, rows)
+
+
+def _attention_all(rows: Sequence[Row]) -> str:
+    peers = _peers(rows)
+    body = [
+        [
+            f"{group[0]['dtype']}, D = {group[0]['shape']['D']}",
+            f"{group[0]['shape']['S']:,}",
+            f"{group[0]['median_ms']:.3f}",
+            f"{group[0]['tflops']:.0f}",
+            *_ratios(group, peers),
+            f"{group[0]['notes']['difference']:.1e}",
+        ]
+        for group in _by(rows, "dtype", "shape")
+    ]
+    head = ["heads", "tokens", "ms", "TFLOP/s", *(f"against {peer}" for peer in peers), "relative difference"]
+    return _markdown(head, body, rows)
+
+
+def _power(rows: Sequence[Row]) -> str:
+    """This package and its peers, each run without pause at the longest size."""
+    measured = [row for row in rows if row["notes"].get("sustained_ms")]
+    if not measured:
+        return _markdown(["kernel", "ms per call", "MHz", "W"], [], rows)
+    first = measured[0]
+    lines = [(first["kernel"], first["notes"], "")]
+    lines += [(row["peer"], row["notes"], "peer_") for row in measured]
+    body = [
+        [
+            name,
+            *(_rounded(notes[prefix + key], digits) for key, digits in (("sustained_ms", 1), ("clock_mhz", 0))),
+            _rounded(notes[prefix + "power_w"], 0),
+        ]
+        for name, notes, prefix in lines
+    ]
+    return _markdown(["kernel", "ms per call", "MHz", "W"], body, measured)
+
+
+def _rounded(value: float | None, digits: int) -> str:
+    return "unknown" if value is None else f"{value:.{digits}f}"
 
 
 def _masked(rows: Sequence[Row]) -> str:
@@ -136,17 +190,108 @@ def _varlen(rows: Sequence[Row]) -> str:
         "varlen_packed": "four lengths, packed",
         "varlen_one": "one length",
     }
+    peers = [peer for peer in _peers(rows) if "dense" not in peer]
     body = [
         [
-            names[row["op"]],
-            f"{row['shape'].get('T', row['shape'].get('valid')):,}",
-            f"{row['median_ms']:.2f}",
-            f"{row['peer_ms']:.2f}",
-            f"{row['median_ms'] / row['peer_ms'] - 1:+.1%}",
+            names[group[0]["op"]],
+            f"{group[0]['shape'].get('T', group[0]['shape'].get('valid')):,}",
+            f"{group[0]['median_ms']:.2f}",
+            f"{_of_dense(group):.3f}",
+            *_ratios(group, peers),
+        ]
+        for group in _by(rows, "op", "shape")
+    ]
+    head = ["call", "valid tokens", "ms", "rate, of the dense one's", *(f"against {peer}" for peer in peers)]
+    return _markdown(head, body, rows)
+
+
+def _of_dense(group: Sequence[Row]) -> float:
+    """The rate as a share of a dense call's; without a note of it, against dense calls of the same work."""
+    return group[0]["notes"].get("of_dense_rate") or next(row["ratio"] for row in group if "dense" in row["peer"])
+
+
+def _small(rows: Sequence[Row]) -> str:
+    peers = _peers(rows)
+    body = [
+        [
+            ", ".join(f"{letter} {group[0]['shape'][letter]:,}" for letter in ("B", "S", "Sk")),
+            f"{group[0]['median_ms'] * 1e3:.1f}",
+            *_ratios(group, peers),
+        ]
+        for group in _by(rows, "shape")
+    ]
+    return _markdown(["shape", "us", *(f"against {peer}" for peer in peers)], body, rows)
+
+
+def _host(rows: Sequence[Row]) -> str:
+    body = [
+        [
+            f"`{row['op'].removeprefix('host_')}`",
+            f"{row['shape']['S']:,}",
+            f"{row['median_ms'] * 1e3:.1f}",
+            f"{row['peer_ms'] * 1e3:.1f} ({row['peer']})",
         ]
         for row in rows
     ]
-    return _markdown(["call", "tokens", "ms", "dense calls of the same work, ms", "cost"], body, rows)
+    return _markdown(["call", "tokens", "us of the host", "the peer's"], body, rows)
+
+
+def _checks(rows: Sequence[Row]) -> str:
+    body = [
+        [
+            row["check"] + (f", {row['dtype']}" if row["dtype"] else ""),
+            f"{row['cases']:,}",
+            f"{row['failures']:,}",
+            *("" if value is None else f"{value:.2g}" for value in (row["worst"], row["allowed"])),
+        ]
+        for row in rows
+    ]
+    return _markdown(["check", "cases", "failures", "worst", "allowed"], body, rows)
+
+
+def _first_calls(rows: Sequence[Row]) -> str:
+    body = [
+        [
+            f"{row['dtype']}, {row['check'].removeprefix('first call, ')}",
+            f"{row['worst']:.1f}",
+            f"{row['notes']['seconds_warm']:.1f}",
+            f"{row['notes']['compiled_by_new_lengths']}",
+        ]
+        for row in rows
+    ]
+    return _markdown(["heads", "first call, s", "with a warm cache, s", "compiled by 50 new lengths"], body, rows)
+
+
+def _where(rows: Sequence[Row]) -> str:
+    """Where every second of a step goes."""
+    body = [
+        [
+            row["notes"]["name"],
+            f"{row['median_ms'] / 1e3:.2f}",
+            f"{row['notes']['share']:.1%}",
+            f"{row['notes']['launches']:,}",
+        ]
+        for row in rows
+        if row["op"] == "step_category"
+    ]
+    return _markdown(["work", "s", "share", "kernels"], body, rows)
+
+
+def _kernels(rows: Sequence[Row]) -> str:
+    """The kernels of a step that take the most time."""
+    body = [
+        [
+            f"`{row['notes']['name'][:100].replace('|', ' ')}`",
+            row["notes"]["category"],
+            row["notes"]["module"],
+            f"{row['median_ms']:,.1f}",
+            f"{row['notes']['share']:.1%}",
+            f"{row['notes']['launches']:,}",
+        ]
+        for row in rows
+        if row["op"] == "step_kernel"
+    ]
+    return _markdown(["kernel", "work", "launched in", "ms", "share", "launches"], body, rows)
 
 
 def _memory_bound(rows: Sequence[Row]) -> str:
@@ -234,8 +379,27 @@ def _micro(rows: Sequence[Row]) -> str:
 # name of the table: (records that it is made from, how)
 TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Row]], str]]] = {
     "attention": (("gpu-attention",), _attention),
+    "attention-all": (("gpu-attention",), _attention_all),
+    "power": (("gpu-attention",), _power),
     "masked": (("gpu-masked",), _masked),
     "varlen": (("gpu-varlen",), _varlen),
+    "small": (("gpu-small",), _small),
+    "host": (("gpu-host_overhead",), _host),
+    "first-calls": (("gpu-compile",), _first_calls),
+    "checks": (
+        (
+            "gpu-correctness",
+            "gpu-random_shapes",
+            "gpu-repeatable",
+            "gpu-no_sync",
+            "gpu-compile_count",
+            "gpu-cuda_graph",
+            "gpu-sanitize",
+        ),
+        _checks,
+    ),
+    "step-profile": (("hunyuan_step_profile",), _where),
+    "step-kernels": (("hunyuan_step_profile",), _kernels),
     "memory-bound": (("gpu-residual_diff", "gpu-merge_states"), _memory_bound),
     "step": (("hunyuan_step",), _step),
     "demo": (("toy_demo",), _demo),

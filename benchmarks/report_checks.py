@@ -1,8 +1,9 @@
-"""The GPU report's checks: right values, no synchronisation, no compilation for a new length, CUDA graphs."""
+"""The GPU report's checks: right values, no synchronisation, no variant for a new length, CUDA graphs, equal runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,22 +12,16 @@ from torch import Tensor
 from para_kernels import flash_attention, flash_attention_varlen, merge_states, residual_diff
 
 from .inputs import attention_inputs, cu_seqlens, hidden_states, lens_tensor
-from .record import Record
+from .record import Check
+from .reference import TOLERANCES, attention_float64, relative_error
+from .section import CheckFailedError, Result, dtype_name, need_cuda
 
-# Relative error in the Frobenius norm against float64: a few units in the last place of the input type. The result is
-# rounded once to the type, and P once before the second product.
-TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
+# Each combination compiles a kernel. All head dims are tried in one dtype, and two sizes in every dtype: those of the
+# kernels for tensor cores, padded and not. The tests try the others.
 HEAD_DIMS = (64, 96, 128, 256, 40, 80)
-
-Result = tuple[list[str], list[Record]]
-
-
-class CheckFailedError(Exception):
-    """A check that did not hold; the message says which and by how much."""
-
-
-class SectionSkippedError(Exception):
-    """A section that cannot run on this device; the message says why."""
+EVERY_DTYPE = (128, 80)
+# Lengths for which different kernels are chosen.
+SHORT, LONG = 257, 3001
 
 
 @dataclass(frozen=True)
@@ -51,25 +46,32 @@ CASES = (
 
 
 def correctness(device: torch.device) -> Result:
-    """Every dtype, head dim and case, padded and packed, output and lse, against float64."""
-    worst: dict[tuple[str, str], float] = {}
-    for dtype, tolerance in TOLERANCES.items():
-        for head_dim in HEAD_DIMS:
-            for case in CASES:
-                for layout, run in (("padded", _padded), ("packed", _packed)):
-                    if layout == "packed" and dtype != torch.bfloat16 and head_dim != 128:
-                        continue  # each combination compiles a kernel; the packed ones differ in the row offsets only
-                    error = run(case, dtype, head_dim, device)
-                    key = (str(dtype).removeprefix("torch."), layout)
-                    worst[key] = max(worst.get(key, 0.0), error)
-                    if not error <= tolerance:
-                        raise CheckFailedError(
-                            f"{layout}, {case.name}, D={head_dim}, {dtype}: error {error:.2e} > {tolerance:.0e}"
-                        )
-    lines = [
-        f"attention, {dtype}, {layout}: worst relative error {error:.2e}" for (dtype, layout), error in worst.items()
+    """Head dims, dtypes and cases, padded and packed, output and lse, against float64; then the reductions."""
+    checks = [
+        _attention_check(layout, run, dtype, device)
+        for dtype in TOLERANCES
+        for layout, run in (("padded", _padded), ("packed", _packed))
     ]
-    return [*lines, *_check_merge(device), *_check_residual(device)], []
+    checks += [_check_merge(device), *_check_residual(device)]
+    lines = [f"{check.check}, {check.dtype}: worst relative error {check.worst:.2e}" for check in checks]
+    return lines, [*checks]
+
+
+def _attention_check(
+    layout: str, run: Callable[[Case, torch.dtype, int, torch.device], float], dtype: torch.dtype, device: torch.device
+) -> Check:
+    tolerance = TOLERANCES[dtype]
+    errors = []
+    for head_dim in HEAD_DIMS:
+        if head_dim not in EVERY_DTYPE and (dtype != torch.bfloat16 or layout == "packed"):
+            continue
+        for case in CASES:
+            errors.append(run(case, dtype, head_dim, device))
+            if not errors[-1] <= tolerance:
+                raise CheckFailedError(
+                    f"{layout}, {case.name}, D={head_dim}, {dtype}: error {errors[-1]:.2e} > {tolerance:.0e}"
+                )
+    return Check(f"attention, {layout}", len(errors), 0, dtype_name(dtype), max(errors), tolerance)
 
 
 def _padded(case: Case, dtype: torch.dtype, head_dim: int, device: torch.device) -> float:
@@ -141,49 +143,38 @@ def _error(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor) -> float:
     return relative_error(out, expected)
 
 
-def attention_float64(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """One sample written out in float64: q (Sq, H, D), k and v (Sk, Hk, D) to (Sq, H, D) and lse (H, Sq)."""
-    group = q.shape[1] // k.shape[1]
-    keys, values = (x.double().repeat_interleave(group, dim=1) for x in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q.double(), keys) * q.shape[-1] ** -0.5
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values), scores.logsumexp(-1)
-
-
-def relative_error(value: Tensor, reference: Tensor) -> float:
-    """norm(value - reference) / norm(reference), in float64."""
-    return float((value.double() - reference.double()).norm() / reference.double().norm())
-
-
-def _check_merge(device: torch.device) -> list[str]:
+def _check_merge(device: torch.device) -> Check:
     """Attention over two halves of the keys, merged, is attention over all keys."""
     q, k, v = attention_inputs(2, 300, 4, 64, torch.float32, device)
     halves = [flash_attention(q, k[:, part], v[:, part], return_lse=True) for part in (slice(0, 111), slice(111, None))]
     (out_a, lse_a), (out_b, lse_b) = halves
     merged, lse = merge_states(out_a, lse_a, out_b, lse_b)
     error = max(_error(merged[b], lse[b], q[b], k[b], v[b]) for b in range(2))
-    if not error <= 2 * TOLERANCES[torch.float32]:
-        raise CheckFailedError(f"merge_states: error {error:.2e}")
-    return [f"merge_states, float32: relative error {error:.2e}"]
+    allowed = 2 * TOLERANCES[torch.float32]
+    if not error <= allowed:
+        raise CheckFailedError(f"merge_states: error {error:.2e} > {allowed:.0e}")
+    return Check("merge_states", 2, 0, "float32", error, allowed)
 
 
-def _check_residual(device: torch.device) -> list[str]:
+def _check_residual(device: torch.device) -> list[Check]:
     """The residual bit for bit, the sums against float64, the same sums twice."""
-    errors = []
+    checks = []
     for dtype in TOLERANCES:
         hidden_in, hidden_out, previous = (hidden_states((2, 1037, 517), dtype, device) for _ in range(3))
         residual, sums = residual_diff(hidden_in, hidden_out, previous)
         expected = hidden_out - hidden_in
         exact = torch.stack([(previous.double() - expected.double()).abs().sum(), previous.double().abs().sum()])
-        errors.append(relative_error(sums, exact))
+        error, allowed = relative_error(sums, exact), 1e-5
         _, again = residual_diff(hidden_in, hidden_out, previous)
-        if not torch.equal(residual, expected) or not torch.equal(sums, again) or errors[-1] > 1e-5:
+        if not torch.equal(residual, expected) or not torch.equal(sums, again) or not error <= allowed:
             raise CheckFailedError(
-                f"residual_diff, {dtype}: residual equal {torch.equal(residual, expected)}, error {errors[-1]:.2e}"
+                f"residual_diff, {dtype}: residual equal {torch.equal(residual, expected)}, error {error:.2e}"
             )
-    return [f"residual_diff: residual bit for bit, sums repeatable, relative error {max(errors):.2e}"]
+        checks.append(Check("residual_diff, sums", 1, 0, dtype_name(dtype), error, allowed))
+    return checks
 
 
-def _calls(device: torch.device, length: int = 257) -> dict[str, Callable[[], object]]:
+def _calls(device: torch.device, length: int = SHORT) -> dict[str, Callable[[], object]]:
     """One call of every operation and every form of its arguments, on inputs made beforehand."""
     dtype = torch.bfloat16
     lens = [length, length // 2]
@@ -195,6 +186,7 @@ def _calls(device: torch.device, length: int = 257) -> dict[str, Callable[[], ob
     hidden = [hidden_states((2, length, 256), dtype, device) for _ in range(3)]
     return {
         "flash_attention": lambda: flash_attention(q, k, v),
+        "flash_attention with kv_lens": lambda: flash_attention(q, k, v, kv_lens=kv_lens),
         "flash_attention with lens": lambda: flash_attention(q, k, v, kv_lens=kv_lens, q_lens=q_lens, return_lse=True),
         "flash_attention_varlen": lambda: flash_attention_varlen(
             packed_q, packed_k, packed_v, offsets, offsets, length, length
@@ -205,17 +197,18 @@ def _calls(device: torch.device, length: int = 257) -> dict[str, Callable[[], ob
     }
 
 
-def _need_cuda(device: torch.device) -> None:
-    if device.type != "cuda":
-        raise SectionSkippedError("needs CUDA")
+def _warmed_calls(device: torch.device) -> dict[str, Callable[[], object]]:
+    """The calls at both lengths, each made once: compilation may wait and compile, what follows may not."""
+    calls = {f"{name}, {n} tokens": call for n in (SHORT, LONG) for name, call in _calls(device, n).items()}
+    for call in calls.values():
+        call()
+    return calls
 
 
 def no_sync(device: torch.device) -> Result:
     """No operation waits for the device (torch raises at once where one does)."""
-    _need_cuda(device)
-    calls = _calls(device)
-    for call in calls.values():
-        call()  # Compilation may wait; a compiled call may not.
+    need_cuda(device)
+    calls = _warmed_calls(device)
     torch.cuda.synchronize(device)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -226,57 +219,123 @@ def no_sync(device: torch.device) -> Result:
                 raise CheckFailedError(f"{name} synchronises: {error}") from error
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return [f"no synchronisation in: {', '.join(calls)}"], []
+    return [f"no synchronisation in: {', '.join(calls)}"], [Check("no synchronisation", len(calls))]
 
 
 def compile_count(device: torch.device) -> Result:
-    """Fifty new lengths compile nothing, padded, with lengths and packed."""
-    _need_cuda(device)
-    from para_kernels.triton_kernels.attention import compile_count as compiled
+    """Fifty new lengths compile nothing and load no other variant: dense, with lengths, and packed."""
+    need_cuda(device)
+    _warmed_calls(device)
+    lengths = _new_lengths(50)
+    with _variants() as variants:
+        for length in lengths:
+            for call in _calls(device, length).values():
+                call()
+    if variants:
+        raise CheckFailedError(f"50 new lengths asked for {len(variants)} more variants: {', '.join(variants)}")
+    return ["50 new lengths compiled nothing"], [Check("no compilation for a new length", len(lengths))]
 
-    for call in _calls(device).values():
-        call()
-    before = compiled()
-    for length in _new_lengths(50):
-        for call in _calls(device, length).values():
-            call()
-    after = compiled()
-    if after != before:
-        raise CheckFailedError(f"{after - before} variants compiled for 50 new lengths ({before} before)")
-    return [f"50 new lengths compiled nothing ({before} variants)"], []
+
+@contextmanager
+def _variants() -> Iterator[list[str]]:
+    """The names of the kernels that Triton compiles, or loads from its cache on disk, in the block."""
+    from triton import knobs
+
+    names: list[str] = []
+    before = knobs.compilation.listener
+    knobs.compilation.listener = lambda **compiled: names.append(compiled["metadata"]["name"])
+    try:
+        yield names
+    finally:
+        knobs.compilation.listener = before
 
 
 def _new_lengths(count: int) -> Sequence[int]:
-    """Multiples of 16 and not, odd and even, below and above every tile size; none is the warm-up's 257."""
+    """Multiples of 16 and not, odd and even, below and above every tile size; none is SHORT or LONG."""
     return [64 * i + 16 if i % 3 == 0 else 37 * i + 2 for i in range(count)]
 
 
 def cuda_graph(device: torch.device) -> Result:
     """Every operation is captured and its replay on changed inputs gives what a fresh call gives."""
-    _need_cuda(device)
-    for dtype in (torch.bfloat16, torch.float16):
-        q, k, v = attention_inputs(2, 300, 4, 128, dtype, device)
-        hidden = [hidden_states((2, 300, 256), dtype, device) for _ in range(3)]
-        lens = lens_tensor([300, 123], device)
+    need_cuda(device)
+    tried = [(dtype, length) for dtype in (torch.bfloat16, torch.float16) for length in (SHORT, LONG)]
+    for dtype, length in tried:
+        _check_replay(dtype, length, device)
+    return ["captured and replayed with other values and other lengths, bit for bit"], [
+        Check("CUDA graph's replay, bit for bit", len(tried))
+    ]
 
-        def step(q=q, k=k, v=v, hidden=hidden, lens=lens) -> list[Tensor]:
-            out, lse = flash_attention(q, k, v, kv_lens=lens, return_lse=True)
-            return [out, lse, *merge_states(out, lse, out, lse), *residual_diff(*hidden)]
 
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
-        for tensor in (q, k, v, *hidden):
-            tensor.normal_()
-        lens.copy_(torch.tensor([77, 299], dtype=torch.int32))
-        graph.replay()
-        replayed = [tensor.clone() for tensor in captured]
-        for index, (value, expected) in enumerate(zip(replayed, step(), strict=True)):
-            if not torch.equal(value, expected):
-                raise CheckFailedError(f"{dtype}: output {index} of the replay differs from a fresh call")
-    return ["captured and replayed with other values and other lengths, bit for bit"], []
+def _check_replay(dtype: torch.dtype, length: int, device: torch.device) -> None:
+    q, k, v = attention_inputs(2, length, 4, 128, dtype, device)
+    hidden = [hidden_states((2, length, 256), dtype, device) for _ in range(3)]
+    lens = lens_tensor([length, length // 2], device)
+    offsets = cu_seqlens([length, length // 3], device)
+
+    def step() -> list[Tensor]:
+        out, lse = flash_attention(q, k, v, kv_lens=lens, return_lse=True)
+        packed = flash_attention_varlen(
+            q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), offsets, offsets, length, length
+        )
+        return [out, lse, packed, *merge_states(out, lse, out, lse), *residual_diff(*hidden)]
+
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for tensor in (q, k, v, *hidden):
+        tensor.normal_()
+    lens.copy_(lens_tensor([length // 4, length - 1], device))
+    offsets.copy_(cu_seqlens([length // 5, length], device))
+    graph.replay()
+    replayed = [tensor.clone() for tensor in captured]
+    for index, (value, expected) in enumerate(zip(replayed, step(), strict=True)):
+        if not torch.equal(value, expected):
+            raise CheckFailedError(f"{dtype}, {length} tokens: output {index} of the replay differs from a fresh call")
+
+
+# Shapes whose work does not divide evenly over the processors, and one that does.
+REPEATED: tuple[tuple[tuple[int, ...], tuple[int, ...], int, int, int], ...] = (
+    # (lengths of queries, lengths of keys, heads, key heads, head dim)
+    ((4096,), (4096,), 24, 24, 128),
+    ((2999, 17, 1300), (3333, 2048, 1), 6, 2, 128),
+    ((5000,), (226,), 8, 8, 64),
+    ((130, 64, 1), (129, 500, 77), 4, 1, 64),
+)
+
+
+def repeatable(device: torch.device) -> Result:
+    """Two runs on the same input are equal bit for bit, output and lse, padded and packed."""
+    shapes = REPEATED if device.type == "cuda" else REPEATED[-1:]
+    tried = 0
+    for query_lens, key_lens, heads, key_heads, head_dim in shapes:
+        for dtype in (torch.bfloat16, torch.float16):
+            case = Case("repeated", query_lens, key_lens, heads, key_heads)
+            for layout, call in _both_layouts(case, dtype, head_dim, device).items():
+                # Other work in between leaves another state behind: caches, shared memory, the order of blocks.
+                first, _, second = call(), hidden_states((1 << 20,), dtype, device).exp(), call()
+                tried += 1
+                if not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
+                    raise CheckFailedError(f"{layout}, {case}, D={head_dim}, {dtype}: two runs differ")
+    return [f"{tried} calls gave the same bits twice"], [Check("two runs, bit for bit", tried)]
+
+
+def _both_layouts(
+    case: Case, dtype: torch.dtype, head_dim: int, device: torch.device
+) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
+    batch, queries, keys = len(case.query_lens), sum(case.query_lens), sum(case.key_lens)
+    q, k, v = _tensors(case, max(case.query_lens), max(case.key_lens), batch, dtype, head_dim, device)
+    packed_q, packed_k, packed_v = (x[0] for x in _tensors(case, queries, keys, 1, dtype, head_dim, device))
+    q_lens, kv_lens = lens_tensor(case.query_lens, device), lens_tensor(case.key_lens, device)
+    offsets_q, offsets_k = cu_seqlens(case.query_lens, device), cu_seqlens(case.key_lens, device)
+    longest = max(case.query_lens), max(case.key_lens)
+    return {
+        "padded": lambda: flash_attention(q, k, v, kv_lens=kv_lens, q_lens=q_lens, return_lse=True),
+        "packed": lambda: flash_attention_varlen(
+            packed_q, packed_k, packed_v, offsets_q, offsets_k, *longest, return_lse=True
+        ),
+    }
