@@ -12,7 +12,14 @@ from typing import Any
 
 from setuptools import setup
 
-SOURCES = ["csrc/bindings.cpp", "csrc/kernel_table.cpp", "csrc/merge_states.cpp", "csrc/residual_diff.cpp"]
+SOURCES = [
+    "csrc/bindings.cpp",
+    "csrc/cuda_driver.cpp",
+    "csrc/kernel_table.cpp",
+    "csrc/launcher.cpp",
+    "csrc/merge_states.cpp",
+    "csrc/residual_diff.cpp",
+]
 KERNELS = ["csrc/kernels/merge_states.cpp", "csrc/kernels/residual_diff.cpp"]
 # at::parallel_for is serial unless compiled with OpenMP. The runtime is not linked but the one that torch has loaded: a
 # second one would bring its own threads.

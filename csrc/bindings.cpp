@@ -1,7 +1,11 @@
 #include "kernels/kernels.h"
+#include "launcher.h"
 #include "ops.h"
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
@@ -26,6 +30,64 @@ py::dict build_info() {
   return info;
 }
 
+// A launch is a plain C function of Python: pybind11's calls take about a microsecond to match their arguments.
+PyObject* launch(PyObject* launcher, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(
+      count == 3 && PyTuple_Check(arguments[0]) && PyTuple_GET_SIZE(arguments[0]) == 3 &&
+          PyLong_Check(arguments[1]) && PyTuple_Check(arguments[2]),
+      "launch takes a grid (x, y, z), a stream and a tuple of arguments");
+  para_kernels::Grid grid{};
+  for (Py_ssize_t i = 0; i < 3; ++i) {
+    PyObject* size = PyTuple_GET_ITEM(arguments[0], i);
+    const long long blocks = PyLong_Check(size) ? PyLong_AsLongLong(size) : -1;
+    TORCH_CHECK_VALUE(blocks >= 0 && blocks <= INT32_MAX, "grid: a dimension must lie in 0 ... 2**31 - 1");
+    grid[i] = static_cast<unsigned>(blocks);
+  }
+  const auto* self = static_cast<para_kernels::KernelLauncher*>(PyCapsule_GetPointer(launcher, nullptr));
+  return PyBool_FromLong(self->launch(grid, PyLong_AsUnsignedLongLong(arguments[1]), arguments[2]));
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef launch_method = {
+    "launch", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&launch)), METH_FASTCALL,
+    "launch(grid, stream, arguments): False if an argument is not what the kernel was compiled for."};
+
+template <typename... Arguments>
+py::object kernel_launcher(Arguments... arguments) {
+  const py::capsule self(
+      new para_kernels::KernelLauncher(arguments...),
+      [](void* launcher) { delete static_cast<para_kernels::KernelLauncher*>(launcher); });
+  return py::reinterpret_steal<py::object>(PyCFunction_New(&launch_method, self.ptr()));
+}
+
+void bind_launcher(py::module_& m) {
+  using para_kernels::Parameter;
+  using Kind = Parameter::Kind;
+  py::class_<Parameter>(m, "Parameter", "What a kernel was compiled to take for one argument.")
+      .def_static("absent", [] { return Parameter{Kind::kAbsent}; })
+      .def_static("int32", [] { return Parameter{Kind::kInt32}; })
+      .def_static("int64", [] { return Parameter{Kind::kInt64}; })
+      .def_static("float32", [] { return Parameter{Kind::kFloat32}; })
+      .def_static(
+          "pointer", [](at::ScalarType dtype, bool aligned) { return Parameter{Kind::kPointer, dtype, aligned}; },
+          py::arg("dtype"), py::arg("aligned"))
+      .def_static(
+          "descriptor",
+          [](at::ScalarType dtype, std::vector<std::uint32_t> box, int swizzle) {
+            return Parameter{Kind::kDescriptor, dtype, true, swizzle, std::move(box)};
+          },
+          py::arg("dtype"), py::arg("box"), py::arg("swizzle"));
+  m.def(
+      "kernel_launcher",
+      &kernel_launcher<
+          std::uint64_t, unsigned, unsigned, std::vector<Parameter>, std::vector<std::int64_t>, at::Device, std::string>,
+      py::arg("function"), py::arg("threads"), py::arg("shared_bytes"), py::arg("parameters"), py::arg("declared"),
+      py::arg("device"), py::arg("library") = "libcuda.so.1",
+      "launch(grid, stream, arguments) for a CUfunction of the current context. ValueError: `declared`, the sizes of the "
+      "parameters in the kernel's assembly, are not those of `parameters`.");
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(para_kernels, CPU, m) {
@@ -34,6 +96,7 @@ TORCH_LIBRARY_IMPL(para_kernels, CPU, m) {
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "C++ CPU kernels of para_kernels. Importing it registers them with torch's dispatcher.";
+  m.doc() = "C++ CPU kernels of para_kernels, which importing registers with torch's dispatcher, and the CUDA launcher.";
   m.def("build_info", &build_info, "Compiler, CPU capability chosen at run time, whether the ops are parallel, and the torch compiled against.");
+  bind_launcher(m);
 }

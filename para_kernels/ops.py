@@ -207,6 +207,16 @@ if not EXTENSION_AVAILABLE:
 
 
 @functools.cache
+def _triton() -> ModuleType:
+    """The Triton kernels, imported when first needed: without a GPU there may be no Triton."""
+    from para_kernels import triton_kernels
+    from para_kernels.triton_kernels import attention, launch, merge_states, residual_diff  # noqa: F401
+
+    launch.use_extension(_C)
+    return triton_kernels
+
+
+@functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
@@ -215,11 +225,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def _flash_attention_cuda(
     q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, q_lens: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    from para_kernels.triton_kernels.attention import attention_forward
-
     out, lse = _attention_outputs(q)
-    with torch.cuda.device(q.device):
-        attention_forward(q, k, v, out, lse, q_lens, kv_lens, scale, capability=_capability(q.device))
+    _triton().attention.attention_forward(q, k, v, out, lse, q_lens, kv_lens, scale, capability=_capability(q.device))
     return out, lse
 
 
@@ -234,37 +241,20 @@ def _flash_attention_varlen_cuda(
     max_seqlen_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    from para_kernels.triton_kernels.attention import attention_forward
-
     # Rows of no sample come back as on the CPU.
     out, lse = (x.fill_(value) for x, value in zip(_packed_outputs(q), (0.0, float("-inf")), strict=True))
-    with torch.cuda.device(q.device):
-        attention_forward(
-            q[None],
-            k[None],
-            v[None],
-            out[None],
-            lse[None],
-            cu_seqlens_q,
-            cu_seqlens_k,
-            scale,
-            packed_max_q=max_seqlen_q,
-            capability=_capability(q.device),
-        )
+    capability = _capability(q.device)
+    _triton().attention.attention_forward(
+        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, packed_max_q=max_seqlen_q, capability=capability
+    )
     return out, lse
 
 
 @torch.library.impl(_library, "merge_states", "CUDA")
 def _merge_states_cuda(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    from para_kernels.triton_kernels.merge_states import merge_states_forward
-
-    with torch.cuda.device(out_a.device):
-        return merge_states_forward(out_a, lse_a, out_b, lse_b)
+    return _triton().merge_states.merge_states_forward(out_a, lse_a, out_b, lse_b)
 
 
 @torch.library.impl(_library, "residual_diff", "CUDA")
 def _residual_diff_cuda(hidden_in: Tensor, hidden_out: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
-    from para_kernels.triton_kernels.residual_diff import residual_diff_forward
-
-    with torch.cuda.device(hidden_in.device):
-        return residual_diff_forward(hidden_in, hidden_out, previous)
+    return _triton().residual_diff.residual_diff_forward(hidden_in, hidden_out, previous)

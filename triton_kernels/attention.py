@@ -7,12 +7,16 @@ never constexpr and never specialised on, so a new length compiles nothing.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .launch import Launcher
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -233,35 +237,105 @@ def uses_tma(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> 
     )
 
 
-def _vector_width(*tensors: torch.Tensor) -> int:
-    """Elements of the widest load (16 bytes) that every stride is a multiple of, or 1."""
-    width = 16 // tensors[0].element_size()
-    aligned = all(stride % width == 0 for tensor in tensors for stride in tensor.stride()[:-1])
-    return width if aligned else 1
+def _vector_width(dtype: torch.dtype, *strides: tuple[int, ...]) -> int:
+    """Elements of the widest load (16 bytes) that every stride but the last is a multiple of, or 1."""
+    width = 16 // dtype.itemsize
+    return width if all(stride % width == 0 for row in strides for stride in row[:-1]) else 1
 
 
-def _matrix_shape(tensor: torch.Tensor) -> list[int] | None:
-    """[rows, columns] of `tensor` (B, S, H, D) as a matrix whose row pitch is the stride of S; None where TMA cannot.
+def _matrix_shape(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, int] | None:
+    """(rows, columns) of a tensor (B, S, H, D) as a matrix whose row pitch is the stride of S; None where TMA cannot.
 
     Head (b, h) starts at row (stride_b // pitch) * b + (stride_h // pitch) * h and at the column that the remainders
     give, which covers token-major and head-major storage and slices of a fused projection. The last row and column are
     those of the last element, so the copy engine never reads past the view.
     """
-    batch, length, heads, head_dim = tensor.shape
-    stride_b, pitch, stride_h, _ = tensor.stride()
-    if tensor.numel() == 0 or pitch <= 0 or tensor.data_ptr() % 16 or _vector_width(tensor) == 1:
+    batch, length, heads, head_dim = shape
+    stride_b, pitch, stride_h, _ = stride
+    if 0 in shape or pitch <= 0:
         return None
     (row_b, col_b), (row_h, col_h) = divmod(stride_b, pitch), divmod(stride_h, pitch)
     rows = (batch - 1) * row_b + (heads - 1) * row_h + length
     cols = (batch - 1) * col_b + (heads - 1) * col_h + head_dim
-    if cols > pitch or rows >= 2**31:
-        return None
-    return [rows, cols]
+    return None if cols > pitch or rows >= 2**31 else (rows, cols)
 
 
-def _with_short_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` with a row stride whose multiples within a tile fit 32 bits; a copy only beyond 16 million elements."""
-    return tensor.contiguous() if tensor.stride(1) >= 2**31 // 128 else tensor
+# From here on the multiples of a row stride within a tile no longer fit 32 bits.
+_LONG_STRIDE = 2**31 // 128
+
+
+@functools.cache
+def _launcher(
+    device: torch.device,
+    config: AttentionConfig,
+    dtype: torch.dtype,
+    head_dim: int,
+    vec: int,
+    tma: bool,
+    packed: bool,
+    q_lens: bool,
+    kv_lens: bool,
+) -> Launcher:
+    """The launches of one compiled variant; `q_lens` and `kv_lens` tell whether they are given."""
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    descriptor = functools.partial(TensorDescriptor, block_shape=[config.block_n, block_d])
+    return Launcher(
+        _attention_fwd, device, {"k": descriptor, "v": descriptor} if tma else {},
+        D=head_dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, STAGES=config.num_stages,
+        VEC=vec, USE_TMA=tma, PACKED=packed, PRECISION="ieee" if dtype == torch.float32 else "tf32",
+        num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+class _Plan(NamedTuple):
+    """What a launch needs besides its tensors."""
+
+    launcher: Launcher
+    grid: tuple[int, int, int]
+    matrices: tuple[tuple[int, int], tuple[int, int]] | None  # of k and v, where they come through descriptors
+    integers: tuple[int, ...]
+
+
+# Nothing but shapes, strides and types goes in, so that a call like an earlier one finds its launch ready.
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    q_shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    q_stride: tuple[int, ...],
+    k_stride: tuple[int, ...],
+    v_stride: tuple[int, ...],
+    aligned: bool,
+    samples: int,
+    packed_max_q: int | None,
+    q_lens: bool,
+    kv_lens: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    capability: tuple[int, int],
+) -> _Plan:
+    """`samples` is the number of lengths; `aligned` tells whether k and v start at a multiple of 16 bytes."""
+    packed = packed_max_q is not None
+    if packed:
+        q_shape, k_shape = (1, *q_shape), (1, *k_shape)
+        q_stride, k_stride, v_stride = ((0, *stride) for stride in (q_stride, k_stride, v_stride))
+    _, rows_q, heads, head_dim = q_shape
+    rows_k, kv_heads = k_shape[1:3]
+    vec = _vector_width(dtype, q_stride, k_stride, v_stride)
+    matrices = None
+    if aligned and uses_tma(capability, dtype, head_dim) and _vector_width(dtype, k_stride, v_stride) > 1:
+        k_matrix, v_matrix = _matrix_shape(k_shape, k_stride), _matrix_shape(k_shape, v_stride)
+        matrices = (k_matrix, v_matrix) if k_matrix and v_matrix else None
+    tma = matrices is not None
+    config = attention_config(capability, head_dim, dtype, tma)
+    max_q = rows_q if packed_max_q is None else packed_max_q
+    blocks = triton.cdiv(max_q, config.block_m) * heads * samples
+    strides = [stride // vec for tensor in (q_stride, k_stride, v_stride) for stride in tensor[:-1]]
+    integers = (
+        max_q, rows_q, rows_k, heads, heads // kv_heads, heads * rows_q, rows_q, *strides,
+        rows_q * heads * head_dim, heads * head_dim,
+    )  # fmt: skip
+    launcher = _launcher(device, config, dtype, head_dim, vec, tma, packed, q_lens, kv_lens)
+    return _Plan(launcher, (blocks, 1, 1), matrices, integers)
 
 
 def attention_forward(
@@ -277,43 +351,33 @@ def attention_forward(
     packed_max_q: int | None = None,
     capability: tuple[int, int],
 ) -> None:
-    """Launch the kernel; writes `out` (as q, contiguous) and `lse` (B, H, Sq) float32.
+    """Launch the kernel; writes `out` (as q) and `lse` (B, H, Sq) float32, both contiguous.
 
     q is (B, Sq, H, D), k and v (B, Sk, Hk, D), D contiguous, any other strides. `q_lens` and `kv_lens` are int32 (B,),
     or None.
-    With `packed_max_q`, the longest query, the tensors are packed: B is 1, and `q_lens` and `kv_lens` are the
-    `cu_seqlens`, int32 (samples + 1,); lse is then (1, H, T), and rows of no sample are not written. The caller has
-    checked all of this.
+    With `packed_max_q`, the longest query, the tensors are packed, q (T, H, D) and so on, lse is (H, T), and `q_lens`
+    and `kv_lens` are the `cu_seqlens`, int32 (samples + 1,); rows of no sample are not written. The caller has checked
+    all of this.
     """
-    q, k, v = (_with_short_rows(x) for x in (q, k, v))
-    samples, rows_q, heads, head_dim = q.shape
-    rows_k, kv_heads = k.shape[1], k.shape[2]
-    max_q = rows_q
-    if packed_max_q is not None:
+    q_stride, k_stride, v_stride = q.stride(), k.stride(), v.stride()
+    if max(q_stride[-3], k_stride[-3], v_stride[-3]) >= _LONG_STRIDE:
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        q_stride, k_stride, v_stride = q.stride(), k.stride(), v.stride()
+    if packed_max_q is None:
+        samples = q.shape[0]
+    else:
         assert q_lens is not None
-        max_q, samples = packed_max_q, q_lens.numel() - 1
-    shapes = [_matrix_shape(x) if uses_tma(capability, q.dtype, head_dim) else None for x in (k, v)]
-    tma = all(shape is not None for shape in shapes)
-    config = attention_config(capability, head_dim, q.dtype, tma)
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    blocks = triton.cdiv(max_q, config.block_m) * heads * samples
-    if blocks == 0:
-        return
-    keys_values = [
-        TensorDescriptor(x, shape, [x.stride(1), 1], [config.block_n, block_d]) if tma and shape else x
-        for x, shape in zip((k, v), shapes, strict=True)
-    ]
-    vec = _vector_width(q, k, v)
-    strides = [stride // vec for tensor in (q, k, v) for stride in tensor.stride()[:-1]]
-    _attention_fwd[(blocks,)](
-        q, *keys_values, out, lse, q_lens, kv_lens, scale * _LOG2_E.value,
-        max_q, rows_q, rows_k, heads, heads // kv_heads,
-        lse.stride(0), lse.stride(1), *strides, out.stride(0), out.stride(1),
-        D=head_dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, STAGES=config.num_stages,
-        VEC=vec, USE_TMA=tma, PACKED=packed_max_q is not None,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=config.num_warps,
+        samples = q_lens.shape[0] - 1
+    launcher, grid, matrices, integers = _plan(
+        q.shape, k.shape, q_stride, k_stride, v_stride, (k.data_ptr() | v.data_ptr()) % 16 == 0,
+        samples, packed_max_q, q_lens is not None, kv_lens is not None, q.dtype, q.device, capability,
     )  # fmt: skip
+    if grid[0] == 0:
+        return
+    k_source, v_source = k, v
+    if matrices is not None:
+        k_source, v_source = (k, matrices[0], (k_stride[-3], 1)), (v, matrices[1], (v_stride[-3], 1))
+    launcher(grid, q, k_source, v_source, out, lse, q_lens, kv_lens, scale * _LOG2_E.value, *integers)
 
 
 def compile_count() -> int:

@@ -6,9 +6,13 @@ lse_merged), out = w_a out_a + w_b out_b and lse_merged = log(exp(lse_a) + exp(l
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
+
+from .launch import Launcher
 
 _RUNTIME_INTEGERS = (
     "length", "heads", "a_stride_b", "a_stride_s", "a_stride_h", "b_stride_b", "b_stride_s", "b_stride_h",
@@ -70,26 +74,19 @@ def merge_states_forward(
         # No element to weigh, but an lse may exist where D is 0.
         return out, torch.logaddexp(lse_a, lse_b).contiguous()
     if out_a.dim() == 3:
-        merge_into(out_a[None], lse_a[None], out_b[None], lse_b[None], out[None], lse[None])
-    else:
-        merge_into(out_a, lse_a, out_b, lse_b, out, lse)
-    return out, lse
-
-
-def merge_into(
-    out_a: torch.Tensor,
-    lse_a: torch.Tensor,
-    out_b: torch.Tensor,
-    lse_b: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-) -> None:
-    """Launch the kernel on (B, S, H, D) and (B, H, S); `out` and `lse` are contiguous."""
+        out_a, lse_a, out_b, lse_b = (x[None] for x in (out_a, lse_a, out_b, lse_b))
     batch, length, heads, head_dim = out_a.shape
     block_d = triton.next_power_of_2(head_dim)
     block_s = max(1, 4096 // block_d)
-    _merge_states[(triton.cdiv(length, block_s), heads * batch)](
+    _launcher(out.device, out.dtype, head_dim, block_s, block_d)(
+        (triton.cdiv(length, block_s), heads * batch, 1),
         out_a, lse_a, out_b, lse_b, out, lse, length, heads,
         *out_a.stride()[:-1], *out_b.stride()[:-1], *lse_a.stride(), *lse_b.stride(),
-        D=head_dim, BLOCK_S=block_s, BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip
+    return out, lse
+
+
+@functools.cache
+def _launcher(device: torch.device, dtype: torch.dtype, head_dim: int, block_s: int, block_d: int) -> Launcher:
+    """The launches of one compiled variant."""
+    return Launcher(_merge_states, device, D=head_dim, BLOCK_S=block_s, BLOCK_D=block_d, num_warps=4)

@@ -7,9 +7,13 @@ once; the sums are reduced in a fixed order (within a program, then over program
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
+
+from .launch import Launcher
 
 # Elements per tile, its widest row, and tiles per program. Of 21 combinations measured on an H100 at (1, 119056, 3072)
 # bfloat16 this one ran at the bandwidth of a copy; with one tile per program at 0.91 of it (one program adds all the
@@ -114,11 +118,24 @@ def residual_diff_forward(
     programs = batch * row_blocks * col_blocks
     partial_sums = None if previous is None else torch.empty((programs, 2), dtype=torch.float32, device=sums.device)
     strides = [stride // vec for view in views for stride in view.stride()[:2]] + ([0, 0] if previous is None else [])
-    _residual_diff[(programs,)](
-        views[0], views[1], None if previous is None else views[2], residual, partial_sums,
+    _launcher(residual.device, residual.dtype, previous is None, block_r, block_c, _TILES_PER_PROGRAM, vec)(
+        (programs, 1, 1), views[0], views[1], None if previous is None else views[2], residual, partial_sums,
         rows, cols // vec, row_blocks, col_blocks, *strides,
-        BLOCK_R=block_r, BLOCK_C=block_c, TILES=_TILES_PER_PROGRAM, VEC=vec, num_warps=8,
     )  # fmt: skip
     if partial_sums is not None:
-        _add_partial_sums[(1,)](partial_sums, sums, programs, BLOCK=2048, num_warps=8)
+        _sums_launcher(residual.device)((1, 1, 1), partial_sums, sums, programs)
     return residual, sums
+
+
+@functools.cache
+def _launcher(
+    device: torch.device, dtype: torch.dtype, first: bool, block_r: int, block_c: int, tiles: int, vec: int
+) -> Launcher:  # fmt: skip
+    """The launches of one compiled variant; `first` without an earlier residual."""
+    constants = {"BLOCK_R": block_r, "BLOCK_C": block_c, "TILES": tiles, "VEC": vec}
+    return Launcher(_residual_diff, device, **constants, num_warps=8)
+
+
+@functools.cache
+def _sums_launcher(device: torch.device) -> Launcher:
+    return Launcher(_add_partial_sums, device, BLOCK=2048, num_warps=8)

@@ -97,9 +97,7 @@ def test_packed_matches_float64(capability: tuple[int, int]) -> None:
     k, v = (torch.randn(401, 2, 64, dtype=torch.float16) for _ in range(2))
     out, lse = torch.full_like(q, POISON), torch.full((4, 171), POISON)
     starts_q, starts_k = (torch.tensor(x, dtype=torch.int32) for x in (cu_q, cu_k))
-    attention_forward(
-        q[None], k[None], v[None], out[None], lse[None], starts_q, starts_k, 0.125, packed_max_q=130, capability=capability
-    )  # fmt: skip
+    attention_forward(q, k, v, out, lse, starts_q, starts_k, 0.125, packed_max_q=130, capability=capability)
     ref, ref_lse = attention_packed(q, k, v, cu_q, cu_k)
     assert error(out, ref) <= TOLERANCES[torch.float16]
     assert lse_error(lse, ref_lse) <= 1e-3
@@ -113,9 +111,7 @@ def test_packed_offsets_out_of_range_are_clamped(capability: tuple[int, int]) ->
     around = torch.full((180, 2, 64), 7.0, dtype=torch.float16)
     out, lse = around[60:120], torch.zeros(2, 60)
     cu_q, cu_k = (torch.tensor(x, dtype=torch.int32) for x in ([-9, 20, 15, 1000], [0, 30, 40, 5000]))
-    attention_forward(
-        q[None], k[None], v[None], out[None], lse[None], cu_q, cu_k, 0.125, packed_max_q=60, capability=capability
-    )
+    attention_forward(q, k, v, out, lse, cu_q, cu_k, 0.125, packed_max_q=60, capability=capability)
     assert torch.all(around[:60] == 7.0)
     assert torch.all(around[120:] == 7.0)
     ref, _ = attention_packed(q[15:], k[40:], v[40:], [0, 45], [0, 20])

@@ -1,0 +1,64 @@
+// Launches of a compiled Triton kernel without Python in between.
+#pragma once
+
+#include "cuda_driver.h"
+
+#include <Python.h>
+#include <c10/core/Device.h>
+#include <c10/core/ScalarType.h>
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace para_kernels {
+
+// What a kernel was compiled to take for one argument. An argument that differs in any of this needs another variant.
+struct Parameter {
+  enum class Kind { kAbsent, kPointer, kDescriptor, kInt32, kInt64, kFloat32 };
+
+  Kind kind;
+  at::ScalarType dtype = at::ScalarType::Undefined;  // pointers and descriptors
+  bool aligned = false;                              // pointers: compiled for multiples of 16 bytes
+  int swizzle = 0;                                   // descriptors: CUtensorMapSwizzle
+  std::vector<std::uint32_t> box = {};               // descriptors: elements per copy, outermost dimension first
+
+  // Absent arguments (None) and constants have no place in the kernel; a descriptor has one for its map, its shape and
+  // its strides.
+  std::vector<std::int64_t> sizes() const;
+};
+
+using Grid = std::array<unsigned, 3>;
+
+class KernelLauncher {
+ public:
+  // `function` is a CUfunction of the context that is current now. `declared` are the sizes of the parameters as the
+  // kernel's assembly declares them: ValueError if they are not those of `parameters` and Triton's two scratch pointers.
+  KernelLauncher(
+      std::uint64_t function, unsigned threads, unsigned shared_bytes, std::vector<Parameter> parameters,
+      const std::vector<std::int64_t>& declared, c10::Device device, const std::string& library);
+
+  // `arguments` is a tuple: tensors, integers, floats and None, and for a descriptor (tensor, shape, strides).
+  // True: the kernel is in the stream. False: an argument is not what it was compiled for, and nothing was done.
+  // RuntimeError: the driver refused.
+  bool launch(const Grid& grid, std::uint64_t stream, PyObject* arguments) const;
+
+ private:
+  class Block;
+
+  bool pack(const Parameter& parameter, PyObject* argument, Block& block) const;
+  bool pack_pointer(const Parameter& parameter, PyObject* argument, Block& block) const;
+  bool pack_descriptor(const Parameter& parameter, PyObject* argument, Block& block) const;
+  void submit(const Grid& grid, std::uint64_t stream, Block& block) const;
+
+  CudaDriver driver_;
+  void* function_;
+  void* context_ = nullptr;
+  unsigned threads_;
+  unsigned shared_bytes_;
+  std::vector<Parameter> parameters_;
+  c10::Device device_;
+};
+
+}  // namespace para_kernels

@@ -1,0 +1,153 @@
+// A CUDA driver without a GPU: it notes what it is asked to launch. Built and read by fake_cuda.py.
+#include <cuda.h>
+#include <string.h>
+
+#define MAX_LAUNCHES 16
+#define MAX_FUNCTIONS 64
+#define MAX_PARAMETERS 128
+#define FIRST_FUNCTION 0x3000
+
+typedef struct {
+  CUfunction function;
+  CUstream stream;
+  CUcontext context;
+  unsigned grid[3];
+  unsigned block[3];
+  unsigned shared_bytes;
+  unsigned extended;  // through cuLaunchKernelEx
+  unsigned bytes;     // of all parameters, one after the other
+  unsigned char parameters[4096];
+} Launch;
+
+typedef struct {
+  unsigned count;
+  unsigned sizes[MAX_PARAMETERS];
+} Function;
+
+// Set by the test.
+CUresult result = CUDA_SUCCESS;  // of a launch
+CUcontext context = (CUcontext)0x1000;
+Function functions[MAX_FUNCTIONS];  // what a driver reads from the binary
+// Read by the test.
+unsigned loaded = 0;
+unsigned launches = 0;
+Launch launched[MAX_LAUNCHES];  // the last ones
+unsigned pushed = 0, popped = 0;
+
+static CUresult note(CUfunction function, CUstream stream, const unsigned grid[3], const unsigned block[3],
+                     unsigned shared_bytes, unsigned extended, void **parameters) {
+  if (result != CUDA_SUCCESS) {
+    return result;
+  }
+  Launch *launch = &launched[launches++ % MAX_LAUNCHES];
+  launch->function = function;
+  launch->stream = stream;
+  launch->context = context;
+  memcpy(launch->grid, grid, sizeof(launch->grid));
+  memcpy(launch->block, block, sizeof(launch->block));
+  launch->shared_bytes = shared_bytes;
+  launch->extended = extended;
+  launch->bytes = 0;
+  const Function *known = &functions[(size_t)function - FIRST_FUNCTION];
+  for (unsigned i = 0; i < known->count; ++i) {
+    memcpy(launch->parameters + launch->bytes, parameters[i], known->sizes[i]);
+    launch->bytes += known->sizes[i];
+  }
+  return CUDA_SUCCESS;
+}
+
+CUresult cuLaunchKernel(CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                        unsigned shared_bytes, CUstream stream, void **parameters, void **extra) {
+  return note(f, stream, (unsigned[]){gx, gy, gz}, (unsigned[]){bx, by, bz}, shared_bytes, 0, parameters);
+}
+
+CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **parameters, void **extra) {
+  return note(f, c->hStream, (unsigned[]){c->gridDimX, c->gridDimY, c->gridDimZ},
+              (unsigned[]){c->blockDimX, c->blockDimY, c->blockDimZ}, c->sharedMemBytes, 1, parameters);
+}
+
+// The map holds its arguments, so that two maps are equal where these are.
+typedef struct {
+  cuuint64_t address;
+  cuuint64_t sizes[5];
+  cuuint64_t strides[4];
+  cuuint32_t box[5];
+  unsigned char element_strides[5];
+  unsigned char type, rank, interleave, swizzle, l2_promotion, fill;
+} Map;
+_Static_assert(sizeof(Map) <= sizeof(CUtensorMap), "the arguments fit into a map");
+
+CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
+                                const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box,
+                                const cuuint32_t *element_strides, CUtensorMapInterleave interleave,
+                                CUtensorMapSwizzle swizzle, CUtensorMapL2promotion l2_promotion,
+                                CUtensorMapFloatOOBfill fill) {
+  if (rank < 1 || rank > 5 || (cuuint64_t)address % 16 || (cuuint64_t)map % 64) {
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  Map noted = {.address = (cuuint64_t)address, .type = type, .rank = rank, .interleave = interleave};
+  noted.swizzle = swizzle, noted.l2_promotion = l2_promotion, noted.fill = fill;
+  for (unsigned i = 0; i < rank; ++i) {
+    noted.sizes[i] = sizes[i];
+    noted.box[i] = box[i];
+    noted.element_strides[i] = element_strides[i];
+    if (i + 1 < rank) {
+      noted.strides[i] = strides[i];
+    }
+  }
+  memset(map, 0, sizeof(*map));
+  memcpy(map, &noted, sizeof(noted));
+  return CUDA_SUCCESS;
+}
+
+CUresult cuCtxGetCurrent(CUcontext *current) { return *current = context, CUDA_SUCCESS; }
+CUresult cuCtxSetCurrent(CUcontext current) { return context = current, CUDA_SUCCESS; }
+
+static CUcontext below;
+
+CUresult cuCtxPushCurrent(CUcontext pushed_context) {
+  below = context, context = pushed_context, ++pushed;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuCtxPopCurrent(CUcontext *popped_context) {
+  *popped_context = context, context = below, ++popped;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuGetErrorName(CUresult code, const char **name) { return *name = "CUDA_ERROR_FAKE", CUDA_SUCCESS; }
+CUresult cuGetErrorString(CUresult code, const char **text) { return *text = "a fake failure", CUDA_SUCCESS; }
+
+// What else Triton calls to load and launch a kernel.
+CUresult cuModuleLoadData(CUmodule *module, const void *image) { return *module = (CUmodule)0x2000, CUDA_SUCCESS; }
+CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
+CUresult cuModuleGetFunction(CUfunction *f, CUmodule module, const char *name) {
+  return *f = (CUfunction)(FIRST_FUNCTION + (size_t)(loaded++ % MAX_FUNCTIONS)), CUDA_SUCCESS;
+}
+CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction f) {
+  return *value = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0, CUDA_SUCCESS;
+}
+CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute attribute, int value) { return CUDA_SUCCESS; }
+CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache config) { return CUDA_SUCCESS; }
+CUresult cuDeviceGet(CUdevice *device, int ordinal) { return *device = ordinal, CUDA_SUCCESS; }
+CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
+  return *value = 227 * 1024, CUDA_SUCCESS;
+}
+CUresult cuDevicePrimaryCtxRetain(CUcontext *retained, CUdevice device) {
+  return *retained = (CUcontext)0x1000, CUDA_SUCCESS;
+}
+CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdeviceptr address) {
+  return *(CUdeviceptr *)value = address, CUDA_SUCCESS;
+}
+CUresult cuDriverGetVersion(int *version) { return *version = 14000, CUDA_SUCCESS; }
+
+// What Triton links with, and does not need here.
+CUresult cuCtxGetDevice(CUdevice *device) { return *device = 0, CUDA_SUCCESS; }
+CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { return *value = 0, CUDA_SUCCESS; }
+CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return CUDA_SUCCESS; }
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
+  return *status = CU_STREAM_CAPTURE_STATUS_NONE, CUDA_SUCCESS;
+}
+CUresult cuPointerGetAttributes(unsigned count, CUpointer_attribute *attributes, void **data, CUdeviceptr address) {
+  return CUDA_ERROR_NOT_SUPPORTED;
+}

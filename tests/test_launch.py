@@ -1,0 +1,402 @@
+"""Launches from C++: byte for byte those of Triton's own launcher, on a CUDA driver that only takes notes."""
+
+from __future__ import annotations
+
+import logging
+import struct
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+_C = pytest.importorskip("para_kernels._C")
+if torch.cuda.is_available():
+    pytest.skip("the fake driver cannot stand beside a real one", allow_module_level=True)
+
+import triton.language as tl  # noqa: E402
+from fake_cuda import CONTEXT, STREAM, FakeCuda, parameter_sizes, use_in_triton  # noqa: E402
+from triton.experimental import gluon  # noqa: E402
+from triton.experimental.gluon import language as gl  # noqa: E402
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma  # noqa: E402
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E402
+
+from para_kernels.triton_kernels import attention, launch, merge_states, residual_diff  # noqa: E402
+from para_kernels.triton_kernels.launch import Launcher, declared_sizes  # noqa: E402
+
+CPU = torch.device("cpu")
+OTHER_CONTEXT = 0x5000
+# Its name up to Triton 3.7, and the one since.
+load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeCuda]:
+    fake = FakeCuda(tmp_path_factory.mktemp("cuda"))
+    use_in_triton(fake)
+    yield fake
+    triton.runtime.driver._active = None
+
+
+@pytest.fixture(autouse=True)
+def fresh(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The extension in use, and no launch prepared yet."""
+    monkeypatch.setattr(launch, "_current_stream", lambda index: STREAM)
+    launch.use_extension(_C, str(fake.path))
+    prepared = (attention._plan, attention._launcher, merge_states._launcher, residual_diff._launcher)
+    for cache in (*prepared, residual_diff._sums_launcher):
+        cache.cache_clear()
+    yield
+    launch.use_extension(None)
+    fake.set_context(CONTEXT)
+    fake.fail_with(0)
+
+
+# --- the same bytes as through Triton ---------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=("narrow", "wide"))
+def _numbers(out, narrow, wide, real, absent, N: tl.constexpr):
+    if absent is not None:
+        real += 1.0
+    tl.store(out + tl.arange(0, N), (narrow + wide).to(tl.float32) + real)
+
+
+@gluon.jit
+def _copy(source, row, tile, ready):
+    mbarrier.expect(ready, source.block_type.nbytes)
+    load_tile(source, [0, 0, row, 0], ready, tile)
+
+
+@gluon.jit
+def _wait(out, row, ready):
+    mbarrier.wait(ready, 0)
+    gl.store(out, row)
+
+
+@gluon.jit(do_not_specialize=("row",))
+def _specialised_warps(source, out, row, num_warps: gl.constexpr):
+    tile = gl.allocate_shared_memory(source.dtype, source.block_type.shape, source.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(ready, count=1)
+    gl.warp_specialize([(_wait, (out, row, ready)), (_copy, (source, row, tile, ready))], [1], [24])
+
+
+def tensors(*shape: int, count: int = 1, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    return [torch.randn(*shape).to(dtype) for _ in range(count)]
+
+
+def attend(**changes: Any) -> Callable[[], None]:
+    """Attention over (2, 40, 4, 64), with other arguments in `changes`."""
+    q, k, v, out = tensors(2, 40, 4, 64, count=4)
+    arguments: dict[str, Any] = {"q": q, "k": k, "v": v, "out": out, "lse": torch.empty(2, 4, 40), "capability": (9, 0)}
+    arguments |= {"q_lens": None, "kv_lens": None, "scale": 0.125} | changes
+    return lambda: attention.attention_forward(**arguments)
+
+
+def attend_packed() -> Callable[[], None]:
+    q, k, v, out = tensors(40, 4, 64, count=4)
+    starts, lse = torch.tensor([0, 30, 40], dtype=torch.int32), torch.empty(4, 40)
+    return lambda: attention.attention_forward(
+        q, k, v, out, lse, starts, starts, 0.125, packed_max_q=30, capability=(9, 0)
+    )
+
+
+def specialised_warps() -> Callable[[], None]:
+    (source,) = tensors(2, 100, 4, 64)
+    layout = gl.NVMMASharedLayout.get_default_for([1, 1, 32, 64], gl.bfloat16)
+    launcher = Launcher(
+        _specialised_warps, CPU, {"source": lambda *x: TensorDescriptor(*x, [1, 1, 32, 64], layout)}, num_warps=4
+    )
+    out = torch.zeros(1, dtype=torch.int32)
+    shape, strides = (2, 4, 100, 64), (100 * 256, 64, 256, 1)
+    return lambda: launcher((3, 2, 1), (source, shape, strides), out, 7)
+
+
+def numbers(narrow: object = -3, wide: object = 2**40, real: object = 0.1, absent: object = None) -> Callable[[], None]:
+    out = torch.empty(8)
+    launcher = Launcher(_numbers, CPU, N=8, num_warps=1)
+    return lambda: launcher((1, 1, 1), out, narrow, wide, real, absent)
+
+
+LENS = torch.tensor([40, 7], dtype=torch.int32)
+STORED_BY_HEAD = tensors(2, 4, 40, 64)[0].transpose(1, 2)
+CALLS: dict[str, Callable[[], Callable[[], object]]] = {
+    "attention": attend,
+    "attention, lengths": lambda: attend(q_lens=LENS, kv_lens=LENS),
+    "attention, one length": lambda: attend(kv_lens=LENS),
+    "attention, pointers": lambda: attend(capability=(8, 0)),
+    "attention, keys by head": lambda: attend(k=STORED_BY_HEAD),
+    "attention, not aligned": lambda: attend(v=tensors(2 * 40 * 4 * 64 + 1)[0][1:].view(2, 40, 4, 64)),
+    "attention, packed": attend_packed,
+    "gluon, four dimensions": specialised_warps,
+    "numbers": numbers,
+    "numbers, an optional tensor": lambda: numbers(absent=torch.empty(1)),
+}
+
+
+@pytest.mark.parametrize("make", CALLS.values(), ids=CALLS.keys())
+def test_same_launch_as_triton(fake: FakeCuda, make: Callable[[], Callable[[], object]]) -> None:
+    call = make()
+    (by_triton,) = fake.launches_of(call)
+    (direct,) = fake.launches_of(call)
+    assert (by_triton.by_triton, direct.by_triton) == (True, False)
+    by_triton.by_triton = False
+    assert direct == by_triton
+    assert len(direct.parameters) > 3
+
+
+def address(parameter: bytes) -> int:
+    (pointer,) = struct.unpack("Q", parameter)
+    return pointer
+
+
+def test_same_launches_of_residual_diff(fake: FakeCuda) -> None:
+    hidden = tensors(2, 40, 96, count=3)
+    kept = []
+    by_triton = fake.launches_of(lambda: kept.append(residual_diff.residual_diff_forward(*hidden)))
+    direct = fake.launches_of(lambda: kept.append(residual_diff.residual_diff_forward(*hidden)))
+    assert [launch.by_triton for launch in (*by_triton, *direct)] == [True, True, False, False]
+    for launches, (residual, sums) in zip((by_triton, direct), kept, strict=True):
+        difference, total = launches
+        assert [address(p) for p in difference.parameters[:4]] == [x.data_ptr() for x in (*hidden, residual)]
+        assert address(total.parameters[1]) == sums.data_ptr()
+    for one, other in zip(by_triton, direct, strict=True):
+        assert (one.function, one.grid, one.block, one.shared_bytes) == (
+            other.function,
+            other.grid,
+            other.block,
+            other.shared_bytes,
+        )
+        assert [p for p in one.parameters if len(p) < 8] == [p for p in other.parameters if len(p) < 8]
+
+
+@pytest.mark.parametrize("shape", [(2, 40, 3, 64), (40, 3, 64)], ids=["batch", "packed"])
+def test_same_launch_of_merge_states(fake: FakeCuda, shape: tuple[int, ...]) -> None:
+    states = [*tensors(*shape, count=2), *tensors(*shape[:-3], 3, 40, count=2, dtype=torch.float32)]
+    out_a, out_b, lse_a, lse_b = states
+    kept = []
+    call = lambda: kept.append(merge_states.merge_states_forward(out_a, lse_a, out_b, lse_b))  # noqa: E731
+    (by_triton,), (direct,) = fake.launches_of(call), fake.launches_of(call)
+    assert (by_triton.by_triton, direct.by_triton) == (True, False)
+    for one, outputs in zip((by_triton, direct), kept, strict=True):
+        expected = [x.data_ptr() for x in (out_a, lse_a, out_b, lse_b, *outputs)]
+        assert [address(p) for p in one.parameters[:6]] == expected
+    assert (direct.grid, direct.parameters[6:]) == (by_triton.grid, by_triton.parameters[6:])
+
+
+def test_the_assembly_declares_what_the_binary_holds(fake: FakeCuda) -> None:
+    for make in (attend, specialised_warps, numbers):
+        make()()
+    for kernel in (attention._attention_fwd, _specialised_warps, _numbers):
+        compiled = next(iter(kernel.device_caches[0][0].values()))
+        assert declared_sizes(compiled.asm["ptx"]) == parameter_sizes(compiled.asm["cubin"])
+
+
+# --- what must not be launched directly -------------------------------------------------------------------------------
+
+CHANGES: dict[str, Callable[[Tensor], dict[str, object]]] = {
+    "dtype": lambda x: {"out": x.half()},
+    "alignment": lambda x: {"out": torch.empty(9)[1:]},
+    "an integer of 64 bits": lambda x: {"narrow": 2**40},
+    "an integer of 32 bits": lambda x: {"wide": 2},
+    "a tensor where none was": lambda x: {"absent": x},
+    "an integer for a float": lambda x: {"real": 2},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_another_variant_goes_through_triton(fake: FakeCuda, change: Callable[[Tensor], dict[str, object]]) -> None:
+    out = torch.empty(8)
+    usual: dict[str, object] = {"out": out, "narrow": 3, "wide": 2**40, "real": 0.5, "absent": None}
+    launcher = Launcher(_numbers, CPU, N=8, num_warps=1)
+    for arguments, by_triton in ((usual, [True, False]), (usual | change(out), [True])):
+        for expected in by_triton:
+            (launched,) = fake.launches_of(lambda arguments=arguments: launcher((1, 1, 1), *arguments.values()))
+            assert launched.by_triton == expected
+    first, second = (compiled.src for compiled in launcher._launches)
+    assert (first.signature, first.attrs) != (second.signature, second.attrs)
+
+
+def test_after_another_variant_both_are_launched_directly(fake: FakeCuda) -> None:
+    launcher = Launcher(_numbers, CPU, N=8, num_warps=1)
+    calls = [
+        lambda out=out: launcher((1, 1, 1), out, 1, 2**40, 0.5, None) for out in (torch.empty(8), torch.empty(8).half())
+    ]
+    kinds = [[fake.launches_of(call)[0].by_triton for _ in range(2)] for call in (*calls, *calls)]
+    # The variant in use changes through Triton, which knows both by now.
+    assert kinds == [[True, False]] * 4
+    assert len(launcher._launches) == 2
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda x: (x, (2, 4, 100, 64), (100 * 256, 64, 252, 1)),
+        lambda x: (x.flatten()[1:], (1, 4, 10, 64), (100 * 256, 64, 256, 1)),
+        lambda x: (x, (2, 4, 0, 64), (100 * 256, 64, 256, 1)),
+        lambda x: (x, (2, 4, 100, 32), (100 * 256, 64, 256, 2)),
+    ],
+    ids=["stride", "start", "empty", "innermost stride"],
+)
+def test_descriptors_that_the_copy_engine_cannot_use_are_refused(
+    fake: FakeCuda, source: Callable[[Tensor], object]
+) -> None:
+    (x,) = tensors(2, 100, 4, 64)
+    layout = gl.NVMMASharedLayout.get_default_for([1, 1, 32, 64], gl.bfloat16)
+    make = {"source": lambda *arguments: TensorDescriptor(*arguments, [1, 1, 32, 64], layout)}
+    launcher = Launcher(_specialised_warps, CPU, make, num_warps=4)
+    out = torch.zeros(1, dtype=torch.int32)
+    launcher((1, 1, 1), (x, (2, 4, 100, 64), (100 * 256, 64, 256, 1)), out, 0)
+    assert launcher.not_direct is None
+    with pytest.raises(AssertionError):  # Triton's, in words of its own
+        launcher((1, 1, 1), source(x), out, 0)
+
+
+def test_tensors_of_another_device_are_not_launched(fake: FakeCuda) -> None:
+    launcher = Launcher(_numbers, CPU, N=8, num_warps=1)
+    launcher((1, 1, 1), torch.empty(8), 1, 2**40, 0.5, None)
+    direct = launcher._direct
+    assert direct is not None
+    elsewhere = torch.empty(8, device="meta")
+    assert fake.launches_of(lambda: direct((1, 1, 1), STREAM, (elsewhere, 1, 2**40, 0.5, None))) == []
+
+
+def options(**changes: object) -> SimpleNamespace:
+    """Metadata of a kernel that can be launched directly, with `changes`."""
+    plain: dict[str, object] = dict.fromkeys(("launch_cooperative_grid", "launch_pdl"), False)
+    plain |= {"num_ctas": 1, "global_scratch_size": 0, "profile_scratch_size": 0, "tensordesc_meta": []}
+    plain["target"] = SimpleNamespace(backend="cuda", arch=90)
+    return SimpleNamespace(**(plain | changes))
+
+
+NEEDS: list[tuple[dict[str, object], str]] = [
+    ({"num_ctas": 2}, "launch attributes"),
+    ({"launch_cooperative_grid": True}, "launch attributes"),
+    ({"launch_pdl": True}, "launch attributes"),
+    ({"global_scratch_size": 8}, "scratch memory"),
+    ({"profile_scratch_size": 8}, "scratch memory"),
+    ({"target": SimpleNamespace(backend="hip", arch=90)}, "hip"),
+    ({"target": SimpleNamespace(backend="cuda", arch=100), "tensordesc_meta": [{}]}, "tensor maps"),
+]
+
+
+@pytest.mark.parametrize(("changes", "reason"), NEEDS, ids=[next(iter(changes)) for changes, _ in NEEDS])
+def test_kernels_with_needs_are_left_to_triton(changes: dict[str, object], reason: str) -> None:
+    launch._check_options(options())
+    with pytest.raises(launch.NotDirectError, match=reason):
+        launch._check_options(options(**changes))
+
+
+@triton.jit
+def _specialised(out, count, N: tl.constexpr):
+    tl.store(out + tl.arange(0, N), count)
+
+
+@pytest.mark.parametrize("count", [1, 16, 2**63], ids=["is one", "divisible by 16", "unsigned"])
+def test_specialised_integers_are_left_to_triton(fake: FakeCuda, count: int) -> None:
+    launcher = Launcher(_specialised, CPU, N=8)
+    for _ in range(2):
+        assert fake.launches_of(lambda: launcher((1, 1, 1), torch.empty(8), count))[0].by_triton
+    assert launcher.not_direct is not None
+    assert launcher.not_direct.startswith("the argument count is")
+
+
+def test_a_layout_unlike_the_assembly_is_refused(fake: FakeCuda) -> None:
+    plain = {"function": 1, "threads": 32, "shared_bytes": 0, "device": CPU, "library": str(fake.path)}
+    parameters = [_C.Parameter.pointer(torch.float32, aligned=True), _C.Parameter.int32()]
+    _C.kernel_launcher(parameters=parameters, declared=[8, 4, 8, 8], **plain)
+    for declared in ([8, 8, 8, 8], [4, 8, 8, 8], [8, 4, 8], [8, 4, 4, 8, 8]):
+        with pytest.raises(ValueError, match=r"declared: got parameters of \[.*\] bytes, must be \[8, 4, 8, 8\]"):
+            _C.kernel_launcher(parameters=parameters, declared=declared, **plain)
+    with pytest.raises(ValueError, match="parameters: got 202 of 1616 bytes"):
+        _C.kernel_launcher(parameters=[_C.Parameter.int64()] * 200, declared=[8] * 202, **plain)
+    with pytest.raises(ValueError, match="got a descriptor of Int with 2 dimensions"):
+        _C.kernel_launcher(parameters=[_C.Parameter.descriptor(torch.int32, [8, 8], 0)], declared=[], **plain)
+
+
+def test_without_assembly_triton_launches(fake: FakeCuda) -> None:
+    call = numbers()
+    call()
+    compiled = next(iter(_numbers.device_caches[0][0].values()))
+    without = SimpleNamespace(metadata=compiled.metadata, src=compiled.src, function=1, asm={})
+    assert launch._direct_launch(without, CPU) == "no assembly to compare with"
+
+
+def test_without_the_extension_triton_launches(fake: FakeCuda) -> None:
+    launch.use_extension(None)
+    assert [fake.launches_of(call)[0].by_triton for call in [attend()] * 2] == [True, True]
+
+
+def test_without_a_driver_triton_launches(fake: FakeCuda) -> None:
+    launch.use_extension(_C, "libcuda_that_is_not_there.so")
+    launcher = Launcher(_numbers, CPU, N=8, num_warps=1)
+    for _ in range(2):
+        assert fake.launches_of(lambda: launcher((1, 1, 1), torch.empty(8), 1, 2**40, 0.5, None))[0].by_triton
+    assert launcher.not_direct is not None
+    assert "cannot open the CUDA driver" in launcher.not_direct
+
+
+def test_launch_hooks_are_called(fake: FakeCuda) -> None:
+    call, told = attend(), []
+    hooks = triton.knobs.runtime.launch_exit_hook
+    fake.launches_of(call)
+    hooks.add(told.append)
+    try:
+        (launched,) = fake.launches_of(call)
+    finally:
+        hooks.remove(told.append)
+    assert launched.by_triton
+    assert len(told) == 1
+
+
+# --- contexts, failures, messages -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("current", [0, OTHER_CONTEXT], ids=["a new thread", "another device"])
+def test_the_context_of_the_kernel_is_current_during_a_launch(fake: FakeCuda, current: int) -> None:
+    call = attend()
+    call()
+    pushed, popped = fake.pushed_and_popped
+    fake.set_context(current)
+    (launched,) = fake.launches_of(call)
+    assert launched.context == CONTEXT
+    assert not launched.by_triton
+    assert fake.pushed_and_popped == (pushed + 1, popped + 1)
+
+
+def test_a_failed_launch_raises(fake: FakeCuda) -> None:
+    call = attend()
+    call()
+    fake.fail_with(701)
+    with pytest.raises(RuntimeError, match=r"cuLaunchKernel: CUDA_ERROR_FAKE \(701\), a fake failure"):
+        call()
+
+
+def test_a_bad_grid_is_refused(fake: FakeCuda) -> None:
+    launcher = Launcher(_numbers, CPU, N=8, num_warps=1)
+    arguments = (torch.empty(8), 1, 2**40, 0.5, None)
+    launcher((1, 1, 1), *arguments)
+    for grid in ((-1, 1, 1), (2**31, 1, 1), (1.5, 1, 1)):
+        with pytest.raises(ValueError, match="grid: a dimension must lie in"):
+            launcher(grid, *arguments)
+    assert fake.launches_of(lambda: launcher((0, 1, 1), *arguments)) == []
+
+
+def test_a_long_first_call_says_what_it_does(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(launch, "_SECONDS_IN_SILENCE", 0.0)
+    with caplog.at_level(logging.WARNING, "para_kernels"), launch._announced("_some_kernel"):
+        deadline = time.monotonic() + 30
+        while not caplog.messages and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert caplog.messages == ["compiling the kernel some_kernel, once; it is kept on disk"]
+
+
+def test_a_short_first_call_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "para_kernels"), launch._announced("_some_kernel"):
+        pass
+    assert not caplog.messages
