@@ -32,13 +32,12 @@ LONGEST = 2500
 EDGES = (16, 64, 128, 176)  # tile sizes: lengths are drawn at and around their multiples
 # Absolute: scores reach about 60, exact to a few times 1e-6 of that. A key too many among 2,500 changes it by 4e-4.
 LSE_TOLERANCE = 3e-4
-# The tolerances are norms over many rows. Of a few rows the rounding of P does not average out: in the worst case it
-# adds half an ulp to the output's own.
-FEW_ROWS, FEW_ROWS_FACTOR = 64, 2.0
 
 Form = Literal["dense", "padded", "packed"]
 STORAGES = ("token-major", "head-major", "sequence-first", "pitched", "fused")
-ODD_PITCH = "odd pitch"  # rows that no 16-byte load can start at
+# Rows that no 16-byte load can start at, a first row that none can, and one head for all: each asks for another variant
+# or for other care with strides, so they are rare.
+ODD_STORAGES = ("odd pitch", "odd offset", "shared head")
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,8 @@ def problem(seed: int, case: int, longest: int = LONGEST) -> Problem:
     common = head_dim in (64, 128)
     # Each kind of pointer and stride is one more variant to compile: the rare head dims come with the usual ones.
     storages = STORAGES if common else ("token-major",)
-    odd = head_dim == 128 and draw.random() < 0.04
+    if head_dim == 128 and draw.random() < 0.08:
+        storages = ODD_STORAGES
     gives_q_lens = form == "padded" and (not common or draw.random() < 0.6)
     if form == "padded" and not gives_q_lens:
         query_lens = (rows_q,) * batch
@@ -129,8 +129,8 @@ def problem(seed: int, case: int, longest: int = LONGEST) -> Problem:
         rows_q=rows_q,
         rows_k=rows_k,
         scale=draw.choice((None, None, None, None, None, None, 0.0, 0.3, 1.0, draw.uniform(0.01, 0.5))),
-        storage_q=ODD_PITCH if odd else draw.choice(storages),
-        storage_kv=ODD_PITCH if odd else draw.choice(storages),
+        storage_q=draw.choice(storages),
+        storage_kv=draw.choice(storages),
         gives_q_lens=gives_q_lens,
         slack=draw.choice((0, 0, 1, 300)),
         poisoned=draw.randrange(batch) if form == "packed" and batch > 1 and draw.random() < 0.5 else None,
@@ -174,8 +174,12 @@ def _inputs(one: Problem, device: torch.device) -> tuple[Tensor, Tensor, Tensor]
             return normal(rows, batch, heads, dim).transpose(0, 1)
         if storage == "pitched":
             return normal(batch, rows, heads, dim + 8)[..., :dim]
-        if storage == ODD_PITCH:
+        if storage == "odd pitch":
             return normal(batch, rows, heads, dim + 1)[..., :dim]
+        if storage == "odd offset":
+            return normal(batch * rows * heads * dim + 1)[1:].view(batch, rows, heads, dim)
+        if storage == "shared head":
+            return normal(batch, rows, 1, dim).expand(-1, -1, heads, -1)
         return normal(batch, rows, heads, dim)
 
     q = stored(one.storage_q, one.rows_q, q_heads)
@@ -198,6 +202,8 @@ def _spans(one: Problem, b: int) -> tuple[tuple[int, slice, slice], tuple[int, s
 def _plant_nan(one: Problem, q: Tensor, k: Tensor, v: Tensor) -> None:
     """NaN in every row that belongs to no sample, and in the keys and values of the poisoned one."""
     nan = float("nan")
+    # One head is all of them where they share their memory, and only that can be written.
+    q, k, v = (x[:, :, :1] if x.stride(2) == 0 else x for x in (q, k, v))
     for b in range(len(one.query_lens)):
         (batch_q, _, past_q), (batch_k, rows_k, past_k) = _spans(one, b)
         q[batch_q, past_q] = nan
@@ -222,8 +228,7 @@ def judge(one: Problem, device: torch.device) -> Judged:
     with _empty_is_nan():
         out, lse = _call(one, q, k, v)
     seconds = time.perf_counter() - start
-    few = one.heads * sum(one.query_lens) < FEW_ROWS
-    judged = Judged(0.0, 0.0, TOLERANCES[one.dtype] * (FEW_ROWS_FACTOR if few else 1.0), seconds)
+    judged = Judged(0.0, 0.0, TOLERANCES[one.dtype], seconds)
     _compare(one, (q, k, v), out, lse, judged)
     return judged
 
@@ -301,29 +306,26 @@ def sweep(
 
 
 def checks(judged: list[tuple[Problem, Judged]], seconds: float) -> list[Check]:
-    """One check per dtype, and per tolerance: problems of few rows have their own."""
+    """One check per dtype."""
     found = []
-    for dtype in (torch.bfloat16, torch.float16):
-        allowances = sorted({result.allowed for one, result in judged if one.dtype == dtype})
-        for allowed in allowances:
-            group = [result for one, result in judged if one.dtype == dtype and result.allowed == allowed]
-            few = ", few rows" if allowed > TOLERANCES[dtype] else ""
-            found.append(
-                Check(
-                    check=f"random attention problems{few}",
-                    cases=len(group),
-                    failures=sum(not result.passed for result in group),
-                    dtype=dtype_name(dtype),
-                    worst=_worst([result.error for result in group]),
-                    allowed=allowed,
-                    notes={
-                        "worst_lse": _worst([result.lse_error for result in group]),
-                        "allowed_lse": LSE_TOLERANCE,
-                        "seed": judged[0][0].seed,
-                        "seconds_of_all": seconds,
-                    },
-                )
+    for dtype in dict.fromkeys(one.dtype for one, _ in judged):
+        group = [result for one, result in judged if one.dtype == dtype]
+        found.append(
+            Check(
+                check="random attention problems",
+                cases=len(group),
+                failures=sum(not result.passed for result in group),
+                dtype=dtype_name(dtype),
+                worst=_worst([result.error for result in group]),
+                allowed=TOLERANCES[dtype],
+                notes={
+                    "worst_lse": _worst([result.lse_error for result in group]),
+                    "allowed_lse": LSE_TOLERANCE,
+                    "seed": judged[0][0].seed,
+                    "seconds_of_all": seconds,
+                },
             )
+        )
     return found
 
 

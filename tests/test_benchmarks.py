@@ -510,8 +510,8 @@ def test_problems_cover_what_they_are_meant_to() -> None:
     for name, values in {
         "form": {"dense", "padded", "packed"},
         "dtype": {torch.bfloat16, torch.float16},
-        "storage_q": {*random_shapes.STORAGES, random_shapes.ODD_PITCH},
-        "storage_kv": {*random_shapes.STORAGES, random_shapes.ODD_PITCH},
+        "storage_q": {*random_shapes.STORAGES, *random_shapes.ODD_STORAGES},
+        "storage_kv": {*random_shapes.STORAGES, *random_shapes.ODD_STORAGES},
         "gives_q_lens": {True, False},
     }.items():
         assert {getattr(one, name) for one in problems} == values, name
