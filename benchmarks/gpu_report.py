@@ -44,6 +44,7 @@ SECTIONS: dict[str, Section] = {
     "random_shapes": random_shapes.random_shapes,
     "compile": first_calls.compile_time,
     "attention": report_attention.attention,
+    "hard_values": report_attention.hard_values,
     "masked": report_attention.masked,
     "varlen": report_attention.varlen,
     "small": report_attention.small,

@@ -30,10 +30,15 @@ from .section import Result, dtype_name
 CASES, SEED = 1000, 0
 LONGEST = 2500
 EDGES = (16, 64, 128, 176)  # tile sizes: lengths are drawn at and around their multiples
-# Absolute: scores reach about 60, exact to a few times 1e-6 of that. A key too many among 2,500 changes it by 4e-4.
-LSE_TOLERANCE = 3e-4
+LAST_KEYS = 64
+# Absolute, and of an lse beyond 100 per hundred: float32 sums of scores are exact to about 1e-6 of the largest score. A
+# key too many among 2,500 changes the lse by 4e-4.
+LSE_TOLERANCE, LSE_SCALE = 3e-4, 100.0
 
 Form = Literal["dense", "padded", "packed"]
+# What the scores look like: those of normal data; all of them large; large for one key; for one key about as large as
+# what float32's exponent can hold relative to the others.
+Values = Literal["normal", "large", "sink", "edge"]
 STORAGES = ("token-major", "head-major", "sequence-first", "pitched", "fused")
 # Rows that no 16-byte load can start at, a first row that none can, and one head for all: each asks for another variant
 # or for other care with strides, so they are rare.
@@ -51,6 +56,8 @@ class Problem:
         gives_q_lens: padded only; without, every row of q is real.
         slack: packed only, how much larger than the longest sample the given maximum lengths are.
         poisoned: packed only, a sample whose keys and values are all NaN, which no other sample may see; or None.
+        values: what the scores look like. "large" multiplies the queries by `strength`, "sink" one key of each sample;
+            with "edge" that key's scores exceed the others' by about `strength`.
     """
 
     seed: int
@@ -70,6 +77,8 @@ class Problem:
     gives_q_lens: bool
     slack: int
     poisoned: int | None
+    values: Values
+    strength: float
 
 
 @dataclass
@@ -93,34 +102,24 @@ class Judged:
 def problem(seed: int, case: int, longest: int = LONGEST) -> Problem:
     """The problem number `case` of `seed`, with lengths up to `longest`."""
     draw = Random(f"{seed}/{case}")
-    # Padded and packed differ from dense only in where the lengths come from; they are where errors hide.
-    form: Form = draw.choices(("dense", "padded", "packed"), weights=(2, 5, 3))[0]
-    batch = draw.randint(1, 4)
     head_dim = draw.choices((64, 128, 80, 96), weights=(42, 42, 8, 8))[0]
+    odd = head_dim == 128 and draw.random() < 0.06
+    # Each form, dtype, kind of pointer and of stride is one more variant for a kernel to be compiled in: what is rare
+    # is not tried in all of them.
+    rare = odd or head_dim not in (64, 128)
+    form: Form = "padded" if rare else draw.choices(("dense", "padded", "packed"), weights=(2, 5, 3))[0]
+    gives_q_lens = form == "padded" and (rare or draw.random() < 0.6)
+    query_lens, key_lens, rows_q, rows_k = _lengths(draw, form, gives_q_lens, longest)
+    storages = draw.choices(ODD_STORAGES if odd else ("token-major",) if rare else STORAGES, k=2)
+    values: Values = draw.choices(("normal", "large", "sink", "edge"), weights=(70, 8, 8, 14))[0]
+    scales = (None, None, None, None, None, None, 0.0, 0.3, 1.0, draw.uniform(0.01, 0.5))
     key_heads = draw.randint(1, 3)
-    query_lens = tuple(_length(draw, longest) for _ in range(batch))
-    key_lens = tuple(_length(draw, longest) for _ in range(batch))
-    spare = draw.choice((0, 0, 1, 37, 200))
-    if form == "dense":
-        query_lens, key_lens = (query_lens[0],) * batch, (key_lens[0],) * batch
-        rows_q, rows_k = query_lens[0], key_lens[0]
-    elif form == "padded":
-        rows_q, rows_k = max(query_lens) + draw.choice((0, 0, 1, 37, 200)), max(key_lens) + spare
-    else:
-        rows_q, rows_k = sum(query_lens) + draw.choice((0, 0, 1, 37, 200)), sum(key_lens) + spare
-    common = head_dim in (64, 128)
-    # Each kind of pointer and stride is one more variant to compile: the rare head dims come with the usual ones.
-    storages = STORAGES if common else ("token-major",)
-    if head_dim == 128 and draw.random() < 0.08:
-        storages = ODD_STORAGES
-    gives_q_lens = form == "padded" and (not common or draw.random() < 0.6)
-    if form == "padded" and not gives_q_lens:
-        query_lens = (rows_q,) * batch
+    batch = len(query_lens)
     return Problem(
         seed=seed,
         case=case,
         form=form,
-        dtype=draw.choice((torch.bfloat16, torch.float16)),
+        dtype=torch.bfloat16 if odd else draw.choice((torch.bfloat16, torch.float16)),
         head_dim=head_dim,
         heads=key_heads * draw.choice((1, 1, 2, 3, 4)),
         key_heads=key_heads,
@@ -128,13 +127,31 @@ def problem(seed: int, case: int, longest: int = LONGEST) -> Problem:
         key_lens=key_lens,
         rows_q=rows_q,
         rows_k=rows_k,
-        scale=draw.choice((None, None, None, None, None, None, 0.0, 0.3, 1.0, draw.uniform(0.01, 0.5))),
-        storage_q=draw.choice(storages),
-        storage_kv=draw.choice(storages),
+        scale=draw.choice(scales) if values == "normal" else None,
+        storage_q=storages[0],
+        storage_kv=storages[0] if odd else storages[1],
         gives_q_lens=gives_q_lens,
         slack=draw.choice((0, 0, 1, 300)),
         poisoned=draw.randrange(batch) if form == "packed" and batch > 1 and draw.random() < 0.5 else None,
+        values=values,
+        strength=draw.uniform(75.0, 110.0) if values == "edge" else draw.uniform(5.0, 60.0),
     )
+
+
+def _lengths(
+    draw: Random, form: Form, gives_q_lens: bool, longest: int
+) -> tuple[tuple[int, ...], tuple[int, ...], int, int]:
+    """Lengths of the samples' queries and keys, and the sizes of the tensors that hold them."""
+    batch = draw.randint(1, 4)
+    query_lens = tuple(_length(draw, longest) for _ in range(batch))
+    key_lens = tuple(_length(draw, longest) for _ in range(batch))
+    spare_q, spare_k = draw.choices((0, 0, 1, 37, 200), k=2)
+    if form == "packed":
+        return query_lens, key_lens, sum(query_lens) + spare_q, sum(key_lens) + spare_k
+    if form == "dense":
+        return query_lens[:1] * batch, key_lens[:1] * batch, query_lens[0], key_lens[0]
+    rows_q = max(query_lens) + spare_q
+    return query_lens if gives_q_lens else (rows_q,) * batch, key_lens, rows_q, max(key_lens) + spare_k
 
 
 def _length(draw: Random, longest: int) -> int:
@@ -189,6 +206,37 @@ def _inputs(one: Problem, device: torch.device) -> tuple[Tensor, Tensor, Tensor]
     return q, stored(one.storage_kv, one.rows_k, kv_heads), stored(one.storage_kv, one.rows_k, kv_heads)
 
 
+def _set_values(one: Problem, q: Tensor, k: Tensor) -> None:
+    """Change the normal q and k into what `one.values` says."""
+    if one.values == "normal":
+        return
+    if one.values == "large":
+        _writable(q).mul_(one.strength)
+        return
+    draw = Random(f"{one.seed}/{one.case}/values")
+    sinks = []
+    for b, length in enumerate(one.key_lens):
+        if length:
+            batch, rows, _ = _spans(one, b)[1]
+            # Not among the last keys where there are others: they are where a kernel may take its bearings from.
+            sinks.append((batch, rows.start + draw.randrange(max(1, length - LAST_KEYS))))
+    if one.values == "sink":
+        for batch, row in sinks:
+            _writable(k)[batch, row] *= one.strength
+        return
+    # A direction that all queries share and that the sinks point to: 40 long in the queries, so that the sink's length,
+    # which the queries' other parts meet, stays small.
+    direction = q.new_full((one.head_dim,), one.head_dim**-0.5)
+    _writable(q).add_(40 * direction)
+    for batch, row in sinks:
+        _writable(k)[batch, row] = one.strength * one.head_dim**0.5 / 40 * direction
+
+
+def _writable(x: Tensor) -> Tensor:
+    """`x` (B, S, H, D), or its first head where that is all of them in memory."""
+    return x[:, :, :1] if x.stride(2) == 0 else x
+
+
 def _spans(one: Problem, b: int) -> tuple[tuple[int, slice, slice], tuple[int, slice, slice]]:
     """Where sample `b` lies in q and in k, v: (index of the batch, its rows, in the padded form the rows past them)."""
     spans = []
@@ -202,8 +250,7 @@ def _spans(one: Problem, b: int) -> tuple[tuple[int, slice, slice], tuple[int, s
 def _plant_nan(one: Problem, q: Tensor, k: Tensor, v: Tensor) -> None:
     """NaN in every row that belongs to no sample, and in the keys and values of the poisoned one."""
     nan = float("nan")
-    # One head is all of them where they share their memory, and only that can be written.
-    q, k, v = (x[:, :, :1] if x.stride(2) == 0 else x for x in (q, k, v))
+    q, k, v = (_writable(x) for x in (q, k, v))
     for b in range(len(one.query_lens)):
         (batch_q, _, past_q), (batch_k, rows_k, past_k) = _spans(one, b)
         q[batch_q, past_q] = nan
@@ -223,6 +270,7 @@ def _plant_nan(one: Problem, q: Tensor, k: Tensor, v: Tensor) -> None:
 def judge(one: Problem, device: torch.device) -> Judged:
     """Run a problem through the public functions and compare with float64."""
     q, k, v = _inputs(one, device)
+    _set_values(one, q, k)
     _plant_nan(one, q, k, v)
     start = time.perf_counter()
     with _empty_is_nan():
@@ -277,7 +325,8 @@ def _compare(one: Problem, qkv: tuple[Tensor, Tensor, Tensor], out: Tensor, lse:
         if one.key_lens[b] == 0:
             wrong[f"sample {b}: without keys, but not zeros with lse -inf"] = got.any() | ~got_lse.isneginf().all()
         elif got_lse.numel():
-            lse_error = torch.maximum(lse_error, (got_lse.double() - expected_lse).abs().amax())
+            relative = (got_lse.double() - expected_lse).abs() / (expected_lse.abs() / LSE_SCALE).clamp(min=1.0)
+            lse_error = torch.maximum(lse_error, relative.amax())
     wrong["rows of no sample are not zeros"] = out[~sampled].ne(0).any()
     wrong["rows of no sample have an lse"] = ~lse.transpose(1, 2)[~sampled].isneginf().all()
     # One read of the device for all of it.

@@ -210,6 +210,15 @@ def _of_dense(group: Sequence[Row]) -> float:
     return group[0]["notes"].get("of_dense_rate") or next(row["ratio"] for row in group if "dense" in row["peer"])
 
 
+def _hard_values(rows: Sequence[Row]) -> str:
+    peers = _peers(rows)
+    body = [
+        [str(group[0]["notes"]["values"]), f"{group[0]['tflops']:.0f}", *_ratios(group, peers)]
+        for group in _by(rows, "shape", "notes")
+    ]
+    return _markdown(["values", "TFLOP/s", *(f"against {peer}" for peer in peers)], body, rows)
+
+
 def _small(rows: Sequence[Row]) -> str:
     peers = _peers(rows)
     body = [
@@ -381,6 +390,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Row]], str]]] = {
     "attention": (("gpu-attention",), _attention),
     "attention-all": (("gpu-attention",), _attention_all),
     "power": (("gpu-attention",), _power),
+    "hard-values": (("gpu-hard_values",), _hard_values),
     "masked": (("gpu-masked",), _masked),
     "varlen": (("gpu-varlen",), _varlen),
     "small": (("gpu-small",), _small),

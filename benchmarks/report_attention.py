@@ -145,6 +145,30 @@ def _pair(drawn: Mapping[str, Mapping[str, float | None]], peer: str) -> dict[st
     return {**ours, **{f"peer_{name}": value for name, value in theirs.items()}}
 
 
+def hard_values(device: torch.device) -> Result:
+    """Dense attention on data whose scores are spread widely: what the speed owes to well-behaved values."""
+    lengths, heads, head_dim, dtype = _sizes(device)
+    length = lengths[1]
+    q, k, v = attention_inputs(1, length, heads, head_dim, dtype, device)
+    sink = k.clone()
+    sink[:, length // 3] *= 40  # one key, in the middle, that some rows attend to almost alone
+    flops = attention_flops([length], [length], heads, head_dim)
+    lines: list[str] = []
+    records: list[Record] = []
+    for values, queries, keys in (("normal", q, k), ("large", 40 * q, k), ("one sink", q, sink)):
+        size = Size(length, heads, head_dim, dtype, (FA3, CUDNN) if device.type == "cuda" else ("SDPA",))
+        candidates = _dense_candidates(size, queries, keys, v, device, lines)
+        times = medians_ms(candidates, device, rounds=ROUNDS, seconds=1.5)
+        notes = {"values": values, "difference": _agreement(queries, keys, v, candidates)}
+        shape = {"B": 1, "S": length, "H": heads, "D": head_dim}
+        records += [
+            _record("hard_values", shape, dtype, times, peer, flops, notes) for peer in times if peer != OURS
+        ] or [_record("hard_values", shape, dtype, times, None, flops, notes)]
+        rates = ", ".join(f"{name} {flops / ms / 1e9:.0f}" for name, ms in times.items())
+        lines.append(f"{values}: TFLOP/s {rates}; relative difference to a peer {notes['difference']:.1e}")
+    return list(dict.fromkeys(lines)), [*records]
+
+
 def masked(device: torch.device) -> Result:
     """Key lengths against SDPA with the boolean mask that diffusers builds for HunyuanVideo."""
     lengths, heads, head_dim, dtype = _sizes(device)

@@ -109,7 +109,7 @@ def host_overhead(device: torch.device) -> Result:
 
 def _few(device: torch.device) -> tuple[int, int]:
     """(calls, samples): on a CPU, where the op itself is what takes the time, a rehearsal."""
-    return (HOST_CALLS, 30) if device.type == "cuda" else (5, 3)
+    return (HOST_CALLS, 15) if device.type == "cuda" else (5, 3)
 
 
 def _host_calls(length: int, device: torch.device) -> dict[str, tuple[Callable[[], object], str, Callable[[], object]]]:

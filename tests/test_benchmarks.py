@@ -182,6 +182,7 @@ def rows_of(table: str, results: Path) -> list[str]:
 
 SECTION_TABLES = {
     "attention": ("attention", "attention-all"),
+    "hard_values": ("hard-values",),
     "masked": ("masked",),
     "varlen": ("varlen",),
     "small": ("small",),
@@ -518,6 +519,7 @@ def test_problems_cover_what_they_are_meant_to() -> None:
     assert {64, 128} < {one.head_dim for one in problems}
     assert {1, 2, 3, 4} == {one.heads // one.key_heads for one in problems} == {len(one.query_lens) for one in problems}
     assert {None, 0.0} < {one.scale for one in problems}
+    assert {one.values for one in problems} == {"normal", "large", "sink", "edge"}
     both = [one for one in problems if one.form == "padded" and one.gives_q_lens]
     assert any(0 in one.query_lens for one in both) and any(0 in one.key_lens for one in both)  # noqa: PT018
     assert sum(one.poisoned is not None for one in problems) >= 50
@@ -578,6 +580,62 @@ def test_random_problems_notice_a_wrong_kernel(wrong: Callable[..., Any], monkey
     checks = random_shapes.checks(judged, seconds)
     assert sum(check.failures for check in checks) == len(failures)
     assert sum(check.cases for check in checks) == 40
+
+
+def excess(one: random_shapes.Problem) -> float:
+    """By how much a row's largest score exceeds the largest of its last 64 keys, at most, over all samples."""
+    q, k, _ = random_shapes._inputs(one, CPU)
+    random_shapes._set_values(one, q, k)
+    largest = 0.0
+    for b in range(len(one.query_lens)):
+        (batch_q, rows_q, _), (batch_k, rows_k, _) = random_shapes._spans(one, b)
+        queries, keys = q[batch_q, rows_q, 0].double(), k[batch_k, rows_k, 0].double()
+        if queries.shape[0] and keys.shape[0]:
+            scores = queries @ keys.T * one.head_dim**-0.5
+            largest = max(largest, (scores.amax(1) - scores[:, -64:].amax(1)).max().item())
+    return largest
+
+
+def test_hard_values_reach_to_both_sides_of_what_float32_holds() -> None:
+    """exp(88.7) is float32's largest power of e: a softmax that follows no maximum overflows there."""
+    problems = [random_shapes.problem(0, case, longest=300) for case in range(400)]
+    by_values = {
+        values: [excess(one) for one in problems if one.values == values]
+        for values in ("normal", "large", "sink", "edge")
+    }
+    assert max(by_values["large"]) > 89 and max(by_values["sink"]) > 89  # noqa: PT018
+    edge = [value for value in by_values["edge"] if value]  # none where the sink is one of the last 64
+    assert sum(60 < value < 88 for value in edge) >= 10
+    assert sum(89 < value < 110 for value in edge) >= 5
+
+
+def test_random_problems_notice_an_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    def follows_no_maximum(
+        q: Tensor, k: Tensor, v: Tensor, *, kv_lens: Tensor | None, q_lens: Tensor | None, scale: float | None, **_: Any
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = flash_attention(q, k, v, kv_lens=kv_lens, q_lens=q_lens, scale=scale, return_lse=True)
+        group = q.shape[2] // k.shape[2]
+        for b in range(q.shape[0]):
+            rows = q.shape[1] if q_lens is None else int(q_lens[b])
+            keys = k.shape[1] if kv_lens is None else int(kv_lens[b])
+            if rows and keys:
+                wide_k, wide_v = (x[b, :keys].float().repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
+                scores = (
+                    q[b, :rows].float().transpose(0, 1) @ wide_k.mT * (q.shape[3] ** -0.5 if scale is None else scale)
+                )
+                weights = (scores - scores[..., -64:].amax(-1, keepdim=True)).exp()
+                out[b, :rows] = (weights @ wide_v / weights.sum(-1, keepdim=True)).transpose(0, 1).to(q.dtype)
+        return out, lse
+
+    monkeypatch.setattr(random_shapes, "flash_attention", follows_no_maximum)
+    problems = [
+        one for one in (random_shapes.problem(0, case, longest=300) for case in range(400)) if one.form != "packed"
+    ]
+    judged = {
+        values: [random_shapes.judge(o, CPU) for o in problems if o.values == values] for values in ("normal", "edge")
+    }
+    assert all(result.passed for result in judged["normal"])
+    assert any("not finite" in fault for result in judged["edge"] for fault in result.faults)
 
 
 def test_random_problems_notice_a_sample_that_reads_its_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
