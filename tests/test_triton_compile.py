@@ -13,6 +13,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from para_kernels.triton_kernels import attention, merge_states, residual_diff  # noqa: E402
 
@@ -38,7 +39,8 @@ num_warps: int) -> Usage:  # fmt: skip
     names = kernel.arg_names
     full = {name: signature.get(name, "constexpr" if name in constants else "i32") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if full[name].startswith("*")}
-    source = ASTSource(
+    source_type = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = source_type(
         kernel, full, constexprs={(names.index(name),): value for name, value in constants.items()}, attrs=aligned
     )
     target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
