@@ -2,6 +2,7 @@
 #include "launcher.h"
 #include "ops.h"
 
+#include <ATen/ops/empty.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
@@ -28,6 +29,14 @@ py::dict build_info() {
 #endif
   info["torch"] = TORCH_VERSION;
   return info;
+}
+
+std::tuple<at::Tensor, at::Tensor> attention_outputs(const at::Tensor& q) {
+  TORCH_CHECK_VALUE(q.dim() == 3 || q.dim() == 4, "q: got shape ", q.sizes(), ", must be (B, S, H, D) or (T, H, D)");
+  const auto batch = q.sizes().slice(0, q.dim() - 3);
+  c10::SmallVector<int64_t, 3> lse(batch.begin(), batch.end());
+  lse.append({q.size(-2), q.size(-3)});
+  return {at::empty(q.sizes(), q.options()), at::empty(lse, q.options().dtype(at::kFloat))};
 }
 
 // A launch is a plain C function of Python: pybind11's calls take about a microsecond to match their arguments.
@@ -98,5 +107,8 @@ TORCH_LIBRARY_IMPL(para_kernels, CPU, m) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "C++ CPU kernels of para_kernels, which importing registers with torch's dispatcher, and the CUDA launcher.";
   m.def("build_info", &build_info, "Compiler, CPU capability chosen at run time, whether the ops are parallel, and the torch compiled against.");
+  m.def(
+      "attention_outputs", &attention_outputs, py::arg("q"),
+      "Empty and contiguous (out, lse): like q (B, S, H, D) and float32 (B, H, S); packed (T, H, D) and (H, T).");
   bind_launcher(m);
 }

@@ -12,6 +12,9 @@ class BuildInfo(TypedDict):
 def build_info() -> BuildInfo:
     """Compiler, CPU capability chosen at run time, whether the ops are parallel, and the torch compiled against."""
 
+def attention_outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Empty and contiguous (out, lse): like q (B, S, H, D) and float32 (B, H, S); packed (T, H, D) and (H, T)."""
+
 class Parameter:
     """What a kernel was compiled to take for one argument."""
 

@@ -10,6 +10,8 @@ from para_kernels.checks import check_device_type, check_dtype, check_inference,
 
 RESIDUAL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+_residual_diff = torch.ops.para_kernels.residual_diff.default
+
 
 def residual_diff(hidden_in: Tensor, hidden_out: Tensor, previous: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The residual of a block and its distance from an earlier residual, in one pass over memory.
@@ -37,4 +39,4 @@ def residual_diff(hidden_in: Tensor, hidden_out: Tensor, previous: Tensor | None
     if previous is not None:
         check_same("previous", previous, "hidden_in", hidden_in)
     check_inference(hidden_in=hidden_in, hidden_out=hidden_out, previous=previous)
-    return torch.ops.para_kernels.residual_diff(hidden_in, hidden_out, previous)
+    return _residual_diff(hidden_in, hidden_out, previous)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from reference import TOLERANCES, attention_batch, attention_packed, error, lse_error
 from torch import Tensor
 
-from para_kernels import flash_attention, flash_attention_varlen
+from para_kernels import attention, flash_attention, flash_attention_varlen
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -250,3 +252,49 @@ def test_bad_packed_input_is_named(change: dict[str, object], message: str) -> N
     arguments |= {"cu_seqlens_q": lens, "cu_seqlens_k": lens, "max_seqlen_q": 5, "max_seqlen_k": 5}
     with pytest.raises(ValueError, match=message):
         flash_attention_varlen(**(arguments | change))  # pyright: ignore[reportArgumentType]
+
+
+def mostly(random: Random, value: object, *others: object) -> object:
+    return random.choice(others) if random.random() < 0.05 else value
+
+
+def any_tensors(random: Random, dims: int) -> list[Tensor]:
+    """q, k and v: mostly what attention takes, with each property wrong now and then, in one of them or in all."""
+    sizes = [mostly(random, size, 0, 1, 3, 257) for size in (2, 5, 2, 8)]
+    dtype = mostly(random, torch.float32, torch.float64, torch.int32)
+    device = mostly(random, "cpu", "meta")
+    tensors = []
+    for name in "qkv":
+        # The queries have other heads than the keys; values differ from keys only now and then.
+        shape = [mostly(random, size, 0, 1, 3, 16) for size in sizes] if name != "v" else list(tensors[1].shape)
+        shape[-2] = 4 if name == "q" and shape[-2] == 2 else shape[-2]
+        shape = [mostly(random, size, 2) for size in shape] if name == "v" else shape
+        tensor = torch.empty(
+            shape[-dims:], dtype=mostly(random, dtype, torch.float16), device=mostly(random, device, "cpu")
+        )
+        tensor = mostly(random, tensor, tensor[None], tensor.mT, tensor[..., ::2], tensor.transpose(0, 1))
+        tensors.append(tensor.requires_grad_(mostly(random, False, True) and tensor.is_floating_point()))
+    return tensors
+
+
+def outcome(*arguments: Tensor) -> str:
+    """What the checks say."""
+    function = flash_attention if arguments[0].dim() == 4 else flash_attention_varlen
+    starts = torch.zeros(2, dtype=torch.int32)
+    try:
+        function(*arguments, *(() if arguments[0].dim() == 4 else (starts, starts, 0, 0)))
+    except ValueError as refusal:
+        return str(refusal)
+    return "taken"
+
+
+@pytest.mark.parametrize("dims", [4, 3])
+def test_the_quick_check_lets_nothing_pass_that_the_others_refuse(dims: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = Random(dims)
+    for operator in ("_flash_attention", "_flash_attention_varlen"):
+        monkeypatch.setattr(attention, operator, lambda *arguments: (None, None))
+    cases = [any_tensors(random, dims) for _ in range(4000)]
+    quick = [outcome(*tensors) for tensors in cases]
+    monkeypatch.setattr(attention, "_clearly_valid", lambda *arguments: False)
+    assert [outcome(*tensors) for tensors in cases] == quick
+    assert 400 < quick.count("taken") < 3600

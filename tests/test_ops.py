@@ -132,6 +132,15 @@ def test_bad_states_are_named(change: dict[str, object], message: str) -> None:
         merge_states(**(arguments | change))  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 4, 8), (5, 4, 8), (0, 5, 4, 8)], ids=["batch", "packed", "empty"])
+def test_outputs_from_the_extension_are_those_from_torch(shape: tuple[int, ...]) -> None:
+    q = torch.empty(*shape, 2, dtype=torch.bfloat16)[..., 0]
+    for ours, theirs in zip(para_ops._fast_attention_outputs(q), para_ops._attention_outputs(q), strict=True):
+        assert (ours.shape, ours.stride(), ours.dtype, ours.device) == (
+            theirs.shape, theirs.stride(), theirs.dtype, theirs.device
+        )  # fmt: skip
+
+
 def test_fallbacks_without_the_extension_agree() -> None:
     torch.manual_seed(3)
     arguments = samples("cpu")

@@ -79,6 +79,7 @@ class Launcher:
     ) -> None:
         self._kernel = kernel
         self._device = device
+        self._device_index = device.index
         self._constants = constants
         self._descriptors = {kernel.arg_names.index(name): make for name, make in (descriptors or {}).items()}
         self._launches: dict[Any, Launch | str] = {}
@@ -94,7 +95,7 @@ class Launcher:
                 the tuple (tensor, shape, strides), outermost dimension first, strides in elements.
         """
         direct = self._direct
-        if direct is None or _launch_hooks() or not direct(grid, _current_stream(self._device.index), arguments):
+        if direct is None or _launch_hooks() or not direct(grid, _current_stream(self._device_index), arguments):
             self._launch_through_triton(grid, arguments)
 
     def _launch_through_triton(self, grid: Grid, arguments: tuple[Any, ...]) -> None:
