@@ -13,6 +13,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from para_kernels.triton_kernels import attention, merge_states, residual_diff  # noqa: E402
@@ -101,6 +102,29 @@ def test_packed_attention(capability: tuple[int, int]) -> None:
 def test_float32_attention_stays_off_the_tensor_cores() -> None:
     usage = compile_attention((9, 0), 64, torch.float32, packed=False)
     assert not re.search(r"\bw?g?mma\.", usage.ptx)
+
+
+def compile_hopper_attention(head_dim: int, dtype: torch.dtype) -> Usage:
+    hopper_attention = pytest.importorskip("para_kernels.triton_kernels.hopper_attention")
+    kind = POINTER_TYPES[dtype]
+    block = [1, 1, 64, head_dim]
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
+    signature = dict.fromkeys(("q", "k", "v"), f"tensordesc<{kind}{block},{layout!r}>")
+    signature |= {"out": f"*{kind}", "lse": "*fp32", "q_lens": "*i32", "kv_lens": "*i32", "scale_log2": "fp32"}
+    constants = {"D": head_dim, "STAGES": hopper_attention._STAGES[head_dim], "ONLINE": dtype == torch.float16}
+    return compile_kernel(hopper_attention._hopper_attention, signature, constants, (9, 0), num_warps=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_hopper_attention(head_dim: int, dtype: torch.dtype) -> None:
+    """Nothing spills; tiles come by TMA and are multiplied by wgmma, which nothing serialises (`assemble` looks)."""
+    usage = compile_hopper_attention(head_dim, dtype)
+    assert usage.spilled_bytes == 0
+    assert usage.shared <= SHARED_MEMORY[9, 0]
+    assert "wgmma.mma_async" in usage.ptx
+    assert "cp.async.bulk.tensor.4d" in usage.ptx
+    assert "setmaxnreg" in usage.ptx
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY, ids=lambda c: f"sm{c[0]}{c[1]}")
