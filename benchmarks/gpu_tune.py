@@ -63,6 +63,7 @@ def _sweep_attention(device: torch.device) -> list[Record]:
         flops = attention_flops([LENGTH], [LENGTH], HEADS, head_dim)
         for candidate in candidates:
             attention_kernel._CONFIGS["sm90 tma", head_dim] = AttentionConfig(*candidate)
+            attention_kernel._plan.cache_clear()
             ms = medians_ms({OURS: lambda q=q, k=k, v=v: flash_attention(q, k, v)}, device, seconds=1.0)[OURS]
             block_m, block_n, num_warps, num_stages = candidate
             shape = {"B": 1, "S": LENGTH, "H": HEADS, "D": head_dim, "block_m": block_m, "block_n": block_n}
@@ -77,6 +78,7 @@ def _sweep_residual(device: torch.device) -> list[Record]:
     records = []
     for tile, cols, tiles in RESIDUAL:
         residual_kernel._TILE, residual_kernel._MAX_COLS, residual_kernel._TILES_PER_PROGRAM = tile, cols, tiles
+        residual_kernel._plan.cache_clear()
         ms = medians_ms({OURS: lambda: residual_diff(*hidden)}, device, seconds=1.0)[OURS]
         shape = {"B": 1, "S": 119056, "C": 3072, "tile": tile, "max_cols": cols, "tiles_per_program": tiles}
         gbps = 4.0 * hidden[0].nbytes / ms / 1e6

@@ -240,7 +240,9 @@ def _flash_attention_varlen_cuda(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     # Rows of no sample come back as on the CPU.
-    out, lse = (x.fill_(value) for x, value in zip(_fast_attention_outputs(q), (0.0, float("-inf")), strict=True))
+    out, lse = _fast_attention_outputs(q)
+    out.zero_()
+    lse.fill_(float("-inf"))
     capability = _capability(q.device)
     _triton().attention.attention_forward(
         q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, packed_max_q=max_seqlen_q, capability=capability

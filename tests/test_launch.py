@@ -47,9 +47,10 @@ def fresh(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The extension in use, and no launch prepared yet."""
     monkeypatch.setattr(launch, "_current_stream", lambda index: STREAM)
     launch.use_extension(_C, str(fake.path))
-    prepared = (attention._plan, attention._launcher, merge_states._launcher, residual_diff._launcher)
-    for cache in (*prepared, residual_diff._sums_launcher):
-        cache.cache_clear()
+    for module in (attention, merge_states, residual_diff):
+        module._plan.cache_clear()
+        module._launcher.cache_clear()
+    residual_diff._sums_launcher.cache_clear()
     yield
     launch.use_extension(None)
     fake.set_context(CONTEXT)

@@ -75,15 +75,23 @@ def merge_states_forward(
         return out, torch.logaddexp(lse_a, lse_b).contiguous()
     if out_a.dim() == 3:
         out_a, lse_a, out_b, lse_b = (x[None] for x in (out_a, lse_a, out_b, lse_b))
-    batch, length, heads, head_dim = out_a.shape
-    block_d = triton.next_power_of_2(head_dim)
-    block_s = max(1, 4096 // block_d)
-    _launcher(out.device, out.dtype, head_dim, block_s, block_d)(
-        (triton.cdiv(length, block_s), heads * batch, 1),
-        out_a, lse_a, out_b, lse_b, out, lse, length, heads,
+    launcher, grid = _plan(out_a.shape, out_a.dtype, out_a.device)
+    _, length, heads, _ = out_a.shape
+    launcher(
+        grid, out_a, lse_a, out_b, lse_b, out, lse, length, heads,
         *out_a.stride()[:-1], *out_b.stride()[:-1], *lse_a.stride(), *lse_b.stride(),
     )  # fmt: skip
     return out, lse
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Launcher, tuple[int, int, int]]:
+    """(launcher, grid) for states (B, S, H, D)."""
+    batch, length, heads, head_dim = shape
+    block_d = triton.next_power_of_2(head_dim)
+    block_s = max(1, 4096 // block_d)
+    launcher = _launcher(device, dtype, head_dim, block_s, block_d)
+    return launcher, (int(triton.cdiv(length, block_s)), heads * batch, 1)
 
 
 @functools.cache

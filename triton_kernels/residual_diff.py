@@ -8,6 +8,7 @@ once; the sums are reduced in a fixed order (within a program, then over program
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -87,11 +88,37 @@ def _as_batched_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1, *tensor.shape[-2:])
 
 
-def _vector_width(tensors: list[torch.Tensor]) -> int:
+def _vector_width(dtype: torch.dtype, cols: int, strides: tuple[tuple[int, ...], ...]) -> int:
     """Elements of a 16-byte access if every stride and the row length are multiples of it, else 1."""
-    width = 16 // tensors[0].element_size()
-    sizes = [size for tensor in tensors for size in (tensor.shape[-1], *tensor.stride()[:-1])]
+    width = 16 // dtype.itemsize
+    sizes = [cols, *(size for stride in strides for size in stride[:-1])]
     return width if all(size % width == 0 for size in sizes) else 1
+
+
+class _Plan(NamedTuple):
+    """What a launch needs besides its tensors."""
+
+    launcher: Launcher
+    programs: int
+    integers: tuple[int, ...]
+
+
+# Nothing but shapes, strides and types goes in, so that a call like an earlier one finds its launch ready.
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    shape: tuple[int, int, int], strides: tuple[tuple[int, ...], ...], dtype: torch.dtype, device: torch.device
+) -> _Plan:
+    """For tensors (B, R, C); strides of what went in, of what came out, and of the earlier residual if there is one."""
+    batch, rows, cols = shape
+    vec = _vector_width(dtype, cols, strides)
+    block_c = min(triton.next_power_of_2(cols), _MAX_COLS)
+    block_r = max(1, min(_TILE // block_c, triton.next_power_of_2(rows)))
+    row_blocks, col_blocks = triton.cdiv(rows, block_r * _TILES_PER_PROGRAM), triton.cdiv(cols, block_c)
+    of_views = [size // vec for stride in strides for size in stride[:2]]
+    without_previous = [0, 0] if len(strides) == 2 else []
+    integers = (rows, cols // vec, row_blocks, col_blocks, *of_views, *without_previous)
+    launcher = _launcher(device, dtype, len(strides) == 2, block_r, block_c, _TILES_PER_PROGRAM, vec)
+    return _Plan(launcher, batch * row_blocks * col_blocks, integers)
 
 
 def residual_diff_forward(
@@ -109,21 +136,18 @@ def residual_diff_forward(
         sums = torch.empty(2, dtype=torch.float32, device=hidden_in.device)
     if residual.numel() == 0:
         return residual, sums
-    views = [_as_batched_rows(t) for t in (hidden_in, hidden_out, *([] if previous is None else [previous]))]
-    batch, rows, cols = views[0].shape
-    vec = _vector_width(views)
-    block_c = min(triton.next_power_of_2(cols), _MAX_COLS)
-    block_r = max(1, min(_TILE // block_c, triton.next_power_of_2(rows)))
-    row_blocks, col_blocks = triton.cdiv(rows, block_r * _TILES_PER_PROGRAM), triton.cdiv(cols, block_c)
-    programs = batch * row_blocks * col_blocks
-    partial_sums = None if previous is None else torch.empty((programs, 2), dtype=torch.float32, device=sums.device)
-    strides = [stride // vec for view in views for stride in view.stride()[:2]] + ([0, 0] if previous is None else [])
-    _launcher(residual.device, residual.dtype, previous is None, block_r, block_c, _TILES_PER_PROGRAM, vec)(
-        (programs, 1, 1), views[0], views[1], None if previous is None else views[2], residual, partial_sums,
-        rows, cols // vec, row_blocks, col_blocks, *strides,
-    )  # fmt: skip
-    if partial_sums is not None:
-        _sums_launcher(residual.device)((1, 1, 1), partial_sums, sums, programs)
+    hidden_in, hidden_out = _as_batched_rows(hidden_in), _as_batched_rows(hidden_out)
+    strides = (hidden_in.stride(), hidden_out.stride())
+    if previous is None:
+        launcher, programs, integers = _plan(hidden_in.shape, strides, residual.dtype, residual.device)
+        launcher((programs, 1, 1), hidden_in, hidden_out, None, residual, None, *integers)
+        return residual, sums
+    previous = _as_batched_rows(previous)
+    strides += (previous.stride(),)
+    launcher, programs, integers = _plan(hidden_in.shape, strides, residual.dtype, residual.device)
+    partial_sums = torch.empty((programs, 2), dtype=torch.float32, device=sums.device)
+    launcher((programs, 1, 1), hidden_in, hidden_out, previous, residual, partial_sums, *integers)
+    _sums_launcher(residual.device)((1, 1, 1), partial_sums, sums, programs)
     return residual, sums
 
 
