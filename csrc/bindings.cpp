@@ -108,7 +108,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "C++ CPU kernels of para_kernels, which importing registers with torch's dispatcher, and the CUDA launcher.";
   m.def("build_info", &build_info, "Compiler, CPU capability chosen at run time, whether the ops are parallel, and the torch compiled against.");
   m.def(
-      "attention_outputs", &attention_outputs, py::arg("q"),
+      "attention_outputs", &attention_outputs, py::arg("q"), py::call_guard<py::gil_scoped_release>(),
       "Empty and contiguous (out, lse): like q (B, S, H, D) and float32 (B, H, S); packed (T, H, D) and (H, T).");
   bind_launcher(m);
 }
