@@ -224,10 +224,9 @@ def selected_kernel(device: torch.device | str, dtype: torch.dtype, head_dim: in
         return "torch CPU flash attention, per sample"
     if device.type != "cuda" or not ops.TRITON_AVAILABLE:
         raise ValueError(f"device: got {device}, allowed are cpu, and cuda with Triton installed")
-    from para_kernels.triton_kernels.attention import uses_tma
+    from para_kernels.triton_kernels.dispatch import kernel_name
 
-    tma = uses_tma(torch.cuda.get_device_capability(device), dtype, head_dim)
-    return "Triton, TMA descriptors" if tma else "Triton, pointers"
+    return kernel_name(torch.cuda.get_device_capability(device), dtype, head_dim)
 
 
 def _scale(scale: float | None, head_dim: int) -> float:

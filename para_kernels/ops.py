@@ -208,7 +208,7 @@ if not EXTENSION_AVAILABLE:
 def _triton() -> ModuleType:
     """The Triton kernels, imported when first needed: without a GPU there may be no Triton."""
     from para_kernels import triton_kernels
-    from para_kernels.triton_kernels import attention, launch, merge_states, residual_diff  # noqa: F401
+    from para_kernels.triton_kernels import dispatch, launch, merge_states, residual_diff  # noqa: F401
 
     launch.use_extension(_C)
     return triton_kernels
@@ -224,7 +224,7 @@ def _flash_attention_cuda(
     q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, q_lens: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     out, lse = _fast_attention_outputs(q)
-    _triton().attention.attention_forward(q, k, v, out, lse, q_lens, kv_lens, scale, capability=_capability(q.device))
+    _triton().dispatch.attention_forward(q, k, v, out, lse, q_lens, kv_lens, scale, capability=_capability(q.device))
     return out, lse
 
 
@@ -244,7 +244,7 @@ def _flash_attention_varlen_cuda(
     out.zero_()
     lse.fill_(float("-inf"))
     capability = _capability(q.device)
-    _triton().attention.attention_forward(
+    _triton().dispatch.attention_forward(
         q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, packed_max_q=max_seqlen_q, capability=capability
     )
     return out, lse

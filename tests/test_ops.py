@@ -175,7 +175,7 @@ def test_nothing_reads_a_device_value() -> None:
 
 @pytest.mark.gpu
 def test_new_lengths_compile_nothing() -> None:
-    from para_kernels.triton_kernels.attention import compile_count
+    from para_kernels.triton_kernels.dispatch import compile_count
 
     def attend(length: int) -> None:
         q, k, v = (torch.randn(2, length, 3, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from para_kernels.triton_kernels import attention, merge_states, residual_diff  # noqa: E402
+from para_kernels.triton_kernels import attention, hopper_attention, merge_states, residual_diff  # noqa: E402
 
 # Shared memory that one program may use, in bytes (CUDA C++ programming guide, table of compute capabilities).
 SHARED_MEMORY = {(8, 0): 163 * 1024, (8, 9): 99 * 1024, (9, 0): 227 * 1024}
@@ -105,7 +105,6 @@ def test_float32_attention_stays_off_the_tensor_cores() -> None:
 
 
 def compile_hopper_attention(head_dim: int, dtype: torch.dtype) -> Usage:
-    hopper_attention = pytest.importorskip("para_kernels.triton_kernels.hopper_attention")
     kind = POINTER_TYPES[dtype]
     block = [1, 1, 64, head_dim]
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
@@ -131,7 +130,7 @@ def test_hopper_attention(head_dim: int, dtype: torch.dtype) -> None:
 def test_residual_diff(capability: tuple[int, int]) -> None:
     signature = dict.fromkeys(("hidden_in", "hidden_out", "previous", "residual"), "*bf16") | {"partial_sums": "*fp32"}
     constants: dict[str, object] = {"BLOCK_R": 8, "BLOCK_C": 1024, "TILES": 4, "VEC": 8}
-    usage = compile_kernel(residual_diff._residual_diff, signature, constants, capability, num_warps=8)
+    usage = compile_kernel(residual_diff._residual_diff, signature, constants, capability, residual_diff._NUM_WARPS)
     assert usage.spilled_bytes == 0
     assert "ld.global.v4.b32" in usage.ptx, "16-byte loads"
     sums = compile_kernel(

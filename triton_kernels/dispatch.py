@@ -1,0 +1,44 @@
+"""Which attention kernel runs: the Hopper kernel where it can, the portable one everywhere else."""
+
+from __future__ import annotations
+
+import torch
+
+from . import attention, hopper_attention
+
+_HOPPER = (9, 0)
+
+
+def attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q_lens: torch.Tensor | None,
+    kv_lens: torch.Tensor | None,
+    scale: float,
+    *,
+    packed_max_q: int | None = None,
+    capability: tuple[int, int],
+) -> None:
+    """Launch a kernel; arguments and contract are those of `attention.attention_forward`."""
+    if capability == _HOPPER and hopper_attention.hopper_attention_forward(
+        q, k, v, out, lse, q_lens, kv_lens, scale, packed_max_q=packed_max_q
+    ):
+        return
+    attention.attention_forward(
+        q, k, v, out, lse, q_lens, kv_lens, scale, packed_max_q=packed_max_q, capability=capability
+    )
+
+
+def kernel_name(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> str:
+    """What runs for tensors whose strides the copy engine can follow."""
+    if capability == _HOPPER and hopper_attention.takes(dtype, head_dim):
+        return "Gluon, warp-specialised"
+    return "Triton, TMA descriptors" if attention.uses_tma(capability, dtype, head_dim) else "Triton, pointers"
+
+
+def compile_count() -> int:
+    """How many variants of the kernels this process holds, over all devices: new lengths must not add any."""
+    return attention.compile_count() + hopper_attention.compile_count()
