@@ -82,6 +82,8 @@ void bind_launcher(py::module_& m) {
           "pointer", [](at::ScalarType dtype, bool aligned) { return Parameter{Kind::kPointer, dtype, aligned}; },
           py::arg("dtype"), py::arg("aligned"))
       .def_static(
+          "any_pointer", [](at::ScalarType dtype) { return Parameter{Kind::kPointer, dtype}; }, py::arg("dtype"))
+      .def_static(
           "descriptor",
           [](at::ScalarType dtype, std::vector<std::uint32_t> box, int swizzle) {
             return Parameter{Kind::kDescriptor, dtype, true, swizzle, std::move(box)};

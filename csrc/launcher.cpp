@@ -228,7 +228,7 @@ bool KernelLauncher::pack(const Parameter& parameter, PyObject* argument, Block&
 
 bool KernelLauncher::pack_pointer(const Parameter& parameter, PyObject* argument, Block& block) const {
   const auto address = address_of(argument, parameter.dtype, device_);
-  if (!address || (*address % kAlignment == 0) != parameter.aligned) {
+  if (!address || (parameter.aligned && *parameter.aligned != (*address % kAlignment == 0))) {
     return false;
   }
   block.add(*address);

@@ -9,6 +9,7 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -20,7 +21,7 @@ struct Parameter {
 
   Kind kind;
   at::ScalarType dtype = at::ScalarType::Undefined;  // pointers and descriptors
-  bool aligned = false;                              // pointers: compiled for multiples of 16 bytes
+  std::optional<bool> aligned = std::nullopt;        // pointers: compiled for multiples of 16 bytes, for others, for all
   int swizzle = 0;                                   // descriptors: CUtensorMapSwizzle
   std::vector<std::uint32_t> box = {};               // descriptors: elements per copy, outermost dimension first
 

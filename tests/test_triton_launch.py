@@ -25,7 +25,7 @@ from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma  # noqa: E402
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E402
 
-from para_kernels.triton_kernels import attention, launch, merge_states, residual_diff  # noqa: E402
+from para_kernels.triton_kernels import attention, hopper_attention, launch, merge_states, residual_diff  # noqa: E402
 from para_kernels.triton_kernels.launch import Launcher, declared_sizes  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def fresh(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The extension in use, and no launch prepared yet."""
     monkeypatch.setattr(launch, "_current_stream", lambda index: STREAM)
     launch.use_extension(_C, str(fake.path))
-    for module in (attention, merge_states, residual_diff):
+    for module in (attention, hopper_attention, merge_states, residual_diff):
         module._plan.cache_clear()
         module._launcher.cache_clear()
     residual_diff._sums_launcher.cache_clear()
@@ -99,6 +99,12 @@ def attend(**changes: Any) -> Callable[[], None]:
     return lambda: attention.attention_forward(**arguments)
 
 
+def attend_on_hopper(q_lens: Tensor | None = None, kv_lens: Tensor | None = None) -> Callable[[], bool]:
+    q, k, v, out = tensors(2, 40, 4, 64, count=4)
+    lse = torch.empty(2, 4, 40)
+    return lambda: hopper_attention.hopper_attention_forward(q, k, v, out, lse, q_lens, kv_lens, 0.125)
+
+
 def attend_packed() -> Callable[[], None]:
     q, k, v, out = tensors(40, 4, 64, count=4)
     starts, lse = torch.tensor([0, 30, 40], dtype=torch.int32), torch.empty(4, 40)
@@ -134,6 +140,8 @@ CALLS: dict[str, Callable[[], Callable[[], object]]] = {
     "attention, keys by head": lambda: attend(k=STORED_BY_HEAD),
     "attention, not aligned": lambda: attend(v=tensors(2 * 40 * 4 * 64 + 1)[0][1:].view(2, 40, 4, 64)),
     "attention, packed": attend_packed,
+    "hopper attention": attend_on_hopper,
+    "hopper attention, lengths": lambda: attend_on_hopper(q_lens=LENS, kv_lens=LENS),
     "gluon, four dimensions": specialised_warps,
     "numbers": numbers,
     "numbers, an optional tensor": lambda: numbers(absent=torch.empty(1)),
@@ -256,6 +264,22 @@ def test_descriptors_that_the_copy_engine_cannot_use_are_refused(
     assert launcher.not_direct is None
     with pytest.raises(AssertionError):  # Triton's, in words of its own
         launcher((1, 1, 1), source(x), out, 0)
+
+
+def test_lengths_may_start_anywhere(fake: FakeCuda) -> None:
+    """A slice of the lengths of a larger batch compiles nothing, and is launched as directly as the others."""
+    q, k, v, out = tensors(2, 40, 4, 64, count=4)
+    lse, lens = torch.empty(2, 4, 40), torch.tensor([1, 2, 3, 4, 5], dtype=torch.int32)
+    kinds, compiled = [], []
+    for first in (0, 1, 2):
+        part = lens[first : first + 2]
+        (launched,) = fake.launches_of(
+            lambda part=part: attention.attention_forward(q, k, v, out, lse, part, part, 0.125, capability=(9, 0))
+        )
+        kinds.append(launched.by_triton)
+        compiled.append(attention.compile_count())
+    assert kinds == [True, False, False]
+    assert len(set(compiled)) == 1
 
 
 def test_tensors_of_another_device_are_not_launched(fake: FakeCuda) -> None:

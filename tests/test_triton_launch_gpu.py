@@ -42,7 +42,7 @@ def tensors(device: str, *shape: int, count: int) -> list[Tensor]:
     return [torch.randn(*shape, generator=generator).bfloat16().to(device) for _ in range(count)]
 
 
-def calls(device: str) -> dict[str, Callable[[], object]]:
+def calls(device: str) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
     """Every operator, on tensors made anew by each call."""
     q, k, v = tensors(device, 2, 300, 4, 128, count=3)
     lens = torch.tensor([300, 7], dtype=torch.int32, device=device)

@@ -109,7 +109,7 @@ _RUNTIME_INTEGERS = (
 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_RUNTIME_INTEGERS)
+@triton.jit(do_not_specialize=_RUNTIME_INTEGERS, do_not_specialize_on_alignment=("q_lens", "kv_lens"))
 def _attention_fwd(
     q_ptr, k, v, out_ptr, lse_ptr, q_lens, kv_lens, scale_log2, max_q, rows_q, rows_k, heads, heads_per_kv,
     lse_stride_b, lse_stride_h, stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,

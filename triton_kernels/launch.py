@@ -184,32 +184,35 @@ def parameters(compiled: Any) -> list[Any]:
     """
     assert _extension is not None
     source = compiled.src
-    constexprs = set(source.fn.constexprs)
     descriptors = iter(compiled.metadata.tensordesc_meta or ())
     result = []
-    for i, (name, kind) in enumerate(source.signature.items()):
-        if i in constexprs:
+    for i, (of_kernel, kind) in enumerate(zip(source.fn.params, source.signature.values(), strict=True)):
+        if of_kernel.is_constexpr:
             continue
         attributes = source.attrs.get((i,), [])
         meta = next(descriptors, None) if kind.startswith("tensordesc") else None
-        result.append(_parameter(name, kind, source.constants.get((i,)), attributes, meta))
+        result.append(_parameter(of_kernel, kind, source.constants.get((i,)), attributes, meta))
     return result
 
 
-def _parameter(name: str, kind: str, constant: object, attributes: list[Any], meta: Mapping[str, Any] | None) -> Any:
+def _parameter(
+    of_kernel: Any, kind: str, constant: object, attributes: list[Any], meta: Mapping[str, Any] | None
+) -> Any:  # fmt: skip
     assert _extension is not None
     make = _extension.module.Parameter
+    any_address = of_kernel.do_not_specialize or of_kernel.do_not_specialize_on_alignment
     match = re.match(r"(?:tensordesc<)?\*?k?(\w+)", kind)
     dtype = _DTYPES.get(match[1]) if match else None
     if kind == "constexpr" and constant is None:
         return make.absent()
     if kind.startswith("*") and dtype is not None:
-        return make.pointer(dtype, aligned=["tt.divisibility", 16] in attributes)
+        aligned = ["tt.divisibility", 16] in attributes
+        return make.any_pointer(dtype) if any_address else make.pointer(dtype, aligned)
     if meta is not None and dtype is not None and not meta["fp4_padded"] and not meta.get("is_im2col"):
         return make.descriptor(dtype, box=meta["block_size"], swizzle=meta["swizzle"])
     if kind in _NUMBERS and not attributes:
         return getattr(make, _NUMBERS[kind])()
-    raise NotDirectError(f"the argument {name} is {kind} {attributes or ''}".rstrip())
+    raise NotDirectError(f"the argument {of_kernel.name} is {kind} {attributes or ''}".rstrip())
 
 
 def declared_sizes(ptx: str) -> list[int]:
