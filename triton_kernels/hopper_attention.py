@@ -22,6 +22,7 @@ this, always takes the online softmax.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .launch import Launcher
+from .launch import Launcher, MakeDescriptor
 
 # Names that changed after Triton 3.6.
 _thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -46,12 +47,10 @@ _async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_g
 _LN_2 = gl.constexpr(0.6931471805599453)
 _LOG2_E = 1.4426950408889634
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-# Slots of the ring by head dim: 4 x 2 x 16 KiB or 8 x 2 x 8 KiB of shared memory. A fifth of 32 KiB gained nothing.
-_STAGES = {64: 8, 128: 4}
 _MAX_GRID_YZ = 65535
-# Rows of a tile in shared memory: of one consumer's queries, and of one block of keys or values.
+# Rows of one consumer's queries, and of a block of keys or values.
 _ROWS = gl.constexpr(64)
-_CONSUMERS = gl.constexpr(3)
+_KEYS = gl.constexpr(64)
 
 # Bits of `flags`: which lengths are given.
 _HAS_Q_LENS = gl.constexpr(1)
@@ -115,9 +114,9 @@ def _sample_span(parameters, lens: gl.constexpr, given: gl.constexpr, rows, samp
 
 
 @gluon.jit
-def _place():
+def _place(CONSUMERS: gl.constexpr):
     """(first query of the block, head, sample). Blocks of queries run fastest: programs share a head's keys in L2."""
-    return gl.program_id(0) * (_CONSUMERS * _ROWS), gl.program_id(1), gl.program_id(2)
+    return gl.program_id(0) * (CONSUMERS * _ROWS), gl.program_id(1), gl.program_id(2)
 
 
 @gluon.jit
@@ -129,9 +128,9 @@ def _key_span(parameters, first_m, sample):
     return k_start, gl.where(first_m < q_len, kv_len, 0), q_start, q_len
 
 
-# Shared memory: the consumers' queries, then the slots of a ring, each a tile of keys and one of values. The tiles
-# share one allocation and the barriers another, since every captured value costs registers. Each slot has a barrier
-# "full", completed by the copy engine, and one "empty", at which every consumer arrives.
+# Shared memory: a tile of queries per consumer, then a ring whose slots hold a tile of keys and one of values. The
+# barriers share one allocation, since every captured value costs registers. Each slot has a barrier "full", completed by
+# the copy engine, and one "empty", at which every consumer arrives.
 _K = gl.constexpr(0)
 _V = gl.constexpr(1)
 
@@ -146,9 +145,14 @@ def _all_done(stages):
     return 2 * stages + 1
 
 
+@gluon.constexpr_function
+def _values_clean(stages):
+    return 2 * stages + 2
+
+
 @gluon.jit
-def _tile(which: gl.constexpr, turn, STAGES: gl.constexpr):
-    return _CONSUMERS + 2 * (turn % STAGES) + which
+def _tile(ring, which: gl.constexpr, turn, STAGES: gl.constexpr):
+    return ring.index(2 * (turn % STAGES) + which)
 
 
 @gluon.jit
@@ -162,40 +166,43 @@ def _release(barriers, turn, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _load_keys(k, v, tiles, barriers, turn, batch, head, k_start, kv_len, STAGES: gl.constexpr):
-    """Load the window of the last 64 keys, then all full blocks of keys from the start; the next turn."""
-    row = k_start + kv_len - _ROWS
-    for block in range((kv_len + _ROWS - 1) // _ROWS):
+def _load_keys(k, v, ring, barriers, turn, batch, head, k_start, kv_len, STAGES: gl.constexpr):
+    """Load the window of the last keys, then all full blocks of keys from the start; the next turn."""
+    row = k_start + kv_len - _KEYS
+    for block in range((kv_len + _KEYS - 1) // _KEYS):
         mbarrier.wait(barriers.index(STAGES + turn % STAGES), (turn // STAGES + 1) & 1, pred=turn >= STAGES)
         full = barriers.index(turn % STAGES)
         mbarrier.expect(full, k.block_type.nbytes + v.block_type.nbytes)
-        _async_load(k, [batch, head, row, 0], full, tiles.index(_tile(_K, turn, STAGES)))
-        _async_load(v, [batch, head, row, 0], full, tiles.index(_tile(_V, turn, STAGES)))
-        row = k_start + block * _ROWS
+        _async_load(k, [batch, head, row, 0], full, _tile(ring, _K, turn, STAGES))
+        _async_load(v, [batch, head, row, 0], full, _tile(ring, _V, turn, STAGES))
+        row = k_start + block * _KEYS
         turn += 1
     return turn
 
 
 @gluon.jit
-def _load_queries(q, tiles, barriers, batch, head, row, STAGES: gl.constexpr):
+def _load_queries(q, queries, barriers, batch, head, row, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):
     full = barriers.index(_queries_full(STAGES))
-    mbarrier.expect(full, _CONSUMERS * q.block_type.nbytes)
-    for consumer in gl.static_range(_CONSUMERS):
-        _async_load(q, [batch, head, row + consumer * _ROWS, 0], full, tiles.index(consumer))
+    mbarrier.expect(full, CONSUMERS * q.block_type.nbytes)
+    for consumer in gl.static_range(CONSUMERS):
+        _async_load(q, [batch, head, row + consumer * _ROWS, 0], full, queries.index(consumer))
 
 
 @gluon.jit
-def _producer(q, k, v, tiles, barriers, parameters, probes, STAGES: gl.constexpr, ONLINE: gl.constexpr):
-    first_m, head, sample = _place()
+def _producer(
+    q, k, v, queries, ring, barriers, parameters, probes, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    ONLINE: gl.constexpr,
+):  # fmt: skip
+    first_m, head, sample = _place(CONSUMERS)
     k_start, kv_len, q_start, _ = _key_span(parameters, first_m, sample)
     if kv_len > 0:
         batch = gl.where((_integer(parameters, _FLAGS) & _PACKED) != 0, 0, sample)
         kv_head = head // _integer(parameters, _HEADS_PER_KV)
-        _load_queries(q, tiles, barriers, batch, head, q_start + first_m, STAGES)
-        turn = _load_keys(k, v, tiles, barriers, gl.to_tensor(0), batch, kv_head, k_start, kv_len, STAGES)
-        if not ONLINE and kv_len > _ROWS:  # noqa: SIM102, `and` would evaluate both sides
-            if _any_overflow(probes, barriers, STAGES):
-                _load_keys(k, v, tiles, barriers, turn, batch, kv_head, k_start, kv_len, STAGES)
+        _load_queries(q, queries, barriers, batch, head, q_start + first_m, CONSUMERS, STAGES)
+        turn = _load_keys(k, v, ring, barriers, gl.to_tensor(0), batch, kv_head, k_start, kv_len, STAGES)
+        if not ONLINE and kv_len > _KEYS:  # noqa: SIM102, `and` would evaluate both sides
+            if _any_overflow(probes, barriers, CONSUMERS, STAGES):
+                _load_keys(k, v, ring, barriers, turn, batch, kv_head, k_start, kv_len, STAGES)
 
 
 @gluon.jit
@@ -205,41 +212,55 @@ def _sum_in_thread(x):
 
 
 @gluon.jit
+def _as_operand(x, dtype: gl.constexpr, layout: gl.constexpr):
+    """Weights as the left operand of a product. Two at a time: from single conversions the assembler may pack halves in
+    the wrong order and swap them once per register and block, a tenth of the loop's instructions."""
+    if dtype == gl.bfloat16:
+        x = gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        x = gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.float16, is_pure=True, pack=2
+        )
+    return gl.convert_layout(x, layout)
+
+
+@gluon.jit
 def _scores(q, k, layout: gl.constexpr, D: gl.constexpr):
     """q k^T of a block, in flight."""
-    keys = k.reshape([_ROWS, D]).permute((1, 0))
-    return warpgroup_mma(q, keys, gl.zeros([_ROWS, _ROWS], gl.float32, layout), use_acc=False, is_async=True)
+    keys = k.reshape([_KEYS, D]).permute((1, 0))
+    return warpgroup_mma(q, keys, gl.zeros([_ROWS, _KEYS], gl.float32, layout), use_acc=False, is_async=True)
 
 
 @gluon.jit
 def _attend_window(
-    q, tiles, barriers, turn, kv_len, scale_log2, scores_layout: gl.constexpr, weights_layout: gl.constexpr,
+    q, ring, barriers, turn, kv_len, scale_log2, scores_layout: gl.constexpr, weights_layout: gl.constexpr,
     D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The softmax's first step, on the last 64 keys, without those that a full block will bring."""
+    """The softmax's first step, on the window of the last keys, without those that a full block will bring."""
     _wait_full(barriers, turn, STAGES)
-    k = tiles.index(_tile(_K, turn, STAGES))
-    scores = warpgroup_mma_wait(0, deps=(_scores(q, k, scores_layout, D),))
-    covered = (kv_len - 1) // _ROWS * _ROWS
-    keys = kv_len - _ROWS + gl.arange(0, _ROWS, layout=gl.SliceLayout(0, scores_layout))
+    scores = warpgroup_mma_wait(0, deps=(_scores(q, _tile(ring, _K, turn, STAGES), scores_layout, D),))
+    covered = (kv_len - 1) // _KEYS * _KEYS
+    keys = kv_len - _KEYS + gl.arange(0, _KEYS, layout=gl.SliceLayout(0, scores_layout))
     valid = gl.expand_dims(keys >= covered, 0)
     m_i = gl.max(gl.where(valid, scores, float("-inf")), 1) * scale_log2
     weights = gl.where(valid, gl.exp2(gl.fma(scores, scale_log2, -gl.expand_dims(m_i, 1))), 0.0)
-    return gl.convert_layout(weights.to(tiles.dtype), weights_layout), m_i, _sum_in_thread(weights)
+    return _as_operand(weights, ring.dtype, weights_layout), m_i, _sum_in_thread(weights)
 
 
 @gluon.jit
 def _attend_blocks(
-    q, tiles, barriers, turn, blocks, weights, acc, m_i, l_i, scale_log2, scores_layout: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr, ONLINE: gl.constexpr,
+    q, ring, barriers, turn, blocks, weights, acc, m_i, l_i, scale_log2, scores_layout: gl.constexpr, weights_layout: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    ONLINE: gl.constexpr,
 ):  # fmt: skip
     """Take full blocks of keys through the softmax; `weights` of the block before are multiplied on the way."""
     for _ in range(blocks):
         before = turn
         turn += 1
         _wait_full(barriers, turn, STAGES)
-        scores = _scores(q, tiles.index(_tile(_K, turn, STAGES)), scores_layout, D)
-        v = tiles.index(_tile(_V, before, STAGES)).reshape([_ROWS, D])
+        scores = _scores(q, _tile(ring, _K, turn, STAGES), scores_layout, D)
+        v = _tile(ring, _V, before, STAGES).reshape([_KEYS, D])
         acc_next = warpgroup_mma(weights, v, acc, is_async=True)
         scores = warpgroup_mma_wait(1, deps=(scores,))
         if ONLINE:
@@ -249,7 +270,7 @@ def _attend_blocks(
             l_i = l_i * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout)), 1)
         exponentials = gl.exp2(gl.fma(scores, scale_log2, -gl.expand_dims(m_i, 1)))
         l_i += _sum_in_thread(exponentials)
-        weights_next = gl.convert_layout(exponentials.to(tiles.dtype), weights.type.layout)
+        weights_next = _as_operand(exponentials, ring.dtype, weights_layout)
         acc, _ = warpgroup_mma_wait(0, deps=(acc_next, weights))
         _release(barriers, before, STAGES)
         if ONLINE:
@@ -259,47 +280,47 @@ def _attend_blocks(
 
 
 @gluon.jit
-def _keep_last_rows(source, target, count, D: gl.constexpr):
-    """Copy a tile of values, with zeros in all but its last `count` rows."""
+def _keep_last_rows(values, count, D: gl.constexpr):
+    """Write zeros over all but the last `count` rows of a tile of values."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    rows = gl.arange(0, _ROWS, layout=gl.SliceLayout(1, layout))
-    values = source.reshape([_ROWS, D]).load(layout)
-    target.reshape([_ROWS, D]).store(gl.where(gl.expand_dims(rows >= _ROWS - count, 1), values, 0.0))
+    rows = gl.arange(0, _KEYS, layout=gl.SliceLayout(1, layout))
+    values.store(gl.where(gl.expand_dims(rows >= _KEYS - count, 1), values.load(layout), 0.0))
     fence_async_shared()
-    _thread_barrier()
 
 
 @gluon.jit
 def _attend(
-    tiles, barriers, consumer: gl.constexpr, turn, kv_len, packed, scale_log2, D: gl.constexpr, STAGES: gl.constexpr,
+    queries, ring, barriers, consumer: gl.constexpr, turn, kv_len, packed, scale_log2, D: gl.constexpr, STAGES: gl.constexpr,
     ONLINE: gl.constexpr,
 ):  # fmt: skip
     """A consumer's 64 rows over all keys: (accumulator, m_i, l_i per row, the next turn)."""
-    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, _ROWS, 16])
+    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, _KEYS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
-    q = tiles.index(consumer).reshape([_ROWS, D])
-    weights, m_i, l_i = _attend_window(q, tiles, barriers, turn, kv_len, scale_log2, S, P, D, STAGES)
+    q = queries.index(consumer).reshape([_ROWS, D])
+    weights, m_i, l_i = _attend_window(q, ring, barriers, turn, kv_len, scale_log2, S, P, D, STAGES)
     acc = gl.zeros([_ROWS, D], gl.float32, OUT)
-    blocks = (kv_len - 1) // _ROWS
+    blocks = (kv_len - 1) // _KEYS
     weights, acc, m_i, l_i, turn = _attend_blocks(
-        q, tiles, barriers, turn, blocks, weights, acc, m_i, l_i, scale_log2, S, D, STAGES, ONLINE
+        q, ring, barriers, turn, blocks, weights, acc, m_i, l_i, scale_log2, S, P, D, STAGES, ONLINE
     )
-    slot = _tile(_V, turn, STAGES)
-    if (packed != 0) & (kv_len < _ROWS):
+    v = _tile(ring, _V, turn, STAGES).reshape([_KEYS, D])
+    if (packed != 0) & (kv_len < _KEYS):
         # Before a packed sample's first row lies another sample, and 0 * NaN is not 0. (Before one that is not packed
-        # the copy engine reads zeros.) The cleaned copy takes the place of the queries, which nothing reads any more.
-        _keep_last_rows(tiles.index(slot), tiles.index(consumer), kv_len, D)
-        slot = consumer
-    acc = warpgroup_mma(weights, tiles.index(slot).reshape([_ROWS, D]), acc)
+        # the copy engine reads zeros.) This is the only tile of the program: one consumer cleans it for all.
+        if consumer == 0:
+            _keep_last_rows(v, kv_len, D)
+            mbarrier.arrive(barriers.index(_values_clean(STAGES)))
+        mbarrier.wait(barriers.index(_values_clean(STAGES)), 0)
+    acc = warpgroup_mma(weights, v, acc)
     _release(barriers, turn, STAGES)
     return acc, m_i, gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, S)), turn + 1
 
 
 @gluon.jit
-def _output_span(parameters, consumer: gl.constexpr):
+def _output_span(parameters, consumer: gl.constexpr, CONSUMERS: gl.constexpr):
     """(row of the tensor, rows with queries, rows to store, head, batch) of a consumer's 64 rows."""
-    first_m, head, sample = _place()
+    first_m, head, sample = _place(CONSUMERS)
     _, _, q_start, q_len = _key_span(parameters, first_m, sample)
     is_packed = (_integer(parameters, _FLAGS) & _PACKED) != 0
     first = first_m + consumer * _ROWS
@@ -319,9 +340,11 @@ def _pointers(parameters, row, head, batch, dtype: gl.constexpr, D: gl.constexpr
 
 
 @gluon.jit
-def _write_rows(parameters, stage, consumer: gl.constexpr, acc, m_i, l_i, D: gl.constexpr):
+def _write_rows(
+    parameters, stage, consumer: gl.constexpr, acc, m_i, l_i, CONSUMERS: gl.constexpr, D: gl.constexpr
+):  # fmt: skip
     """Write out and lse of a consumer's rows; those past the queries become zeros with an lse of -inf."""
-    row, alive_rows, stored_rows, head, batch = _output_span(parameters, consumer)
+    row, alive_rows, stored_rows, head, batch = _output_span(parameters, consumer, CONSUMERS)
     out, lse, pitch = _pointers(parameters, row, head, batch, stage.dtype, D)
     own = gl.arange(0, _ROWS, layout=m_i.type.layout)
     alive = own < alive_rows
@@ -346,9 +369,11 @@ def _store_rows(out, pitch, values, count, D: gl.constexpr):
 
 
 @gluon.jit
-def _write_empty_rows(parameters, consumer: gl.constexpr, dtype: gl.constexpr, D: gl.constexpr):
+def _write_empty_rows(
+    parameters, consumer: gl.constexpr, dtype: gl.constexpr, CONSUMERS: gl.constexpr, D: gl.constexpr
+):  # fmt: skip
     """Rows without keys: zeros, and an lse of -inf."""
-    row, _, stored_rows, head, batch = _output_span(parameters, consumer)
+    row, _, stored_rows, head, batch = _output_span(parameters, consumer, CONSUMERS)
     out, lse, pitch = _pointers(parameters, row, head, batch, dtype, D)
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     _store_rows(out, pitch, gl.zeros([_ROWS, D], dtype, layout), stored_rows, D)
@@ -364,39 +389,58 @@ def _probe(acc, l_i, alive_rows):
 
 
 @gluon.jit
-def _any_overflow(probes, barriers, STAGES: gl.constexpr):
+def _any_overflow(probes, barriers, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):
     """Wait until every consumer has left its probes, and look at them all."""
     mbarrier.wait(barriers.index(_all_done(STAGES)), 0)
     in_each_warp: gl.constexpr = gl.BlockedLayout([_ROWS // 32], [32], [gl.num_warps()], [0])
     total = probes.index(0).load(in_each_warp)
-    for consumer in gl.static_range(1, _CONSUMERS):
+    for consumer in gl.static_range(1, CONSUMERS):
         total += probes.index(consumer).load(in_each_warp)
     return gl.sum(total, 0) != 0.0
 
 
 @gluon.jit
+def _stand_aside(barriers, turn, kv_len, STAGES: gl.constexpr):
+    """Leave every slot to the others: rows past the queries are not computed."""
+    for _ in range((kv_len + _KEYS - 1) // _KEYS):
+        _wait_full(barriers, turn, STAGES)
+        _release(barriers, turn, STAGES)
+        turn += 1
+    return turn
+
+
+@gluon.jit
 def _consumer(
-    tiles, barriers, parameters, probes, scale_log2, consumer: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    ONLINE: gl.constexpr,
+    queries, ring, barriers, parameters, probes, scale_log2, consumer: gl.constexpr, CONSUMERS: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, ONLINE: gl.constexpr,
 ):  # fmt: skip
-    first_m, _, sample = _place()
+    first_m, _, sample = _place(CONSUMERS)
     _, kv_len, _, q_len = _key_span(parameters, first_m, sample)
-    if kv_len > 0:
+    alive_rows = q_len - first_m - consumer * _ROWS
+    if (kv_len > 0) & (alive_rows > 0):
         packed = _integer(parameters, _FLAGS) & _PACKED
         mbarrier.wait(barriers.index(_queries_full(STAGES)), 0)
         acc, m_i, l_i, turn = _attend(
-            tiles, barriers, consumer, gl.to_tensor(0), kv_len, packed, scale_log2, D, STAGES, ONLINE
+            queries, ring, barriers, consumer, gl.to_tensor(0), kv_len, packed, scale_log2, D, STAGES, ONLINE
         )
-        if not ONLINE and kv_len > _ROWS:  # one window alone cannot overflow
-            probes.index(consumer).store(_probe(acc, l_i, q_len - first_m - consumer * _ROWS))
+        if not ONLINE and kv_len > _KEYS:  # one window alone cannot overflow
+            probes.index(consumer).store(_probe(acc, l_i, alive_rows))
             mbarrier.arrive(barriers.index(_all_done(STAGES)))
-            if _any_overflow(probes, barriers, STAGES):
+            if _any_overflow(probes, barriers, CONSUMERS, STAGES):
                 acc, m_i, l_i, turn = _attend(
-                    tiles, barriers, consumer, turn, kv_len, packed, scale_log2, D, STAGES, True
+                    queries, ring, barriers, consumer, turn, kv_len, packed, scale_log2, D, STAGES, True
                 )
-        _write_rows(parameters, tiles.index(consumer).reshape([_ROWS, D]), consumer, acc, m_i, l_i, D)
+        _write_rows(parameters, queries.index(consumer).reshape([_ROWS, D]), consumer, acc, m_i, l_i, CONSUMERS, D)
     else:
-        _write_empty_rows(parameters, consumer, tiles.dtype, D)
+        if kv_len > 0:
+            turn = _stand_aside(barriers, gl.to_tensor(0), kv_len, STAGES)
+            if not ONLINE and kv_len > _KEYS:
+                rows: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+                probes.index(consumer).store(gl.zeros([_ROWS], gl.float32, rows))
+                mbarrier.arrive(barriers.index(_all_done(STAGES)))
+                if _any_overflow(probes, barriers, CONSUMERS, STAGES):
+                    _stand_aside(barriers, turn, kv_len, STAGES)
+        _write_empty_rows(parameters, consumer, queries.dtype, CONSUMERS, D)
 
 
 _RUNTIME_INTEGERS = ("heads_per_kv", "rows_q", "rows_k", "flags")
@@ -405,30 +449,71 @@ _RUNTIME_INTEGERS = ("heads_per_kv", "rows_q", "rows_k", "flags")
 @gluon.jit(do_not_specialize=_RUNTIME_INTEGERS)
 def _hopper_attention(
     q, k, v, out, lse, q_lens, kv_lens, scale_log2, heads_per_kv, rows_q, rows_k, flags,
-    D: gl.constexpr, STAGES: gl.constexpr, ONLINE: gl.constexpr,
+    CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, ONLINE: gl.constexpr,
 ):  # fmt: skip
     """q, k, v: descriptors of (B, H, S, D) in blocks of (1, 1, 64, D); lens pointers are read where `flags` says so."""
-    tiles = gl.allocate_shared_memory(q.dtype, [_CONSUMERS + 2 * STAGES, 1, 1, _ROWS, D], q.layout)
-    barriers = gl.allocate_shared_memory(gl.int64, [2 * STAGES + 2, 1], mbarrier.MBarrierLayout())
+    queries = gl.allocate_shared_memory(q.dtype, [CONSUMERS, 1, 1, _ROWS, D], q.layout)
+    ring = gl.allocate_shared_memory(k.dtype, [2 * STAGES, 1, 1, _KEYS, D], k.layout)
+    barriers = gl.allocate_shared_memory(gl.int64, [2 * STAGES + 3, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(barriers.index(i), count=1)
-        mbarrier.init(barriers.index(STAGES + i), count=_CONSUMERS)
+        mbarrier.init(barriers.index(STAGES + i), count=CONSUMERS)
     mbarrier.init(barriers.index(_queries_full(STAGES)), count=1)
-    mbarrier.init(barriers.index(_all_done(STAGES)), count=_CONSUMERS)
-    probes = gl.allocate_shared_memory(gl.float32, [_CONSUMERS, _ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    mbarrier.init(barriers.index(_all_done(STAGES)), count=CONSUMERS)
+    mbarrier.init(barriers.index(_values_clean(STAGES)), count=1)
+    probes = gl.allocate_shared_memory(gl.float32, [CONSUMERS, _ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     parameters = gl.allocate_shared_memory(gl.int64, [_PARAMETERS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     _park(parameters, out, lse, q_lens, kv_lens, heads_per_kv, rows_q, rows_k, flags)
     _thread_barrier()
-    gl.warp_specialize(
-        [
-            (_producer, (q, k, v, tiles, barriers, parameters, probes, STAGES, ONLINE)),
-            (_consumer, (tiles, barriers, parameters, probes, scale_log2, 0, D, STAGES, ONLINE)),
-            (_consumer, (tiles, barriers, parameters, probes, scale_log2, 1, D, STAGES, ONLINE)),
-            (_consumer, (tiles, barriers, parameters, probes, scale_log2, 2, D, STAGES, ONLINE)),
-        ],
-        [4, 4, 4],
-        [160, 160, 160],
-    )
+    if CONSUMERS == 3:
+        gl.warp_specialize(
+            [
+                (_producer, (q, k, v, queries, ring, barriers, parameters, probes, CONSUMERS, STAGES, ONLINE)),
+                (_consumer, (queries, ring, barriers, parameters, probes, scale_log2, 0, CONSUMERS, D, STAGES, ONLINE)),
+                (_consumer, (queries, ring, barriers, parameters, probes, scale_log2, 1, CONSUMERS, D, STAGES, ONLINE)),
+                (_consumer, (queries, ring, barriers, parameters, probes, scale_log2, 2, CONSUMERS, D, STAGES, ONLINE)),
+            ],
+            [4, 4, 4],
+            [160, 160, 160],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_producer, (q, k, v, queries, ring, barriers, parameters, probes, CONSUMERS, STAGES, ONLINE)),
+                (_consumer, (queries, ring, barriers, parameters, probes, scale_log2, 0, CONSUMERS, D, STAGES, ONLINE)),
+            ],
+            [4],
+            [160],
+        )
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """One compiled variant: consumers, slots of the ring, and registers per thread at launch (None: what fits once)."""
+
+    consumers: int
+    stages: int
+    max_registers: int | None
+
+
+# By head dim. Three consumers fill a multiprocessor, with 144 or 128 KiB for the ring. Of one consumer's programs two
+# share a multiprocessor: fewer rows at a time, but the start and the end of one run beside the other.
+_CONFIGS = {64: HopperConfig(3, 8, None), 128: HopperConfig(3, 4, None)}
+_CONFIGS_SMALL = {64: HopperConfig(1, 4, 96), 128: HopperConfig(1, 2, 96)}
+
+
+def _choose(head_dim: int, max_q: int, keys: int, heads: int, samples: int, processors: int) -> HopperConfig:
+    """The configuration with the fewer microseconds: programs at a time, and for each a start and a block's time.
+
+    The four constants were read off an H100 at D = 128 and 24 heads; they reproduce the faster one at 15 of 15 shapes,
+    from 64 x 64 to 4 x 4096 x 256 tokens (docs/kernels/hopper.md).
+    """
+    large, small = _CONFIGS[head_dim], _CONFIGS_SMALL[head_dim]
+    blocks = -(-keys // _KEYS.value)
+    programs = [-(-max_q // (config.consumers * _ROWS.value)) * heads * samples for config in (large, small)]
+    of_large = -(-programs[0] // processors) * (4.0 + 1.1 * blocks)
+    of_small = -(-programs[1] // (2 * processors)) * (3.0 + 1.0 * blocks)
+    return small if of_small < of_large else large
 
 
 class _Plan(NamedTuple):
@@ -440,20 +525,24 @@ class _Plan(NamedTuple):
     integers: tuple[int, ...]
 
 
-@functools.cache
-def _launcher(device: torch.device, dtype: torch.dtype, head_dim: int) -> Launcher:
-    block = [1, 1, _ROWS.value, head_dim]
+def _make_descriptor(rows: int, head_dim: int, dtype: torch.dtype) -> MakeDescriptor:
+    block = [1, 1, rows, head_dim]
     layout = gl.NVMMASharedLayout.get_default_for(block, _DTYPES[dtype])
-    descriptor = functools.partial(TensorDescriptor, block_shape=block, layout=layout)
+    return functools.partial(TensorDescriptor, block_shape=block, layout=layout)
+
+
+@functools.cache
+def _launcher(device: torch.device, dtype: torch.dtype, head_dim: int, config: HopperConfig) -> Launcher:
+    of_queries, of_keys = (_make_descriptor(rows, head_dim, dtype) for rows in (_ROWS.value, _KEYS.value))
     return Launcher(
-        _hopper_attention, device, dict.fromkeys(("q", "k", "v"), descriptor), D=head_dim, STAGES=_STAGES[head_dim],
-        ONLINE=dtype == torch.float16, num_warps=4,
+        _hopper_attention, device, {"q": of_queries, "k": of_keys, "v": of_keys}, CONSUMERS=config.consumers, D=head_dim,
+        STAGES=config.stages, ONLINE=dtype == torch.float16, num_warps=4, maxnreg=config.max_registers,
     )  # fmt: skip
 
 
 def takes(dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the kernel exists for this type and head dim."""
-    return dtype in _DTYPES and head_dim in _STAGES
+    return dtype in _DTYPES and head_dim in _CONFIGS
 
 
 def _descriptor(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
@@ -491,11 +580,13 @@ def _plan(
         return None
     descriptors = (_descriptor(q_shape, q_stride), _descriptor(k_shape, k_stride), _descriptor(k_shape, v_stride))
     max_q = rows_q if packed_max_q is None else packed_max_q
-    blocks = triton.cdiv(max_q, _CONSUMERS.value * _ROWS.value)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    config = _choose(head_dim, max_q, rows_k, heads, samples, processors)
+    blocks = triton.cdiv(max_q, config.consumers * _ROWS.value)
     if None in descriptors or max(heads, samples) > _MAX_GRID_YZ:
         return None
     integers = (heads // kv_heads, rows_q, rows_k, flags)
-    return _Plan(_launcher(device, dtype, head_dim), (blocks, heads, samples), descriptors, integers)  # pyright: ignore[reportArgumentType]
+    return _Plan(_launcher(device, dtype, head_dim, config), (blocks, heads, samples), descriptors, integers)  # pyright: ignore[reportArgumentType]
 
 
 def hopper_attention_forward(
