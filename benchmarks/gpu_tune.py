@@ -1,31 +1,35 @@
 """Sweep the launch configurations of a kernel on this GPU: how the tables that ship with the package were chosen.
 
     python -m benchmarks.gpu_tune --out /tmp/tune
+    python -m benchmarks.gpu_tune --out /tmp/tune --only hopper
 
-Times every candidate at 24 heads and writes one JSON record per candidate. Nothing is changed: a better
-configuration has to be written into `triton_kernels/attention.py` or `triton_kernels/residual_diff.py` by hand.
+Times every candidate at 24 heads and writes one JSON record per candidate. Nothing is changed: a better configuration
+has to be written into the kernel's file by hand.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from para_kernels import flash_attention, residual_diff
 from para_kernels.triton_kernels import attention as attention_kernel
+from para_kernels.triton_kernels import hopper_attention as hopper_kernel
 from para_kernels.triton_kernels import residual_diff as residual_kernel
-from para_kernels.triton_kernels.attention import AttentionConfig
+from para_kernels.triton_kernels.attention import AttentionConfig, attention_forward
 
 from .inputs import attention_flops, attention_inputs, hidden_states
 from .record import OURS, Record, write_records
-from .timing import medians_ms
+from .timing import graph_medians_ms, medians_ms
 
 HEADS, LENGTH = 24, 16384
 # (block_m, block_n, num_warps, num_stages)
-ATTENTION: dict[int, tuple[tuple[int, int, int, int], ...]] = {
+PORTABLE: dict[int, tuple[tuple[int, int, int, int], ...]] = {
     64: ((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 4, 3), (128, 64, 8, 4), (64, 128, 4, 3), (128, 128, 4, 2)),
     128: (
         (128, 128, 8, 3),
@@ -39,6 +43,14 @@ ATTENTION: dict[int, tuple[tuple[int, int, int, int], ...]] = {
     ),
     256: ((128, 64, 8, 2), (128, 32, 8, 3)),
 }
+# (batch, queries, keys)
+SMALL = (
+    *((1, size, size) for size in (64, 128, 256, 512, 768, 1024, 1280, 1536, 2048, 4096)),
+    *((4, size, size) for size in (128, 512, 2048)),
+    (1, 4096, 256),
+    (4, 4096, 256),
+    (1, 4096, 512),
+)
 # (elements per tile, widest row, tiles per program)
 RESIDUAL = tuple(
     (tile, cols, tiles) for tile in (4096, 8192, 16384) for cols in (512, 1024, 2048) for tiles in (1, 4, 16)
@@ -48,28 +60,54 @@ RESIDUAL = tuple(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the JSON records")
+    parser.add_argument("--only", choices=list(SWEEPS), help="one sweep instead of all")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs an NVIDIA GPU")
     device = torch.device("cuda", 0)
-    write_records("gpu-tuning", [*_sweep_attention(device), *_sweep_residual(device)], options.out)
+    for name in [options.only] if options.only else list(SWEEPS):
+        write_records(f"gpu-tune_{name}", SWEEPS[name](device), options.out)
     return 0
 
 
-def _sweep_attention(device: torch.device) -> list[Record]:
+def _sweep_portable(device: torch.device) -> list[Record]:
     records = []
-    for head_dim, candidates in ATTENTION.items():
+    capability = torch.cuda.get_device_capability(device)
+    for head_dim, candidates in PORTABLE.items():
         q, k, v = attention_inputs(1, LENGTH, HEADS, head_dim, torch.bfloat16, device)
+        out, lse = torch.empty_like(q), torch.empty(1, HEADS, LENGTH, dtype=torch.float32, device=device)
+        call = functools.partial(attention_forward, q, k, v, out, lse, None, None, 1.0, capability=capability)
         flops = attention_flops([LENGTH], [LENGTH], HEADS, head_dim)
         for candidate in candidates:
             attention_kernel._CONFIGS["sm90 tma", head_dim] = AttentionConfig(*candidate)
             attention_kernel._plan.cache_clear()
-            ms = medians_ms({OURS: lambda q=q, k=k, v=v: flash_attention(q, k, v)}, device, seconds=1.0)[OURS]
+            ms = medians_ms({OURS: call}, device, seconds=0.3)[OURS]
             block_m, block_n, num_warps, num_stages = candidate
             shape = {"B": 1, "S": LENGTH, "H": HEADS, "D": head_dim, "block_m": block_m, "block_n": block_n}
             shape |= {"num_warps": num_warps, "num_stages": num_stages}
-            records.append(Record("tune_attention", shape, "bfloat16", OURS, ms, tflops=flops / ms / 1e9))
+            records.append(Record("tune_attention", shape, "bfloat16", "portable", ms, tflops=flops / ms / 1e9))
             print(shape, f"{flops / ms / 1e9:.0f} TFLOP/s", flush=True)
+    return records
+
+
+def _sweep_hopper(device: torch.device) -> list[Record]:
+    """Both configurations of the Hopper kernel at every small shape: what the constants of its choice rest on."""
+    records = []
+    chosen = hopper_kernel._choose
+    for batch, queries, keys in SMALL:
+        shape = {"B": batch, "Sq": queries, "Sk": keys, "H": HEADS, "D": 128}
+        q = attention_inputs(batch, queries, HEADS, 128, torch.bfloat16, device)[0]
+        k, v = attention_inputs(batch, keys, HEADS, 128, torch.bfloat16, device)[:2]
+        for configs in (hopper_kernel._CONFIGS, hopper_kernel._CONFIGS_SMALL):
+            hopper_kernel._choose = lambda head_dim, *_, configs=configs: configs[head_dim]
+            hopper_kernel._plan.cache_clear()
+            calls = [functools.partial(flash_attention, q, k, v)] * 10
+            ms = graph_medians_ms({OURS: calls}, device)[OURS]
+            consumers = configs[128].consumers
+            records.append(Record("tune_hopper", shape | {"consumers": consumers}, "bfloat16", "hopper", ms))
+            print(shape, f"{consumers} consumers: {ms * 1e3:.1f} us", flush=True)
+    hopper_kernel._choose = chosen
+    hopper_kernel._plan.cache_clear()
     return records
 
 
@@ -79,13 +117,19 @@ def _sweep_residual(device: torch.device) -> list[Record]:
     for tile, cols, tiles in RESIDUAL:
         residual_kernel._TILE, residual_kernel._MAX_COLS, residual_kernel._TILES_PER_PROGRAM = tile, cols, tiles
         residual_kernel._plan.cache_clear()
-        ms = medians_ms({OURS: lambda: residual_diff(*hidden)}, device, seconds=1.0)[OURS]
+        ms = medians_ms({OURS: lambda: residual_diff(*hidden)}, device, seconds=0.3)[OURS]
         shape = {"B": 1, "S": 119056, "C": 3072, "tile": tile, "max_cols": cols, "tiles_per_program": tiles}
         gbps = 4.0 * hidden[0].nbytes / ms / 1e6
         records.append(Record("tune_residual_diff", shape, "bfloat16", OURS, ms, gbps=gbps))
         print(shape, f"{gbps:.0f} GB/s", flush=True)
     return records
 
+
+SWEEPS: dict[str, Callable[[torch.device], list[Record]]] = {
+    "portable": _sweep_portable,
+    "hopper": _sweep_hopper,
+    "residual_diff": _sweep_residual,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -129,8 +129,8 @@ def _key_span(parameters, first_m, sample):
 
 
 # Shared memory: a tile of queries per consumer, then a ring whose slots hold a tile of keys and one of values. The
-# barriers share one allocation, since every captured value costs registers. Each slot has a barrier "full", completed by
-# the copy engine, and one "empty", at which every consumer arrives.
+# barriers share one allocation, since every captured value costs registers. Each slot has a barrier "full", completed
+# by the copy engine, and one "empty", at which every consumer arrives.
 _K = gl.constexpr(0)
 _V = gl.constexpr(1)
 
@@ -251,8 +251,8 @@ def _attend_window(
 
 @gluon.jit
 def _attend_blocks(
-    q, ring, barriers, turn, blocks, weights, acc, m_i, l_i, scale_log2, scores_layout: gl.constexpr, weights_layout: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    ONLINE: gl.constexpr,
+    q, ring, barriers, turn, blocks, weights, acc, m_i, l_i, scale_log2, scores_layout: gl.constexpr,
+    weights_layout: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, ONLINE: gl.constexpr,
 ):  # fmt: skip
     """Take full blocks of keys through the softmax; `weights` of the block before are multiplied on the way."""
     for _ in range(blocks):
@@ -290,8 +290,8 @@ def _keep_last_rows(values, count, D: gl.constexpr):
 
 @gluon.jit
 def _attend(
-    queries, ring, barriers, consumer: gl.constexpr, turn, kv_len, packed, scale_log2, D: gl.constexpr, STAGES: gl.constexpr,
-    ONLINE: gl.constexpr,
+    queries, ring, barriers, consumer: gl.constexpr, turn, kv_len, packed, scale_log2, D: gl.constexpr,
+    STAGES: gl.constexpr, ONLINE: gl.constexpr,
 ):  # fmt: skip
     """A consumer's 64 rows over all keys: (accumulator, m_i, l_i per row, the next turn)."""
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, _KEYS, 16])
@@ -446,7 +446,7 @@ def _consumer(
 _RUNTIME_INTEGERS = ("heads_per_kv", "rows_q", "rows_k", "flags")
 
 
-@gluon.jit(do_not_specialize=_RUNTIME_INTEGERS)
+@gluon.jit(do_not_specialize=_RUNTIME_INTEGERS, do_not_specialize_on_alignment=("q_lens", "kv_lens"))
 def _hopper_attention(
     q, k, v, out, lse, q_lens, kv_lens, scale_log2, heads_per_kv, rows_q, rows_k, flags,
     CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, ONLINE: gl.constexpr,
@@ -505,8 +505,8 @@ _CONFIGS_SMALL = {64: HopperConfig(1, 4, 96), 128: HopperConfig(1, 2, 96)}
 def _choose(head_dim: int, max_q: int, keys: int, heads: int, samples: int, processors: int) -> HopperConfig:
     """The configuration with the fewer microseconds: programs at a time, and for each a start and a block's time.
 
-    The four constants were read off an H100 at D = 128 and 24 heads; they reproduce the faster one at 15 of 15 shapes,
-    from 64 x 64 to 4 x 4096 x 256 tokens (docs/kernels/hopper.md).
+    The four constants were read off an H100 at D = 128 and 24 heads; they gave the faster one at 16 of 16 shapes
+    (`python -m benchmarks.gpu_tune --only hopper`).
     """
     large, small = _CONFIGS[head_dim], _CONFIGS_SMALL[head_dim]
     blocks = -(-keys // _KEYS.value)
@@ -535,8 +535,9 @@ def _make_descriptor(rows: int, head_dim: int, dtype: torch.dtype) -> MakeDescri
 def _launcher(device: torch.device, dtype: torch.dtype, head_dim: int, config: HopperConfig) -> Launcher:
     of_queries, of_keys = (_make_descriptor(rows, head_dim, dtype) for rows in (_ROWS.value, _KEYS.value))
     return Launcher(
-        _hopper_attention, device, {"q": of_queries, "k": of_keys, "v": of_keys}, CONSUMERS=config.consumers, D=head_dim,
-        STAGES=config.stages, ONLINE=dtype == torch.float16, num_warps=4, maxnreg=config.max_registers,
+        _hopper_attention, device, {"q": of_queries, "k": of_keys, "v": of_keys},
+        CONSUMERS=config.consumers, D=head_dim, STAGES=config.stages, ONLINE=dtype == torch.float16, num_warps=4,
+        maxnreg=config.max_registers,
     )  # fmt: skip
 
 
@@ -616,13 +617,18 @@ def hopper_attention_forward(
     if plan is None or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
         return False
     launcher, grid, (q_map, k_map, v_map), integers = plan
+    if 0 in grid:
+        return True
     # A pointer that is not followed stands in for lengths that are not given: None would be another compiled variant.
     unused = out.view(torch.int32) if q_lens is None or kv_lens is None else None
-    if 0 not in grid:
-        launcher(
-            grid, (q, *q_map), (k, *k_map), (v, *v_map), out, lse, unused if q_lens is None else q_lens,
-            unused if kv_lens is None else kv_lens, scale * _LOG2_E, *integers,
-        )  # fmt: skip
+    launcher(
+        grid, (q, *q_map), (k, *k_map), (v, *v_map), out, lse, unused if q_lens is None else q_lens,
+        unused if kv_lens is None else kv_lens, scale * _LOG2_E, *integers,
+    )  # fmt: skip
+    launcher.keep_attention_plan(
+        q=q, k=k, v=v, q_lens=q_lens, kv_lens=kv_lens, packed_max_q=packed_max_q, grid=grid,
+        sources=(q_map, k_map, v_map), lens_are_pointers=True, integers=integers,
+    )  # fmt: skip
     return True
 
 
