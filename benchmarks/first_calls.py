@@ -31,7 +31,8 @@ from .section import CheckFailedError, Result, need_cuda
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 HEAD_DIMS = (64, 128)
-LONG, SHORT = 4096, 200  # different kernels may be chosen for them
+HEADS = 24
+LONG, SHORT = 4096, 200  # another configuration is chosen for few keys
 NEW_LENGTHS = 50
 ALLOWED_SECONDS = 20.0
 TIMEOUT_SECONDS = 180
@@ -70,7 +71,7 @@ def first_calls(dtype: torch.dtype, head_dim: int, device: torch.device) -> dict
 
 
 def _forms(length: int, dtype: torch.dtype, head_dim: int, device: torch.device) -> dict[str, Callable[[], object]]:
-    q, k, v = attention_inputs(1, length, 2, head_dim, dtype, device)
+    q, k, v = attention_inputs(1, length, HEADS, head_dim, dtype, device)
     lens, offsets = lens_tensor([length - length // 3], device), cu_seqlens([length - length // 3], device)
     return {
         "dense": lambda: flash_attention(q, k, v),

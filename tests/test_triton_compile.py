@@ -17,6 +17,7 @@ from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from para_kernels.triton_kernels import attention, hopper_attention, merge_states, residual_diff  # noqa: E402
+from para_kernels.triton_kernels.hopper_attention import HopperConfig  # noqa: E402
 
 # Shared memory that one program may use, in bytes (CUDA C++ programming guide, table of compute capabilities).
 SHARED_MEMORY = {(8, 0): 163 * 1024, (8, 9): 99 * 1024, (9, 0): 227 * 1024}
@@ -35,7 +36,7 @@ class Usage:
 
 
 def compile_kernel(kernel, signature: dict[str, str], constants: dict[str, object], capability: tuple[int, int],
-num_warps: int) -> Usage:  # fmt: skip
+num_warps: int, maxnreg: int | None = None) -> Usage:  # fmt: skip
     """Compile with 16-byte aligned pointers, as launches have them, and assemble with the ptxas that comes with Triton."""
     names = kernel.arg_names
     full = {name: signature.get(name, "constexpr" if name in constants else "i32") for name in names}
@@ -45,7 +46,7 @@ num_warps: int) -> Usage:  # fmt: skip
         kernel, full, constexprs={(names.index(name),): value for name, value in constants.items()}, attrs=aligned
     )
     target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
+    compiled = triton.compile(source, target=target, options={"num_warps": num_warps, "maxnreg": maxnreg})
     return assemble(compiled.asm["ptx"], compiled.metadata.shared)
 
 
@@ -104,23 +105,33 @@ def test_float32_attention_stays_off_the_tensor_cores() -> None:
     assert not re.search(r"\bw?g?mma\.", usage.ptx)
 
 
-def compile_hopper_attention(head_dim: int, dtype: torch.dtype) -> Usage:
+def compile_hopper_attention(config: HopperConfig, head_dim: int, dtype: torch.dtype) -> Usage:
     kind = POINTER_TYPES[dtype]
     block = [1, 1, 64, head_dim]
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
     signature = dict.fromkeys(("q", "k", "v"), f"tensordesc<{kind}{block},{layout!r}>")
     signature |= {"out": f"*{kind}", "lse": "*fp32", "q_lens": "*i32", "kv_lens": "*i32", "scale_log2": "fp32"}
-    constants = {"D": head_dim, "STAGES": hopper_attention._STAGES[head_dim], "ONLINE": dtype == torch.float16}
-    return compile_kernel(hopper_attention._hopper_attention, signature, constants, (9, 0), num_warps=4)
+    constants = {
+        "CONSUMERS": config.consumers, "D": head_dim, "STAGES": config.stages, "ONLINE": dtype == torch.float16
+    }  # fmt: skip
+    kernel = hopper_attention._hopper_attention
+    return compile_kernel(kernel, signature, constants, (9, 0), num_warps=4, maxnreg=config.max_registers)
 
 
+@pytest.mark.parametrize(
+    "configs", [hopper_attention._CONFIGS, hopper_attention._CONFIGS_SMALL], ids=["large", "small"]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_hopper_attention(head_dim: int, dtype: torch.dtype) -> None:
+def test_hopper_attention(head_dim: int, dtype: torch.dtype, configs: dict[int, HopperConfig]) -> None:
     """Nothing spills; tiles come by TMA and are multiplied by wgmma, which nothing serialises (`assemble` looks)."""
-    usage = compile_hopper_attention(head_dim, dtype)
+    config = configs[head_dim]
+    usage = compile_hopper_attention(config, head_dim, dtype)
     assert usage.spilled_bytes == 0
-    assert usage.shared <= SHARED_MEMORY[9, 0]
+    programs = 1 if config.max_registers is None else 2
+    assert usage.shared * programs <= SHARED_MEMORY[9, 0]
+    warps = 4 * (config.consumers + 1)
+    assert usage.registers * warps * 32 * programs <= 65536
     assert "wgmma.mma_async" in usage.ptx
     assert "cp.async.bulk.tensor.4d" in usage.ptx
     assert "setmaxnreg" in usage.ptx

@@ -1,0 +1,123 @@
+"""What is particular to the Hopper kernel: when it is taken, how it is sized, and the second pass of rows that overflow."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from para_kernels import flash_attention, flash_attention_varlen
+from para_kernels.triton_kernels import hopper_attention
+from tests.reference import TOLERANCES, attention_batch, error
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def is_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+on_hopper = [pytest.mark.gpu, pytest.mark.skipif(not is_hopper(), reason="needs compute capability 9.0")]
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride", "expected"),
+    [
+        ((2, 100, 3, 64), (19200, 192, 64, 1), ((2, 3, 100, 64), (19200, 64, 192, 1))),  # token-major
+        ((2, 100, 3, 64), (19200, 64, 6400, 1), ((2, 3, 100, 64), (19200, 6400, 64, 1))),  # head-major
+        ((1, 100, 1, 64), (7, 64, 3, 1), ((1, 1, 100, 64), (64, 64, 64, 1))),  # strides of single rows do not matter
+        ((2, 100, 3, 64), (19200, 190, 64, 1), None),  # rows at 380 bytes: not a multiple of 16
+        ((2, 100, 3, 64), (0, 192, 64, 1), None),  # expanded
+    ],
+)
+def test_descriptors(shape: tuple[int, ...], stride: tuple[int, ...], expected: object) -> None:
+    assert hopper_attention._descriptor(shape, stride) == expected
+
+
+@pytest.mark.parametrize(
+    ("max_q", "keys", "samples", "consumers"),
+    [(64, 64, 1, 1), (512, 512, 1, 1), (512, 512, 4, 1), (768, 768, 1, 3), (4096, 256, 1, 3), (4096, 4096, 1, 3)],
+)
+def test_the_size_chooses_the_consumers(max_q: int, keys: int, samples: int, consumers: int) -> None:
+    """The faster of both at 24 heads on 132 multiprocessors, as measured."""
+    assert hopper_attention._choose(128, max_q, keys, 24, samples, 132).consumers == consumers
+
+
+def test_types_and_head_dims() -> None:
+    assert hopper_attention.takes(torch.bfloat16, 128)
+    assert hopper_attention.takes(torch.float16, 64)
+    assert not hopper_attention.takes(torch.float32, 128)
+    assert not hopper_attention.takes(torch.bfloat16, 96)
+
+
+def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+class TestOnHopper:
+    pytestmark = on_hopper
+
+    @pytest.mark.parametrize("growth", [10.0, 60.0, 100.0, 300.0])
+    @pytest.mark.parametrize("dtype", HALF, ids=str)
+    @pytest.mark.parametrize("length", [200, 3000])
+    def test_scores_far_above_the_first_window(self, growth: float, dtype: torch.dtype, length: int) -> None:
+        """A third of the rows meets scores that exceed those of its first window by `growth`."""
+        q, k, v = (random(1, length, 2, 128, dtype=torch.float32) for _ in range(3))
+        q[:, ::3, :, 0] = 40.0
+        k[..., 0] = 0.0
+        k[:, 60:100, :, 0] = growth / 40.0 * 128**0.5
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        out, lse = flash_attention(q, k, v, return_lse=True)
+        expected, expected_lse = attention_batch(q, k, v)
+        assert error(out, expected) < TOLERANCES[dtype]
+        torch.testing.assert_close(lse.double(), expected_lse.double(), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("q_len", [0, 1, 63, 64, 65, 128, 129, 191, 192, 193, 300])
+    @pytest.mark.parametrize("keys", [40, 1000])
+    def test_rows_past_the_queries_cost_nothing_and_are_zeros(self, q_len: int, keys: int) -> None:
+        """Whatever they hold, and also where other rows take the second pass."""
+        q, k, v = (random(1, n, 24, 128, dtype=torch.bfloat16) for n in (300, keys, keys))
+        q[:, q_len:] = float("nan")
+        k[:, : keys // 2] *= 60.0
+        lens = torch.tensor([q_len], dtype=torch.int32, device="cuda")
+        out, lse = flash_attention(q, k, v, q_lens=lens, return_lse=True)
+        assert (out[:, q_len:] == 0).all()
+        assert (lse[..., q_len:] == float("-inf")).all()
+        if q_len:
+            expected, _ = attention_batch(q[:, :q_len], k, v)
+            assert error(out[:, :q_len], expected) < TOLERANCES[torch.bfloat16]
+
+    @pytest.mark.parametrize("dtype", HALF, ids=str)
+    def test_packed_neighbours_do_not_leak(self, dtype: torch.dtype) -> None:
+        """Samples of fewer keys than a tile, beside one that is all NaN."""
+        lengths = [5, 70, 1, 63, 64, 127, 170]
+        offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device="cuda")
+        q, k, v = (random(sum(lengths), 2, 128, dtype=dtype) for _ in range(3))
+        for bad in range(len(lengths)):
+            keys, values = k.clone(), v.clone()
+            own = slice(int(offsets[bad]), int(offsets[bad + 1]))
+            keys[own] = values[own] = float("nan")
+            out = flash_attention_varlen(q, keys, values, offsets, offsets, 170, 170)
+            assert out[own].isnan().all()
+            for i in range(len(lengths)):
+                rows = slice(int(offsets[i]), int(offsets[i + 1]))
+                if i != bad:
+                    expected, _ = attention_batch(q[None, rows], k[None, rows], v[None, rows])
+                    assert error(out[None, rows], expected) < TOLERANCES[dtype]
+
+    def test_infinite_values_stay_in_their_columns(self) -> None:
+        q, k, v = (random(1, 500, 2, 128, dtype=torch.bfloat16) for _ in range(3))
+        expected, _ = attention_batch(q, k, v)
+        v[:, 250, :, 7] = float("inf")
+        out = flash_attention(q, k, v)
+        assert (out[..., 7] == float("inf")).all()
+        others = [i for i in range(128) if i != 7]
+        assert error(out[..., others], expected[..., others]) < TOLERANCES[torch.bfloat16]
+
+    @pytest.mark.parametrize("length", [100, 777, 2048])
+    def test_two_runs_agree_to_the_bit(self, length: int) -> None:
+        q, k, v = (random(2, length, 24, 128, dtype=torch.bfloat16) for _ in range(3))
+        k[:, ::7] *= 50.0  # some rows take the second pass
+        first, second = (flash_attention(q, k, v, return_lse=True) for _ in range(2))
+        assert torch.equal(first[0], second[0])
+        assert torch.equal(first[1], second[1])
