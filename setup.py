@@ -14,6 +14,7 @@ from setuptools import setup
 
 SOURCES = [
     "csrc/bindings.cpp",
+    "csrc/cuda_attention.cpp",
     "csrc/cuda_driver.cpp",
     "csrc/kernel_table.cpp",
     "csrc/launcher.cpp",

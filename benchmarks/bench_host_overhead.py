@@ -14,7 +14,7 @@ import torch
 from benchmarks.inputs import attention_inputs, lens_tensor
 from benchmarks.peers import sdpa
 from benchmarks.record import OURS
-from para_kernels import flash_attention, ops
+from para_kernels import _C, flash_attention, ops
 
 LENGTH, HEADS, HEAD_DIM, DTYPE = 64, 2, 128, torch.bfloat16
 SCALE = HEAD_DIM**-0.5
@@ -27,8 +27,8 @@ def layers(device: torch.device) -> dict[str, Callable[[], object]]:
     return {
         OURS: lambda: flash_attention(q, k, v, kv_lens=lens),
         "operator": lambda: torch.ops.para_kernels.flash_attention.default(q, k, v, lens, None, SCALE),
-        "implementation": lambda: ops._flash_attention_cuda(q, k, v, lens, None, SCALE),
-        "outputs": lambda: ops._fast_attention_outputs(q),
+        "implementation": lambda: _C.cuda_attention(q, k, v, None, lens, SCALE),
+        "outputs": lambda: _C.attention_outputs(q),
         "outputs from torch": lambda: ops._attention_outputs(q),
         "SDPA without lengths": lambda: sdpa(q, k, v),
         "zero_": lambda: q.zero_(),

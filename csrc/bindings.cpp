@@ -1,14 +1,20 @@
+#include "cuda_attention.h"
 #include "kernels/kernels.h"
 #include "launcher.h"
 #include "ops.h"
 
-#include <ATen/ops/empty.h>
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
+
+#include <cmath>
 
 namespace py = pybind11;
 
@@ -29,14 +35,6 @@ py::dict build_info() {
 #endif
   info["torch"] = TORCH_VERSION;
   return info;
-}
-
-std::tuple<at::Tensor, at::Tensor> attention_outputs(const at::Tensor& q) {
-  TORCH_CHECK_VALUE(q.dim() == 3 || q.dim() == 4, "q: got shape ", q.sizes(), ", must be (B, S, H, D) or (T, H, D)");
-  const auto batch = q.sizes().slice(0, q.dim() - 3);
-  c10::SmallVector<int64_t, 3> lse(batch.begin(), batch.end());
-  lse.append({q.size(-2), q.size(-3)});
-  return {at::empty(q.sizes(), q.options()), at::empty(lse, q.options().dtype(at::kFloat))};
 }
 
 // A launch is a plain C function of Python: pybind11's calls take about a microsecond to match their arguments.
@@ -99,7 +97,205 @@ void bind_launcher(py::module_& m) {
       "parameters in the kernel's assembly, are not those of `parameters`.");
 }
 
+// --- attention, from Python to the dispatcher --------------------------------------------------------------------------
+
+using para_kernels::AttentionOutputs;
+using para_kernels::OptionalTensor;
+
+constexpr std::int64_t kMaxHeadDim = 256;  // as MAX_HEAD_DIM in para_kernels/attention.py
+
+// A torch.Tensor, no subclass, whose shape is known.
+const at::Tensor* plain_tensor(PyObject* object) {
+  if (!THPVariable_CheckExact(object)) {
+    return nullptr;
+  }
+  const at::Tensor& tensor = THPVariable_Unpack(object);
+  return tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides() ? nullptr : &tensor;
+}
+
+bool is_valid_qkv(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, std::int64_t dims) {
+  const auto dtype = q.scalar_type();
+  if (q.dim() != dims || k.dim() != dims || k.sizes() != v.sizes() || (dims == 4 && q.size(0) != k.size(0))) {
+    return false;
+  }
+  const bool needs_grad = at::GradMode::is_enabled() && (q.requires_grad() || k.requires_grad() || v.requires_grad());
+  return q.size(-1) == k.size(-1) && q.size(-1) > 0 && q.size(-1) <= kMaxHeadDim && k.size(-2) > 0 &&
+         q.size(-2) % k.size(-2) == 0 && (dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kFloat) &&
+         k.scalar_type() == dtype && v.scalar_type() == dtype && (q.is_cpu() || q.is_cuda()) &&
+         k.device() == q.device() && v.device() == q.device() && q.stride(-1) == 1 && k.stride(-1) == 1 &&
+         v.stride(-1) == 1 && !needs_grad;
+}
+
+bool is_valid_lens(const at::Tensor& lens, std::int64_t count, const at::Tensor& q) {
+  return lens.dim() == 1 && lens.size(0) == count && lens.stride(0) == 1 && lens.scalar_type() == at::kInt &&
+         lens.device() == q.device();
+}
+
+struct Checked {
+  const at::Tensor* q = nullptr;
+  const at::Tensor* k = nullptr;
+  const at::Tensor* v = nullptr;
+  double scale = 0;
+};
+
+// q, k, v and scale (a float or None) of a call, if they are known to be good.
+std::optional<Checked> check(PyObject* const* qkv, PyObject* scale, std::int64_t dims) {
+  const Checked checked{plain_tensor(qkv[0]), plain_tensor(qkv[1]), plain_tensor(qkv[2])};
+  const auto& [q, k, v, unused] = checked;
+  if (!q || !k || !v || at::impl::torch_function_mode_enabled() || !is_valid_qkv(*q, *k, *v, dims)) {
+    return std::nullopt;
+  }
+  if (scale == Py_None) {
+    return Checked{q, k, v, 1.0 / std::sqrt(static_cast<double>(q->size(-1)))};
+  }
+  const double value = PyFloat_CheckExact(scale) ? PyFloat_AS_DOUBLE(scale) : -1.0;
+  return value >= 0 && std::isfinite(value) ? std::optional(Checked{q, k, v, value}) : std::nullopt;
+}
+
+// Calls the operator as torch.ops does, in a fraction of the time.
+template <typename Operator, typename... Arguments>
+PyObject* call(const Operator& op, const Arguments&... arguments) {
+  AttentionOutputs outputs;
+  {
+    const py::gil_scoped_release no_gil;
+    const at::AutoDispatchBelowAutograd no_autograd;  // no tensor needs a gradient
+    outputs = op.call(arguments...);
+  }
+  return py::cast(std::move(outputs)).release().ptr();
+}
+
+PyObject* checked_attention(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 6, "checked_attention takes q, k, v, kv_lens, q_lens and scale");
+  const auto checked = check(arguments, arguments[5], 4);
+  if (!checked) {
+    Py_RETURN_NONE;
+  }
+  OptionalTensor lens[2];
+  for (int i = 0; i < 2; ++i) {
+    if (arguments[3 + i] != Py_None) {
+      const at::Tensor* given = plain_tensor(arguments[3 + i]);
+      if (!given || !is_valid_lens(*given, checked->q->size(0), *checked->q)) {
+        Py_RETURN_NONE;
+      }
+      lens[i] = *given;
+    }
+  }
+  using Operator = AttentionOutputs(
+      const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&, double);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("para_kernels::flash_attention", "").typed<Operator>();
+  return call(op, *checked->q, *checked->k, *checked->v, lens[0], lens[1], checked->scale);
+  END_HANDLE_TH_ERRORS
+}
+
+std::optional<std::int64_t> as_length(PyObject* object) {
+  const long long value = PyLong_CheckExact(object) ? PyLong_AsLongLong(object) : -1;
+  PyErr_Clear();  // too large for 64 bits
+  return value >= 0 ? std::optional<std::int64_t>(value) : std::nullopt;
+}
+
+PyObject* checked_varlen(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 8, "checked_varlen takes q, k, v, two cu_seqlens, two maximum lengths and scale");
+  const auto checked = check(arguments, arguments[7], 3);
+  const at::Tensor *starts_q = plain_tensor(arguments[3]), *starts_k = plain_tensor(arguments[4]);
+  const auto max_q = as_length(arguments[5]), max_k = as_length(arguments[6]);
+  if (!checked || !starts_q || !starts_k || starts_q->numel() == 0 || !max_q || !max_k ||
+      !is_valid_lens(*starts_q, starts_q->numel(), *checked->q) ||
+      !is_valid_lens(*starts_k, starts_q->numel(), *checked->q)) {
+    Py_RETURN_NONE;
+  }
+  using Operator = AttentionOutputs(
+      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, c10::SymInt,
+      c10::SymInt, double);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("para_kernels::flash_attention_varlen", "").typed<Operator>();
+  return call(
+      op, *checked->q, *checked->k, *checked->v, *starts_q, *starts_k, c10::SymInt(*max_q), c10::SymInt(*max_k),
+      checked->scale);
+  END_HANDLE_TH_ERRORS
+}
+
+template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
+py::object plain_function(const char* name, const char* doc) {
+  static PyMethodDef method = {
+      name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, doc};
+  return py::reinterpret_steal<py::object>(PyCFunction_New(&method, nullptr));
+}
+
+// --- attention on CUDA -------------------------------------------------------------------------------------------------
+
+AttentionOutputs flash_attention_cuda(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& kv_lens,
+    const OptionalTensor& q_lens, double scale) {
+  return para_kernels::cuda_attention({q, k, v, q_lens, kv_lens, scale, std::nullopt});
+}
+
+AttentionOutputs flash_attention_varlen_cuda(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cu_seqlens_q,
+    const at::Tensor& cu_seqlens_k, std::int64_t max_seqlen_q, std::int64_t max_seqlen_k, double scale) {
+  return para_kernels::cuda_attention(
+      {q, k, v, OptionalTensor(cu_seqlens_q), OptionalTensor(cu_seqlens_k), scale, max_seqlen_q});
+}
+
+using Source = std::optional<std::pair<std::vector<std::int64_t>, std::vector<std::int64_t>>>;
+
+void keep_attention_plan(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& q_lens,
+    const OptionalTensor& kv_lens, std::optional<std::int64_t> packed_max_q, py::object launch,
+    const para_kernels::Grid& grid, const std::array<Source, 3>& sources, bool lens_are_pointers,
+    std::vector<std::int64_t> integers) {
+  TORCH_CHECK_TYPE(PyCFunction_Check(launch.ptr()), "launch: must come from kernel_launcher");
+  const auto* launcher =
+      static_cast<para_kernels::KernelLauncher*>(PyCapsule_GetPointer(PyCFunction_GET_SELF(launch.ptr()), nullptr));
+  if (launcher == nullptr) {
+    throw py::error_already_set();
+  }
+  para_kernels::AttentionPlan plan{std::move(launch), launcher, grid, {}, lens_are_pointers, std::move(integers)};
+  for (std::size_t i = 0; i < sources.size(); ++i) {
+    if (sources[i]) {
+      plan.sources[i] = {sources[i]->first, sources[i]->second};
+    }
+  }
+  para_kernels::keep_attention_plan({q, k, v, q_lens, kv_lens, 0.0, packed_max_q}, std::move(plan));
+}
+
+void bind_attention(py::module_& m) {
+  m.attr("checked_attention") = plain_function<&checked_attention>(
+      "checked_attention",
+      "(q, k, v, kv_lens, q_lens, scale): the operator flash_attention, or None where the arguments are not known to be "
+      "good: then the checks in Python have the word.");
+  m.attr("checked_varlen") = plain_function<&checked_varlen>(
+      "checked_varlen", "(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale): likewise for packed samples.");
+  m.def(
+      "attention_outputs", &para_kernels::attention_outputs, py::arg("q"), py::call_guard<py::gil_scoped_release>(),
+      "Empty and contiguous (out, lse): like q (B, S, H, D) and float32 (B, H, S); packed (T, H, D) and (H, T).");
+  m.def(
+      "cuda_attention",
+      [](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& q_lens,
+         const OptionalTensor& kv_lens, double scale, std::optional<std::int64_t> packed_max_q) {
+        return para_kernels::cuda_attention({q, k, v, q_lens, kv_lens, scale, packed_max_q});
+      },
+      py::arg("q"), py::arg("k"), py::arg("v"), py::arg("q_lens"), py::arg("kv_lens"), py::arg("scale"),
+      py::arg("packed_max_q") = py::none(), py::call_guard<py::gil_scoped_release>(),
+      "What both operators run on CUDA.");
+  m.def(
+      "keep_attention_plan", &keep_attention_plan, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"),
+      py::arg("q_lens"), py::arg("kv_lens"), py::arg("packed_max_q"), py::arg("launch"), py::arg("grid"),
+      py::arg("sources"), py::arg("lens_are_pointers"), py::arg("integers"),
+      "Launch calls like this one, whatever their addresses, lengths and scale, without Python from now on.");
+  m.def("forget_attention_plans", &para_kernels::forget_attention_plans);
+  m.def("use_stream_for", &para_kernels::use_stream_for, py::arg("stream_for"));
+  m.def("use_attention_forward", &para_kernels::use_attention_forward, py::arg("forward"));
+}
+
 }  // namespace
+
+TORCH_LIBRARY_IMPL(para_kernels, CUDA, m) {
+  m.impl("flash_attention", &flash_attention_cuda);
+  m.impl("flash_attention_varlen", &flash_attention_varlen_cuda);
+}
 
 TORCH_LIBRARY_IMPL(para_kernels, CPU, m) {
   m.impl("merge_states", &para_kernels::merge_states);
@@ -109,8 +305,6 @@ TORCH_LIBRARY_IMPL(para_kernels, CPU, m) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "C++ CPU kernels of para_kernels, which importing registers with torch's dispatcher, and the CUDA launcher.";
   m.def("build_info", &build_info, "Compiler, CPU capability chosen at run time, whether the ops are parallel, and the torch compiled against.");
-  m.def(
-      "attention_outputs", &attention_outputs, py::arg("q"), py::call_guard<py::gil_scoped_release>(),
-      "Empty and contiguous (out, lse): like q (B, S, H, D) and float32 (B, H, S); packed (T, H, D) and (H, T).");
   bind_launcher(m);
+  bind_attention(m);
 }

@@ -16,8 +16,6 @@ namespace {
 
 using Kind = Parameter::Kind;
 
-constexpr std::size_t kMaxBytes = 4096;  // what every GPU takes
-constexpr std::size_t kMaxParameters = 128;
 constexpr std::size_t kMaxRank = 5;
 constexpr std::int64_t kAlignment = 16;  // bytes; Triton specialises pointers on it, and TMA requires it
 
@@ -52,31 +50,45 @@ bool fits_int32(std::int64_t value) {
   return value >= std::numeric_limits<std::int32_t>::min() && value <= std::numeric_limits<std::int32_t>::max();
 }
 
-// `rank` integers of a tuple.
-bool as_integers(PyObject* object, std::size_t rank, std::int64_t* values) {
-  if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != static_cast<Py_ssize_t>(rank)) {
-    return false;
+// The integers of a tuple, at most kMaxRank.
+std::optional<c10::SmallVector<std::int64_t, kMaxRank>> as_integers(PyObject* object) {
+  if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) > static_cast<Py_ssize_t>(kMaxRank)) {
+    return std::nullopt;
   }
-  for (std::size_t i = 0; i < rank; ++i) {
+  c10::SmallVector<std::int64_t, kMaxRank> values;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(object); ++i) {
     const auto value = as_integer(PyTuple_GET_ITEM(object, i));
     if (!value) {
-      return false;
+      return std::nullopt;
     }
-    values[i] = *value;
+    values.push_back(*value);
   }
-  return true;
+  return values;
 }
 
-// The address of a tensor, if it is one of this dtype on this device.
-std::optional<std::uint64_t> address_of(PyObject* object, at::ScalarType dtype, c10::Device device) {
-  if (!THPVariable_Check(object)) {
-    return std::nullopt;
-  }
-  const at::Tensor& tensor = THPVariable_Unpack(object);
-  if (tensor.scalar_type() != dtype || tensor.device() != device) {
-    return std::nullopt;
-  }
+std::uint64_t address_of(const at::Tensor& tensor) {
   return reinterpret_cast<std::uint64_t>(tensor.data_ptr());
+}
+
+bool pass(Call& call, PyObject* argument) {
+  if (THPVariable_Check(argument)) {
+    return call.pass(THPVariable_Unpack(argument));
+  }
+  if (argument == Py_None) {
+    return call.pass_none();
+  }
+  if (PyFloat_CheckExact(argument)) {
+    return call.pass(PyFloat_AS_DOUBLE(argument));
+  }
+  if (!PyTuple_Check(argument)) {
+    const auto value = as_integer(argument);
+    return value && call.pass(*value);
+  }
+  if (PyTuple_GET_SIZE(argument) != 3 || !THPVariable_Check(PyTuple_GET_ITEM(argument, 0))) {
+    return false;
+  }
+  const auto shape = as_integers(PyTuple_GET_ITEM(argument, 1)), strides = as_integers(PyTuple_GET_ITEM(argument, 2));
+  return shape && strides && call.pass(THPVariable_Unpack(PyTuple_GET_ITEM(argument, 0)), *shape, *strides);
 }
 
 // Makes a context current for a scope, as torch's own operators do for the device of their tensors.
@@ -124,29 +136,6 @@ std::vector<std::int64_t> Parameter::sizes() const {
   }
 }
 
-// The values of the parameters, and the pointers to them that cuLaunchKernel takes.
-class KernelLauncher::Block {
- public:
-  template <typename T>
-  T& add(T value) {
-    used_ = (used_ + alignof(T) - 1) / alignof(T) * alignof(T);
-    T* slot = new (bytes_ + used_) T(value);
-    used_ += sizeof(T);
-    pointers_[count_++] = slot;
-    return *slot;
-  }
-
-  void** pointers() {
-    return pointers_;
-  }
-
- private:
-  alignas(TensorMap) std::byte bytes_[kMaxBytes];
-  void* pointers_[kMaxParameters];
-  std::size_t used_ = 0;
-  std::size_t count_ = 0;
-};
-
 KernelLauncher::KernelLauncher(
     std::uint64_t function, unsigned threads, unsigned shared_bytes, std::vector<Parameter> parameters,
     const std::vector<std::int64_t>& declared, c10::Device device, const std::string& library)
@@ -173,81 +162,88 @@ KernelLauncher::KernelLauncher(
   // Aligning a parameter moves it by less than the alignment of a map.
   const std::int64_t bytes = std::accumulate(expected.begin(), expected.end(), std::int64_t{0});
   TORCH_CHECK_VALUE(
-      expected.size() <= kMaxParameters && bytes + alignof(TensorMap) * expected.size() <= kMaxBytes,
-      "parameters: got ", expected.size(), " of ", bytes, " bytes, allowed are ", kMaxParameters, " in ", kMaxBytes);
+      expected.size() <= Call::kMaxParameters && bytes + alignof(TensorMap) * expected.size() <= Call::kMaxBytes,
+      "parameters: got ", expected.size(), " of ", bytes, " bytes, allowed are ", Call::kMaxParameters + 0, " in ", Call::kMaxBytes + 0);
   driver_.check(driver_.get_current_context(&context_), "cuCtxGetCurrent");
   TORCH_CHECK(context_ != nullptr, "no CUDA context is current");
 }
 
 bool KernelLauncher::launch(const Grid& grid, std::uint64_t stream, PyObject* arguments) const {
-  if (PyTuple_GET_SIZE(arguments) != static_cast<Py_ssize_t>(parameters_.size())) {
-    return false;
-  }
-  Block block;
-  for (std::size_t i = 0; i < parameters_.size(); ++i) {
-    if (!pack(parameters_[i], PyTuple_GET_ITEM(arguments, i), block)) {
+  Call call(*this);
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arguments); ++i) {
+    if (!pass(call, PyTuple_GET_ITEM(arguments, i))) {
       return false;
     }
   }
-  block.add<std::uint64_t>(0);
-  block.add<std::uint64_t>(0);
-  if (grid[0] != 0 && grid[1] != 0 && grid[2] != 0) {
-    submit(grid, stream, block);
+  return call.submit(grid, stream);
+}
+
+void KernelLauncher::submit(const Grid& grid, std::uint64_t stream, void** parameters) const {
+  int result = 0;
+  {
+    const pybind11::gil_scoped_release no_gil;  // a full queue makes the driver wait
+    const ContextGuard guard(driver_, context_);
+    result = driver_.launch_kernel(
+        function_, grid[0], grid[1], grid[2], threads_, 1, 1, shared_bytes_, reinterpret_cast<void*>(stream),
+        parameters, nullptr);
   }
+  driver_.check(result, "cuLaunchKernel");
+}
+
+const Parameter* Call::next() {
+  const auto& parameters = launcher_.parameters_;
+  return argument_ < parameters.size() ? &parameters[argument_++] : nullptr;
+}
+
+template <typename T>
+T& Call::add(T value) {
+  used_ = (used_ + alignof(T) - 1) / alignof(T) * alignof(T);
+  T* slot = new (bytes_ + used_) T(value);
+  used_ += sizeof(T);
+  pointers_[count_++] = slot;
+  return *slot;
+}
+
+bool Call::pass_none() {
+  const Parameter* parameter = next();
+  return parameter && parameter->kind == Kind::kAbsent;
+}
+
+bool Call::pass(const at::Tensor& tensor) {
+  const Parameter* parameter = next();
+  if (!parameter || parameter->kind != Kind::kPointer || tensor.scalar_type() != parameter->dtype ||
+      tensor.device() != launcher_.device_) {
+    return false;
+  }
+  const std::uint64_t address = address_of(tensor);
+  if (parameter->aligned && *parameter->aligned != (address % kAlignment == 0)) {
+    return false;
+  }
+  add(address);
   return true;
 }
 
-bool KernelLauncher::pack(const Parameter& parameter, PyObject* argument, Block& block) const {
-  switch (parameter.kind) {
-    case Kind::kAbsent:
-      return argument == Py_None;
-    case Kind::kPointer:
-      return pack_pointer(parameter, argument, block);
-    case Kind::kDescriptor:
-      return pack_descriptor(parameter, argument, block);
-    case Kind::kFloat32:
-      if (!PyFloat_CheckExact(argument)) {
-        return false;
-      }
-      block.add(static_cast<float>(PyFloat_AS_DOUBLE(argument)));
-      return true;
-    default:
-      break;
-  }
-  const auto value = as_integer(argument);
-  if (!value || fits_int32(*value) != (parameter.kind == Kind::kInt32)) {
+bool Call::pass_unfollowed(const at::Tensor& tensor) {
+  const Parameter* parameter = next();
+  if (!parameter || parameter->kind != Kind::kPointer || tensor.device() != launcher_.device_) {
     return false;
   }
-  if (parameter.kind == Kind::kInt32) {
-    block.add(static_cast<std::int32_t>(*value));
-  } else {
-    block.add(*value);
-  }
+  add(address_of(tensor));
   return true;
 }
 
-bool KernelLauncher::pack_pointer(const Parameter& parameter, PyObject* argument, Block& block) const {
-  const auto address = address_of(argument, parameter.dtype, device_);
-  if (!address || (parameter.aligned && *parameter.aligned != (*address % kAlignment == 0))) {
+bool Call::pass(const at::Tensor& tensor, c10::IntArrayRef shape, c10::IntArrayRef strides) {
+  const Parameter* parameter = next();
+  if (!parameter || parameter->kind != Kind::kDescriptor || tensor.scalar_type() != parameter->dtype ||
+      tensor.device() != launcher_.device_) {
     return false;
   }
-  block.add(*address);
-  return true;
-}
-
-// `argument` is (tensor, shape, strides in elements), outermost dimension first.
-bool KernelLauncher::pack_descriptor(const Parameter& parameter, PyObject* argument, Block& block) const {
-  if (!PyTuple_Check(argument) || PyTuple_GET_SIZE(argument) != 3) {
+  const std::size_t rank = parameter->box.size();
+  const std::uint64_t address = address_of(tensor);
+  if (address % kAlignment || shape.size() != rank || strides.size() != rank || strides[rank - 1] != 1) {
     return false;
   }
-  const std::size_t rank = parameter.box.size();
-  std::int64_t shape[kMaxRank], strides[kMaxRank];
-  const auto address = address_of(PyTuple_GET_ITEM(argument, 0), parameter.dtype, device_);
-  if (!address || *address % kAlignment || !as_integers(PyTuple_GET_ITEM(argument, 1), rank, shape) ||
-      !as_integers(PyTuple_GET_ITEM(argument, 2), rank, strides) || strides[rank - 1] != 1) {
-    return false;
-  }
-  const std::int64_t element = c10::elementSize(parameter.dtype);
+  const std::int64_t element = c10::elementSize(parameter->dtype);
   // The driver counts dimensions from the innermost, which has no stride, and strides in bytes.
   std::uint64_t map_sizes[kMaxRank], map_strides[kMaxRank];
   std::uint32_t map_box[kMaxRank], element_strides[kMaxRank];
@@ -258,37 +254,60 @@ bool KernelLauncher::pack_descriptor(const Parameter& parameter, PyObject* argum
       return false;
     }
     map_sizes[i] = shape[from];
-    map_box[i] = parameter.box[from];
+    map_box[i] = parameter->box[from];
     element_strides[i] = 1;
     if (i > 0) {
       map_strides[i - 1] = bytes;
     }
   }
-  TensorMap& map = block.add(TensorMap{});
-  driver_.check(
-      driver_.tensor_map_encode_tiled(
-          &map, *tensor_map_type(parameter.dtype), rank, reinterpret_cast<void*>(*address), map_sizes, map_strides,
-          map_box, element_strides, kNoInterleave, parameter.swizzle, kPromoteTo128Bytes, kFillWithZeros),
+  TensorMap& map = add(TensorMap{});
+  const CudaDriver& driver = launcher_.driver_;
+  driver.check(
+      driver.tensor_map_encode_tiled(
+          &map, *tensor_map_type(parameter->dtype), rank, reinterpret_cast<void*>(address), map_sizes, map_strides,
+          map_box, element_strides, kNoInterleave, parameter->swizzle, kPromoteTo128Bytes, kFillWithZeros),
       "cuTensorMapEncodeTiled");
-  for (std::size_t i = 0; i < rank; ++i) {
-    block.add(static_cast<std::int32_t>(shape[i]));
+  for (const std::int64_t size : shape) {
+    add(static_cast<std::int32_t>(size));
   }
-  for (std::size_t i = 0; i < rank; ++i) {
-    block.add(strides[i]);
+  for (const std::int64_t stride : strides) {
+    add(stride);
   }
   return true;
 }
 
-void KernelLauncher::submit(const Grid& grid, std::uint64_t stream, Block& block) const {
-  int result = 0;
-  {
-    const pybind11::gil_scoped_release no_gil;  // a full queue makes the driver wait
-    const ContextGuard guard(driver_, context_);
-    result = driver_.launch_kernel(
-        function_, grid[0], grid[1], grid[2], threads_, 1, 1, shared_bytes_, reinterpret_cast<void*>(stream),
-        block.pointers(), nullptr);
+bool Call::pass(std::int64_t value) {
+  const Parameter* parameter = next();
+  if (parameter && parameter->kind == Kind::kInt32 && fits_int32(value)) {
+    add(static_cast<std::int32_t>(value));
+    return true;
   }
-  driver_.check(result, "cuLaunchKernel");
+  if (parameter && parameter->kind == Kind::kInt64 && !fits_int32(value)) {
+    add(value);
+    return true;
+  }
+  return false;
+}
+
+bool Call::pass(double value) {
+  const Parameter* parameter = next();
+  if (!parameter || parameter->kind != Kind::kFloat32) {
+    return false;
+  }
+  add(static_cast<float>(value));
+  return true;
+}
+
+bool Call::submit(const Grid& grid, std::uint64_t stream) {
+  if (argument_ != launcher_.parameters_.size()) {
+    return false;
+  }
+  add<std::uint64_t>(0);  // Triton's scratch memory: global, profile
+  add<std::uint64_t>(0);
+  if (grid[0] != 0 && grid[1] != 0 && grid[2] != 0) {
+    launcher_.submit(grid, stream, pointers_);
+  }
+  return true;
 }
 
 }  // namespace para_kernels

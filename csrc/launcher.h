@@ -3,11 +3,13 @@
 
 #include "cuda_driver.h"
 
+#include <ATen/core/Tensor.h>
 #include <Python.h>
 #include <c10/core/Device.h>
 #include <c10/core/ScalarType.h>
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -46,12 +48,9 @@ class KernelLauncher {
   bool launch(const Grid& grid, std::uint64_t stream, PyObject* arguments) const;
 
  private:
-  class Block;
+  friend class Call;
 
-  bool pack(const Parameter& parameter, PyObject* argument, Block& block) const;
-  bool pack_pointer(const Parameter& parameter, PyObject* argument, Block& block) const;
-  bool pack_descriptor(const Parameter& parameter, PyObject* argument, Block& block) const;
-  void submit(const Grid& grid, std::uint64_t stream, Block& block) const;
+  void submit(const Grid& grid, std::uint64_t stream, void** parameters) const;
 
   CudaDriver driver_;
   void* function_;
@@ -60,6 +59,42 @@ class KernelLauncher {
   unsigned shared_bytes_;
   std::vector<Parameter> parameters_;
   c10::Device device_;
+};
+
+// The arguments of one launch, passed in the kernel's order. A pass of what the kernel was not compiled for gives false.
+class Call {
+ public:
+  explicit Call(const KernelLauncher& launcher) : launcher_(launcher) {}
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+  bool pass_none();
+  bool pass(const at::Tensor& tensor);
+  // The start of any tensor on the device, for a pointer that the kernel will not follow.
+  bool pass_unfollowed(const at::Tensor& tensor);
+  // For a descriptor: outermost dimension first, strides in elements.
+  bool pass(const at::Tensor& tensor, c10::IntArrayRef shape, c10::IntArrayRef strides);
+  bool pass(std::int64_t value);
+  bool pass(double value);
+
+  // False, and nothing is launched, if there are fewer arguments than the kernel has. Needs the GIL, which it releases.
+  bool submit(const Grid& grid, std::uint64_t stream);
+
+ private:
+  static constexpr std::size_t kMaxBytes = 4096;  // what every GPU takes
+  static constexpr std::size_t kMaxParameters = 128;
+  friend class KernelLauncher;
+
+  const Parameter* next();
+  template <typename T>
+  T& add(T value);
+
+  const KernelLauncher& launcher_;
+  alignas(TensorMap) std::byte bytes_[kMaxBytes];
+  void* pointers_[kMaxParameters];
+  std::size_t used_ = 0;
+  std::size_t count_ = 0;
+  std::size_t argument_ = 0;
 };
 
 }  // namespace para_kernels

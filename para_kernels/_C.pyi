@@ -15,6 +15,60 @@ def build_info() -> BuildInfo:
 def attention_outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Empty and contiguous (out, lse): like q (B, S, H, D) and float32 (B, H, S); packed (T, H, D) and (H, T)."""
 
+def checked_attention(
+    q: object, k: object, v: object, kv_lens: object, q_lens: object, scale: object, /
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The operator flash_attention, or None where the arguments are not known to be good."""
+
+def checked_varlen(
+    q: object,
+    k: object,
+    v: object,
+    cu_seqlens_q: object,
+    cu_seqlens_k: object,
+    max_seqlen_q: object,
+    max_seqlen_k: object,
+    scale: object,
+    /,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The operator flash_attention_varlen, or None where the arguments are not known to be good."""
+
+def cuda_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_lens: torch.Tensor | None,
+    kv_lens: torch.Tensor | None,
+    scale: float,
+    packed_max_q: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What both operators run on CUDA."""
+
+Source = tuple[Sequence[int], Sequence[int]] | None
+
+def keep_attention_plan(
+    *,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_lens: torch.Tensor | None,
+    kv_lens: torch.Tensor | None,
+    packed_max_q: int | None,
+    launch: Launch,
+    grid: tuple[int, int, int],
+    sources: tuple[Source, Source, Source],
+    lens_are_pointers: bool,
+    integers: Sequence[int],
+) -> None:
+    """Launch calls like this one, whatever their addresses, lengths and scale, without Python from now on."""
+
+def forget_attention_plans() -> None: ...
+def use_stream_for(stream_for: Callable[[int], int | None]) -> None:
+    """How a launch learns its stream from the index of its device; None: Triton has to launch."""
+
+def use_attention_forward(forward: Callable[..., None]) -> None:
+    """What launches (q, k, v, out, lse, q_lens, kv_lens, scale, packed_max_q) where there is no plan."""
+
 class Parameter:
     """What a kernel was compiled to take for one argument."""
 

@@ -52,10 +52,6 @@ def _attention_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return out, q.new_empty((*batch, heads, length), dtype=torch.float32)
 
 
-# Where the host's time matters: the two tensors from one call into C++, instead of four microseconds of torch's Python.
-_fast_attention_outputs = _attention_outputs if _C is None else _C.attention_outputs
-
-
 # --- fakes: shapes and dtypes for torch.compile -----------------------------------------------------------------------
 
 
@@ -219,16 +215,30 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-@torch.library.impl(_library, "flash_attention", "CUDA")
+def _attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_lens: Tensor | None,
+    kv_lens: Tensor | None,
+    scale: float,
+    packed_max_q: int | None,
+) -> None:
+    _triton().dispatch.attention_forward(
+        q, k, v, out, lse, q_lens, kv_lens, scale, packed_max_q=packed_max_q, capability=_capability(q.device)
+    )
+
+
 def _flash_attention_cuda(
     q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, q_lens: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _fast_attention_outputs(q)
-    _triton().dispatch.attention_forward(q, k, v, out, lse, q_lens, kv_lens, scale, capability=_capability(q.device))
+    out, lse = _attention_outputs(q)
+    _attention_forward(q, k, v, out, lse, q_lens, kv_lens, scale, None)
     return out, lse
 
 
-@torch.library.impl(_library, "flash_attention_varlen", "CUDA")
 def _flash_attention_varlen_cuda(
     q: Tensor,
     k: Tensor,
@@ -240,14 +250,18 @@ def _flash_attention_varlen_cuda(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     # Rows of no sample come back as on the CPU.
-    out, lse = _fast_attention_outputs(q)
+    out, lse = _attention_outputs(q)
     out.zero_()
     lse.fill_(float("-inf"))
-    capability = _capability(q.device)
-    _triton().dispatch.attention_forward(
-        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, packed_max_q=max_seqlen_q, capability=capability
-    )
+    _attention_forward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, max_seqlen_q)
     return out, lse
+
+
+if _C is not None:  # It has registered both operators, and launches calls like earlier ones itself.
+    _C.use_attention_forward(_attention_forward)
+else:
+    _library.impl("flash_attention", _flash_attention_cuda, "CUDA")
+    _library.impl("flash_attention_varlen", _flash_attention_varlen_cuda, "CUDA")
 
 
 @torch.library.impl(_library, "merge_states", "CUDA")

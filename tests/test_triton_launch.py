@@ -19,13 +19,14 @@ if torch.cuda.is_available():
     pytest.skip("the fake driver cannot stand beside a real one", allow_module_level=True)
 
 import triton.language as tl  # noqa: E402
-from fake_cuda import CONTEXT, STREAM, FakeCuda, parameter_sizes, use_in_triton  # noqa: E402
+from fake_cuda import CONTEXT, STREAM, FakeCuda, Launch, parameter_sizes, use_in_triton  # noqa: E402
 from triton.experimental import gluon  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma  # noqa: E402
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E402
 
-from para_kernels.triton_kernels import attention, hopper_attention, launch, merge_states, residual_diff  # noqa: E402
+from para_kernels import ops  # noqa: E402
+from para_kernels.triton_kernels import attention, dispatch, hopper_attention, launch, merge_states, residual_diff  # noqa: E402
 from para_kernels.triton_kernels.launch import Launcher, declared_sizes  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -46,6 +47,7 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeCuda]:
 def fresh(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The extension in use, and no launch prepared yet."""
     monkeypatch.setattr(launch, "_current_stream", lambda index: STREAM)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     launch.use_extension(_C, str(fake.path))
     for module in (attention, hopper_attention, merge_states, residual_diff):
         module._plan.cache_clear()
@@ -204,6 +206,129 @@ def test_the_assembly_declares_what_the_binary_holds(fake: FakeCuda) -> None:
     for kernel in (attention._attention_fwd, _specialised_warps, _numbers):
         compiled = next(iter(kernel.device_caches[0][0].values()))
         assert declared_sizes(compiled.asm["ptx"]) == parameter_sizes(compiled.asm["cubin"])
+
+
+# --- attention without Python between the operator and the driver -----------------------------------------------------
+
+
+class Attention:
+    """What the operators run on CUDA, on tensors of the CPU, and the calls that Python got to see."""
+
+    def __init__(self, capability: tuple[int, int]) -> None:
+        self.in_python = 0
+        self.capability = capability
+
+    def forward(self, *arguments: Any) -> None:
+        self.in_python += 1
+        *tensors, packed_max_q = arguments
+        dispatch.attention_forward(*tensors, packed_max_q=packed_max_q, capability=self.capability)
+
+    def __call__(self, *arguments: Any, packed_max_q: int | None = None) -> tuple[Tensor, Tensor]:
+        return _C.cuda_attention(*arguments, 0.125, packed_max_q)
+
+
+@pytest.fixture(params=[(9, 0), (8, 0)], ids=["hopper", "portable"])
+def attention_op(request: pytest.FixtureRequest) -> Iterator[Attention]:
+    op = Attention(request.param)
+    _C.use_attention_forward(op.forward)
+    yield op
+    _C.use_attention_forward(ops._attention_forward)
+
+
+STARTS = torch.tensor([0, 30, 40], dtype=torch.int32)
+PROBLEMS: dict[str, Callable[[], tuple[tuple[Any, ...], int | None]]] = {
+    "no lengths": lambda: ((*tensors(2, 40, 4, 64, count=3), None, None), None),
+    "one length": lambda: ((*tensors(2, 40, 4, 64, count=3), None, LENS), None),
+    "other length": lambda: ((*tensors(2, 40, 4, 64, count=3), LENS, None), None),
+    "lengths": lambda: ((*tensors(2, 40, 4, 64, count=3), LENS, LENS), None),
+    "by head": lambda: ((*(x.transpose(1, 2) for x in tensors(2, 4, 40, 64, count=3)), None, None), None),
+    "packed": lambda: ((*tensors(40, 4, 64, count=3), STARTS, STARTS), 30),
+    "not aligned": lambda: (
+        (*(x[1:].view(2, 40, 4, 64) for x in tensors(2 * 40 * 4 * 64 + 1, count=3)), None, None),
+        None,
+    ),
+    "float32": lambda: ((*tensors(2, 40, 4, 64, count=3, dtype=torch.float32), None, None), None),
+    "a head dim without a kernel of its own": lambda: ((*tensors(2, 40, 4, 40, count=3), None, LENS), None),
+}
+
+
+def without_outputs(launched: Launch, out: Tensor, lse: Tensor) -> list[object]:
+    """A launch with names for the addresses of its outputs."""
+    names = {struct.pack("Q", out.data_ptr()): "out", struct.pack("Q", lse.data_ptr()): "lse"}
+    parameters = [names.get(p, p) for p in launched.parameters]
+    return [launched.function, launched.stream, launched.grid, launched.block, launched.shared_bytes, *parameters]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS.keys())
+def test_planned_launches_are_those_of_triton(
+    fake: FakeCuda, attention_op: Attention, problem: Callable[[], tuple[tuple[Any, ...], int | None]]
+) -> None:
+    first, packed_max_q = problem()
+    second, _ = problem()  # other tensors, at other addresses
+    kept = []
+    launches = [
+        fake.launches_of(lambda arguments=arguments: kept.append(attention_op(*arguments, packed_max_q=packed_max_q)))
+        for arguments in (first, second, first)
+    ]
+    assert attention_op.in_python == 1
+    assert [launched.by_triton for (launched,) in launches] == [True, False, False]
+    by_triton, other, direct = (without_outputs(launched, *kept[i]) for i, (launched,) in enumerate(launches))
+    assert direct == by_triton
+    assert "out" in direct
+    assert "lse" in direct
+    assert other != direct
+    out, lse = kept[1]
+    assert (out.shape, out.dtype, lse.dtype) == (first[0].shape, first[0].dtype, torch.float32)
+    if packed_max_q is not None:
+        assert not out.any()
+        assert (lse == float("-inf")).all()
+
+
+def test_calls_unlike_the_planned_ones_go_through_python(fake: FakeCuda, attention_op: Attention) -> None:
+    """Each property that a launch depends on, changed alone: one call in Python per kind, and none for the same again."""
+    q, k, v = tensors(2, 40, 4, 64, count=3)
+    odd = tensors(2 * 40 * 4 * 64 + 1)[0][1:].view(2, 40, 4, 64)
+    by_head = tensors(2, 4, 40, 64)[0].transpose(1, 2)
+    kinds: list[tuple[Any, ...]] = [
+        (q, k, v, None, None), (q, k, v, LENS, None), (q, k, v, None, LENS), (q, k, v, LENS, LENS),
+        (odd, k, v, None, None), (q, odd, v, None, None), (q, k, odd, None, None),
+        (by_head, k, v, None, None), (q, by_head, v, None, None), (q, k, by_head, None, None),
+        (q[:, :39], k, v, None, None), (q, k[:, :39], v[:, :39], None, None), (q[:1], k[:1], v[:1], None, None),
+        (q, k[:, :, :2], v[:, :, :2], None, None), (q.half(), k.half(), v.half(), None, None),
+        (q[..., :32], k[..., :32], v[..., :32], None, None),
+    ]  # fmt: skip
+    for _ in range(2):
+        for arguments in kinds:
+            assert len(fake.launches_of(lambda arguments=arguments: attention_op(*arguments))) == 1
+        assert attention_op.in_python == len(kinds)
+
+
+def test_planned_launches_stop_for_hooks_and_other_extensions(fake: FakeCuda, attention_op: Attention) -> None:
+    arguments = (*tensors(2, 40, 4, 64, count=3), None, None)
+    call = lambda: attention_op(*arguments)  # noqa: E731
+    call()
+    assert not fake.launches_of(call)[0].by_triton
+    told: list[object] = []
+    triton.knobs.runtime.launch_exit_hook.add(told.append)
+    try:
+        assert fake.launches_of(call)[0].by_triton
+    finally:
+        triton.knobs.runtime.launch_exit_hook.remove(told.append)
+    assert len(told) == 1
+    assert not fake.launches_of(call)[0].by_triton
+    assert attention_op.in_python == 2
+    launch.use_extension(None)
+    call()
+    assert attention_op.in_python == 3
+
+
+def test_a_plan_needs_a_launch_of_the_extension() -> None:
+    (q,) = tensors(2, 40, 4, 64)
+    plan = {"grid": (1, 1, 1), "sources": (None, None, None), "lens_are_pointers": False, "integers": ()}
+    with pytest.raises(TypeError, match="launch: must come from kernel_launcher"):
+        _C.keep_attention_plan(
+            q=q, k=q, v=q, q_lens=None, kv_lens=None, packed_max_q=None, launch=lambda *arguments: True, **plan
+        )
 
 
 # --- what must not be launched directly -------------------------------------------------------------------------------

@@ -360,8 +360,10 @@ def attention_forward(
     all of this.
     """
     q_stride, k_stride, v_stride = q.stride(), k.stride(), v.stride()
+    copied = False
     if max(q_stride[-3], k_stride[-3], v_stride[-3]) >= _LONG_STRIDE:
         q, k, v = (x.contiguous() for x in (q, k, v))
+        copied = True
         q_stride, k_stride, v_stride = q.stride(), k.stride(), v.stride()
     if packed_max_q is None:
         samples = q.shape[0]
@@ -378,6 +380,13 @@ def attention_forward(
     if matrices is not None:
         k_source, v_source = (k, matrices[0], (k_stride[-3], 1)), (v, matrices[1], (v_stride[-3], 1))
     launcher(grid, q, k_source, v_source, out, lse, q_lens, kv_lens, scale * _LOG2_E.value, *integers)
+    if copied:  # the plan is one for the copies
+        return
+    sources = (None, *(source[1:] if isinstance(source, tuple) else None for source in (k_source, v_source)))
+    launcher.keep_attention_plan(
+        q=q, k=k, v=v, q_lens=q_lens, kv_lens=kv_lens, packed_max_q=packed_max_q, grid=grid, sources=sources,
+        lens_are_pointers=False, integers=integers,
+    )  # fmt: skip
 
 
 def compile_count() -> int:

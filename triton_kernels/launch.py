@@ -49,6 +49,10 @@ _extension: _Extension | None = None
 def use_extension(module: ModuleType | None, library: str = "libcuda.so.1") -> None:
     """Launch through this extension module from now on; None: through Triton. `library` is the CUDA driver."""
     global _extension
+    if _extension is not None:
+        _extension.module.forget_attention_plans()
+    if module is not None:
+        module.use_stream_for(_stream_for)
     _extension = None if module is None else _Extension(module, library)
 
 
@@ -98,6 +102,11 @@ class Launcher:
         if direct is None or _launch_hooks() or not direct(grid, _current_stream(self._device_index), arguments):
             self._launch_through_triton(grid, arguments)
 
+    def keep_attention_plan(self, **plan: object) -> None:
+        """Let C++ make calls like the last one, `plan`, alone: for a kernel of attention."""
+        if _extension is not None and self._direct is not None:
+            _extension.module.keep_attention_plan(launch=self._direct, **plan)
+
     def _launch_through_triton(self, grid: Grid, arguments: tuple[Any, ...]) -> None:
         prepared = [
             self._descriptors[i](x[0], list(x[1]), list(x[2])) if i in self._descriptors else x
@@ -106,7 +115,8 @@ class Launcher:
         on_device = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
         first = nullcontext() if self._launches else _announced(self._kernel.__name__)
         with on_device, first:
-            compiled = self._kernel[grid](*prepared, **self._constants)
+            # A product and a sum in one instruction: the default up to Triton 3.9, and off from 3.10 on.
+            compiled = self._kernel[grid](*prepared, enable_fp_fusion=True, **self._constants)
             if compiled not in self._launches:
                 self._launches[compiled] = _direct_launch(compiled, self._device)
         launch = self._launches[compiled]
@@ -121,6 +131,11 @@ def _launch_hooks() -> bool:
 
 # torch built without CUDA has no streams; then kernels run in Triton's interpreter.
 _current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
+
+
+def _stream_for(device_index: int) -> int | None:
+    """The stream for a launch from C++; None where it has to go through Triton."""
+    return None if _launch_hooks() else _current_stream(device_index)
 
 
 @contextmanager

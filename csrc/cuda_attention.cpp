@@ -1,0 +1,141 @@
+#include "cuda_attention.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/util/SmallVector.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <limits>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <utility>
+
+namespace py = pybind11;
+
+namespace para_kernels {
+
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634;
+constexpr std::size_t kMaxPlans = 4096;
+constexpr std::uint64_t kAlignment = 16;  // bytes; kernels and the copy engine tell whether a tensor starts at a multiple
+
+// The interpreter's lock guards all of this. It is never destroyed: at exit Python may be gone before it.
+struct State {
+  std::unordered_map<std::string, std::shared_ptr<const AttentionPlan>> plans;
+  py::object stream_for;
+  py::object forward;
+};
+
+State& state() {
+  static State& state = *new State;
+  return state;
+}
+
+void append(std::string& key, std::int64_t value) {
+  key.append(reinterpret_cast<const char*>(&value), sizeof(value));
+}
+
+// Everything but the addresses, the lengths and the scale.
+std::string key_of(const AttentionInputs& inputs) {
+  std::string key;
+  key.reserve(256);
+  std::uint64_t misaligned = 0;
+  for (const at::Tensor* tensor : {&inputs.q, &inputs.k, &inputs.v}) {
+    append(key, tensor->dim());
+    for (std::int64_t i = 0; i < tensor->dim(); ++i) {
+      append(key, tensor->sizes()[i]);
+      append(key, tensor->strides()[i]);
+    }
+    misaligned = misaligned * 2 + (reinterpret_cast<std::uint64_t>(tensor->data_ptr()) % kAlignment != 0);
+  }
+  append(key, misaligned);
+  append(key, static_cast<std::int64_t>(inputs.q.scalar_type()));
+  append(key, inputs.q.device().index());
+  append(key, inputs.q_lens ? inputs.q_lens->numel() : -1);
+  append(key, inputs.kv_lens ? inputs.kv_lens->numel() : -1);
+  append(key, inputs.packed_max_q.value_or(-1));
+  return key;
+}
+
+bool pass_source(Call& call, const at::Tensor& tensor, const AttentionPlan::Source& source) {
+  return source.shape.empty() ? call.pass(tensor) : call.pass(tensor, source.shape, source.strides);
+}
+
+bool pass_lens(Call& call, const OptionalTensor& lens, const AttentionPlan& plan, const at::Tensor& out) {
+  if (lens) {
+    return call.pass(*lens);
+  }
+  return plan.lens_are_pointers ? call.pass_unfollowed(out) : call.pass_none();
+}
+
+bool launch(
+    const AttentionPlan& plan, const AttentionInputs& inputs, const at::Tensor& out, const at::Tensor& lse,
+    std::uint64_t stream) {
+  Call call(*plan.launcher);
+  bool fits = pass_source(call, inputs.q, plan.sources[0]) && pass_source(call, inputs.k, plan.sources[1]) &&
+              pass_source(call, inputs.v, plan.sources[2]) && call.pass(out) && call.pass(lse) &&
+              pass_lens(call, inputs.q_lens, plan, out) && pass_lens(call, inputs.kv_lens, plan, out) &&
+              call.pass(inputs.scale * kLog2E);
+  for (const std::int64_t integer : plan.integers) {
+    fits = fits && call.pass(integer);
+  }
+  return fits && call.submit(plan.grid, stream);
+}
+
+bool launch_as_planned(const AttentionInputs& inputs, const at::Tensor& out, const at::Tensor& lse) {
+  const auto found = state().plans.find(key_of(inputs));
+  if (found == state().plans.end()) {
+    return false;
+  }
+  const std::shared_ptr<const AttentionPlan> plan = found->second;  // a launch lets other threads run
+  const py::object stream = state().stream_for(static_cast<int>(inputs.q.device().index()));
+  return !stream.is_none() && launch(*plan, inputs, out, lse, stream.cast<std::uint64_t>());
+}
+
+}  // namespace
+
+AttentionOutputs attention_outputs(const at::Tensor& q) {
+  TORCH_CHECK_VALUE(q.dim() == 3 || q.dim() == 4, "q: got shape ", q.sizes(), ", must be (B, S, H, D) or (T, H, D)");
+  const auto batch = q.sizes().slice(0, q.dim() - 3);
+  c10::SmallVector<std::int64_t, 3> lse(batch.begin(), batch.end());
+  lse.append({q.size(-2), q.size(-3)});
+  return {at::empty(q.sizes(), q.options()), at::empty(lse, q.options().dtype(at::kFloat))};
+}
+
+void keep_attention_plan(const AttentionInputs& inputs, AttentionPlan plan) {
+  if (state().plans.size() >= kMaxPlans) {
+    forget_attention_plans();
+  }
+  state().plans.insert_or_assign(key_of(inputs), std::make_shared<const AttentionPlan>(std::move(plan)));
+}
+
+void forget_attention_plans() {
+  const auto forgotten = std::exchange(state().plans, {});
+}
+
+void use_stream_for(py::object stream_for) {
+  state().stream_for = std::move(stream_for);
+}
+
+void use_attention_forward(py::object forward) {
+  state().forward = std::move(forward);
+}
+
+AttentionOutputs cuda_attention(const AttentionInputs& inputs) {
+  const auto outputs = attention_outputs(inputs.q);
+  const auto& [out, lse] = outputs;
+  if (inputs.packed_max_q) {  // rows of no sample come back as on the CPU
+    out.zero_();
+    lse.fill_(-std::numeric_limits<float>::infinity());
+  }
+  const py::gil_scoped_acquire gil;
+  if (!launch_as_planned(inputs, out, lse)) {
+    TORCH_CHECK(state().forward, "para_kernels.ops has not been imported");
+    state().forward(
+        inputs.q, inputs.k, inputs.v, out, lse, inputs.q_lens, inputs.kv_lens, inputs.scale, inputs.packed_max_q);
+  }
+  return outputs;
+}
+
+}  // namespace para_kernels
