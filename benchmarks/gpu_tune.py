@@ -14,10 +14,11 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
-from para_kernels import flash_attention, residual_diff
+from para_kernels import flash_attention, ops, residual_diff
 from para_kernels.triton_kernels import attention as attention_kernel
 from para_kernels.triton_kernels import hopper_attention as hopper_kernel
 from para_kernels.triton_kernels import residual_diff as residual_kernel
@@ -70,6 +71,13 @@ def main() -> int:
     return 0
 
 
+def _forget_plans(kernel: ModuleType) -> None:
+    """Launches planned for another configuration are not to be taken again, neither Python's nor the extension's."""
+    kernel._plan.cache_clear()
+    if ops._C is not None:
+        ops._C.forget_attention_plans()
+
+
 def _sweep_portable(device: torch.device) -> list[Record]:
     records = []
     capability = torch.cuda.get_device_capability(device)
@@ -80,7 +88,7 @@ def _sweep_portable(device: torch.device) -> list[Record]:
         flops = attention_flops([LENGTH], [LENGTH], HEADS, head_dim)
         for candidate in candidates:
             attention_kernel._CONFIGS["sm90 tma", head_dim] = AttentionConfig(*candidate)
-            attention_kernel._plan.cache_clear()
+            _forget_plans(attention_kernel)
             ms = medians_ms({OURS: call}, device, seconds=0.3)[OURS]
             block_m, block_n, num_warps, num_stages = candidate
             shape = {"B": 1, "S": LENGTH, "H": HEADS, "D": head_dim, "block_m": block_m, "block_n": block_n}
@@ -100,14 +108,14 @@ def _sweep_hopper(device: torch.device) -> list[Record]:
         k, v = attention_inputs(batch, keys, HEADS, 128, torch.bfloat16, device)[:2]
         for configs in (hopper_kernel._CONFIGS, hopper_kernel._CONFIGS_SMALL):
             hopper_kernel._choose = lambda head_dim, *_, configs=configs: configs[head_dim]
-            hopper_kernel._plan.cache_clear()
+            _forget_plans(hopper_kernel)
             calls = [functools.partial(flash_attention, q, k, v)] * 10
             ms = graph_medians_ms({OURS: calls}, device)[OURS]
             consumers = configs[128].consumers
             records.append(Record("tune_hopper", shape | {"consumers": consumers}, "bfloat16", "hopper", ms))
             print(shape, f"{consumers} consumers: {ms * 1e3:.1f} us", flush=True)
     hopper_kernel._choose = chosen
-    hopper_kernel._plan.cache_clear()
+    _forget_plans(hopper_kernel)
     return records
 
 
@@ -116,7 +124,7 @@ def _sweep_residual(device: torch.device) -> list[Record]:
     records = []
     for tile, cols, tiles in RESIDUAL:
         residual_kernel._TILE, residual_kernel._MAX_COLS, residual_kernel._TILES_PER_PROGRAM = tile, cols, tiles
-        residual_kernel._plan.cache_clear()
+        _forget_plans(residual_kernel)
         ms = medians_ms({OURS: lambda: residual_diff(*hidden)}, device, seconds=0.3)[OURS]
         shape = {"B": 1, "S": 119056, "C": 3072, "tile": tile, "max_cols": cols, "tiles_per_program": tiles}
         gbps = 4.0 * hidden[0].nbytes / ms / 1e6

@@ -25,7 +25,7 @@ import torch
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
 OURS = "para_kernels"
-COMMIT_VARIABLE = "PARA_KERNELS_COMMIT"  # set it where the repository is a copy without its history
+COMMIT_VARIABLE = "PARA_KERNELS_COMMIT"  # set it where the code is a copy apart from its history
 
 
 @dataclass(frozen=True)
@@ -157,10 +157,12 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit measured, marked "-dirty" where tracked files differ from it; of a copy without git, as told."""
+    """The commit measured, as told, or as git knows it, marked "-dirty" where tracked files differ from it."""
+    if told := os.environ.get(COMMIT_VARIABLE):
+        return told
     commit = _output(["git", "-C", str(REPOSITORY), "rev-parse", "--short=12", "HEAD"])
     if not commit:
-        return os.environ.get(COMMIT_VARIABLE)
+        return None
     changed = _output(["git", "-C", str(REPOSITORY), "status", "--porcelain", "--untracked-files=no"])
     return f"{commit}-dirty" if changed else commit
 
