@@ -322,6 +322,22 @@ def test_planned_launches_stop_for_hooks_and_other_extensions(fake: FakeCuda, at
     assert attention_op.in_python == 3
 
 
+def test_a_kernel_called_by_itself_leaves_no_plan(fake: FakeCuda, attention_op: Attention) -> None:
+    """Or the operator would launch it from then on, whatever `dispatch` says."""
+    q, k, v = tensors(2, 40, 4, 64, count=3)
+    out, lse = torch.empty_like(q), torch.empty(2, 4, 40)
+    attention.attention_forward(q, k, v, out, lse, None, None, 0.125, capability=(9, 0))
+    assert fake.launches_of(lambda: attention_op(q, k, v, None, None))
+    assert attention_op.in_python == 1
+
+
+def test_new_numbers_of_rows_share_a_compiled_residual_diff() -> None:
+    plans = [
+        residual_diff._plan((1, rows, 64), ((64 * rows, 64, 1),) * 3, torch.float32, CPU) for rows in (1, 3, 8, 1000)
+    ]
+    assert len({plan.launcher for plan in plans}) == 1
+
+
 def test_a_plan_needs_a_launch_of_the_extension() -> None:
     (q,) = tensors(2, 40, 4, 64)
     plan = {"grid": (1, 1, 1), "sources": (None, None, None), "lens_are_pointers": False, "integers": ()}

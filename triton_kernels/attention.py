@@ -350,14 +350,16 @@ def attention_forward(
     *,
     packed_max_q: int | None = None,
     capability: tuple[int, int],
+    keep_plan: bool = False,
 ) -> None:
     """Launch the kernel; writes `out` (as q) and `lse` (B, H, Sq) float32, both contiguous.
 
     q is (B, Sq, H, D), k and v (B, Sk, Hk, D), D contiguous, any other strides. `q_lens` and `kv_lens` are int32 (B,),
     or None.
     With `packed_max_q`, the longest query, the tensors are packed, q (T, H, D) and so on, lse is (H, T), and `q_lens`
-    and `kv_lens` are the `cu_seqlens`, int32 (samples + 1,); rows of no sample are not written. The caller has checked
-    all of this.
+    and `kv_lens` are the `cu_seqlens`, int32 (samples + 1,); rows of no sample are not written. With
+    `keep_plan`, calls of the operator like this one are launched like this from now on, by C++ alone. The caller has
+    checked all of this.
     """
     q_stride, k_stride, v_stride = q.stride(), k.stride(), v.stride()
     copied = False
@@ -380,7 +382,7 @@ def attention_forward(
     if matrices is not None:
         k_source, v_source = (k, matrices[0], (k_stride[-3], 1)), (v, matrices[1], (v_stride[-3], 1))
     launcher(grid, q, k_source, v_source, out, lse, q_lens, kv_lens, scale * _LOG2_E.value, *integers)
-    if copied:  # the plan is one for the copies
+    if not keep_plan or copied:  # of copies, the plan would be one for the copies
         return
     sources = (None, *(source[1:] if isinstance(source, tuple) else None for source in (k_source, v_source)))
     launcher.keep_attention_plan(

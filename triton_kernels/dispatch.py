@@ -24,11 +24,11 @@ def attention_forward(
 ) -> None:
     """Launch a kernel; arguments and contract are those of `attention.attention_forward`."""
     if capability == _HOPPER and hopper_attention.hopper_attention_forward(
-        q, k, v, out, lse, q_lens, kv_lens, scale, packed_max_q=packed_max_q
+        q, k, v, out, lse, q_lens, kv_lens, scale, packed_max_q=packed_max_q, keep_plan=True
     ):
         return
     attention.attention_forward(
-        q, k, v, out, lse, q_lens, kv_lens, scale, packed_max_q=packed_max_q, capability=capability
+        q, k, v, out, lse, q_lens, kv_lens, scale, packed_max_q=packed_max_q, capability=capability, keep_plan=True
     )
 
 

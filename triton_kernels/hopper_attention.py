@@ -601,11 +601,13 @@ def hopper_attention_forward(
     scale: float,
     *,
     packed_max_q: int | None = None,
+    keep_plan: bool = False,
 ) -> bool:
     """Launch the kernel, with the arguments of `attention_forward`; False, and nothing is launched, where it cannot.
 
     It takes bfloat16 and float16 with D = 64 and 128, starting at a multiple of 16 bytes and with strides that are
-    multiples of 16 bytes.
+    multiples of 16 bytes. With `keep_plan`, calls of the operator like this one are launched like this from now on, by
+    C++ alone.
     """
     if packed_max_q is None:
         samples, flags = q.shape[0], 0
@@ -625,10 +627,11 @@ def hopper_attention_forward(
         grid, (q, *q_map), (k, *k_map), (v, *v_map), out, lse, unused if q_lens is None else q_lens,
         unused if kv_lens is None else kv_lens, scale * _LOG2_E, *integers,
     )  # fmt: skip
-    launcher.keep_attention_plan(
-        q=q, k=k, v=v, q_lens=q_lens, kv_lens=kv_lens, packed_max_q=packed_max_q, grid=grid,
-        sources=(q_map, k_map, v_map), lens_are_pointers=True, integers=integers,
-    )  # fmt: skip
+    if keep_plan:
+        launcher.keep_attention_plan(
+            q=q, k=k, v=v, q_lens=q_lens, kv_lens=kv_lens, packed_max_q=packed_max_q, grid=grid,
+            sources=(q_map, k_map, v_map), lens_are_pointers=True, integers=integers,
+        )  # fmt: skip
     return True
 
 

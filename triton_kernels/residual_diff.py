@@ -117,7 +117,8 @@ def _plan(
     batch, rows, cols = shape
     vec = _vector_width(dtype, cols, strides)
     block_c = min(triton.next_power_of_2(cols), _MAX_COLS)
-    block_r = max(1, min(_TILE // block_c, triton.next_power_of_2(rows)))
+    # Not fewer where there are fewer rows: a new number of rows would compile another variant.
+    block_r = max(1, _TILE // block_c)
     row_blocks, col_blocks = triton.cdiv(rows, block_r * _TILES_PER_PROGRAM), triton.cdiv(cols, block_c)
     of_views = [size // vec for stride in strides for size in stride[:2]]
     without_previous = [0, 0] if len(strides) == 2 else []
