@@ -9,10 +9,10 @@ The online softmax follows a running maximum: for each block of keys a maximum o
 output accumulator. Softmax does not need the maximum, only some m that keeps exp2(s - m) and its sums inside float32,
 whose exponent spans 254 powers of two. bfloat16 has the same exponent, and there the maximum over a row's first 64 keys
 serves as m for all of them: the row's maximum may exceed it by about 76 (natural units) before a sum overflows, and
-rounding is relative whatever m is. Without maximum and rescaling the main loop has 172 instead of 283 instructions, which an
-H100 at its power limit turns into speed (docs/kernels/hopper.md has the measurements). An overflow leaves inf or NaN in
-the sums; the program then computes its rows again, with the online softmax. float16, whose exponent is too short for
-this, always takes the online softmax.
+rounding is relative whatever m is. Without maximum and rescaling the main loop has 172 instead of 283 instructions,
+which an H100 at its power limit turns into speed (docs/kernels/hopper.md has the measurements). An overflow leaves inf
+or NaN in the sums; the program then computes its rows again, with the online softmax. float16, whose exponent is too
+short for this, always takes the online softmax.
 """
 
 # Gluon's annotations are of what the compiler holds, not of what Python sees.
