@@ -262,6 +262,7 @@ bool Call::pass(const at::Tensor& tensor, c10::IntArrayRef shape, c10::IntArrayR
   }
   TensorMap& map = add(TensorMap{});
   const CudaDriver& driver = launcher_.driver_;
+  const ContextGuard guard(driver, launcher_.context_);  // a new thread has none
   driver.check(
       driver.tensor_map_encode_tiled(
           &map, *tensor_map_type(parameter->dtype), rank, reinterpret_cast<void*>(address), map_sizes, map_strides,

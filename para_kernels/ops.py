@@ -19,6 +19,9 @@ try:  # The compiled CPU kernels; without them (PARA_KERNELS_SKIP_EXT=1) the tor
 except ImportError:
     _C: ModuleType | None = None
 
+if _C is not None and not hasattr(_C, "use_attention_forward"):
+    raise ImportError("para_kernels._C was built from older sources: build the package again")
+
 EXTENSION_AVAILABLE = _C is not None
 TRITON_AVAILABLE = importlib.util.find_spec("triton") is not None
 

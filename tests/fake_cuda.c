@@ -82,6 +82,9 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
                                 const cuuint32_t *element_strides, CUtensorMapInterleave interleave,
                                 CUtensorMapSwizzle swizzle, CUtensorMapL2promotion l2_promotion,
                                 CUtensorMapFloatOOBfill fill) {
+  if (!context) {
+    return CUDA_ERROR_INVALID_CONTEXT;
+  }
   if (rank < 1 || rank > 5 || (cuuint64_t)address % 16 || (cuuint64_t)map % 64) {
     return CUDA_ERROR_INVALID_VALUE;
   }

@@ -24,6 +24,8 @@ SHARED_MEMORY = {(8, 0): 163 * 1024, (8, 9): 99 * 1024, (9, 0): 227 * 1024}
 # Bytes that may spill. D = 256 does not fit the registers of sm80 and sm89, which hold q and the accumulators; on sm90
 # at D = 128 two programs share a multiprocessor, each at the limit of 255 registers, with a few spilled bytes.
 SPILLS = {((8, 0), 256): 768, ((8, 9), 256): 768, ((9, 0), 128): 48}
+# The Hopper kernel's largest variant holds descriptors in registers that do not all fit from Triton 3.7 on.
+HOPPER_SPILLS_OF_NEWER_TRITON = {(128, torch.bfloat16, 3): 96}
 POINTER_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -124,10 +126,12 @@ def compile_hopper_attention(config: HopperConfig, head_dim: int, dtype: torch.d
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_hopper_attention(head_dim: int, dtype: torch.dtype, configs: dict[int, HopperConfig]) -> None:
-    """Nothing spills; tiles come by TMA and are multiplied by wgmma, which nothing serialises (`assemble` looks)."""
+    """Nothing spills under Triton 3.6; tiles come by TMA and are multiplied by wgmma, which nothing serialises (`assemble` looks)."""
     config = configs[head_dim]
     usage = compile_hopper_attention(config, head_dim, dtype)
-    assert usage.spilled_bytes == 0
+    is_newer = not triton.__version__.startswith("3.6.")
+    spills = HOPPER_SPILLS_OF_NEWER_TRITON.get((head_dim, dtype, config.consumers), 0) if is_newer else 0
+    assert usage.spilled_bytes <= spills
     programs = 1 if config.max_registers is None else 2
     assert usage.shared * programs <= SHARED_MEMORY[9, 0]
     warps = 4 * (config.consumers + 1)

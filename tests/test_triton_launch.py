@@ -522,7 +522,7 @@ def test_launch_hooks_are_called(fake: FakeCuda) -> None:
 
 
 @pytest.mark.parametrize("current", [0, OTHER_CONTEXT], ids=["a new thread", "another device"])
-def test_the_context_of_the_kernel_is_current_during_a_launch(fake: FakeCuda, current: int) -> None:
+def test_the_context_of_the_kernel_is_current_for_maps_and_launch(fake: FakeCuda, current: int) -> None:
     call = attend()
     call()
     pushed, popped = fake.pushed_and_popped
@@ -530,7 +530,8 @@ def test_the_context_of_the_kernel_is_current_during_a_launch(fake: FakeCuda, cu
     (launched,) = fake.launches_of(call)
     assert launched.context == CONTEXT
     assert not launched.by_triton
-    assert fake.pushed_and_popped == (pushed + 1, popped + 1)
+    now_pushed, now_popped = fake.pushed_and_popped
+    assert now_pushed - pushed == now_popped - popped > 0
 
 
 def test_a_failed_launch_raises(fake: FakeCuda) -> None:

@@ -327,7 +327,7 @@ def _plan(
         matrices = (k_matrix, v_matrix) if k_matrix and v_matrix else None
     tma = matrices is not None
     config = attention_config(capability, head_dim, dtype, tma)
-    max_q = rows_q if packed_max_q is None else packed_max_q
+    max_q = rows_q if packed_max_q is None else min(packed_max_q, rows_q)
     blocks = triton.cdiv(max_q, config.block_m) * heads * samples
     strides = [stride // vec for tensor in (q_stride, k_stride, v_stride) for stride in tensor[:-1]]
     integers = (

@@ -580,7 +580,7 @@ def _plan(
     if not takes(dtype, head_dim) or 0 in q_shape or 0 in k_shape:
         return None
     descriptors = (_descriptor(q_shape, q_stride), _descriptor(k_shape, k_stride), _descriptor(k_shape, v_stride))
-    max_q = rows_q if packed_max_q is None else packed_max_q
+    max_q = rows_q if packed_max_q is None else min(packed_max_q, rows_q)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     config = _choose(head_dim, max_q, rows_k, heads, samples, processors)
     blocks = triton.cdiv(max_q, config.consumers * _ROWS.value)

@@ -172,7 +172,8 @@ def _direct_launch(compiled: Any, device: torch.device) -> Launch | str:
             device=device,
             library=_extension.library,
         )
-    except (NotDirectError, ValueError, RuntimeError) as reason:
+    except (NotDirectError, ValueError, RuntimeError, AttributeError, KeyError, TypeError) as reason:
+        # The last three where another Triton's metadata have other names.
         _logger.debug("%s is launched by Triton: %s", compiled.metadata.name, reason)
         return str(reason)
 
