@@ -506,7 +506,7 @@ def _choose(head_dim: int, max_q: int, keys: int, heads: int, samples: int, proc
     """The configuration with the fewer microseconds: programs at a time, and for each a start and a block's time.
 
     The four constants were read off times of an H100 at D = 128 and 24 heads that are not kept (docs/kernels/hopper.md
-    quotes them), and give the faster one at those shapes; `python -m benchmarks.gpu_tune --only hopper` takes them anew.
+    quotes them), and give the faster one at those shapes; `python -m benchmarks.gpu_tune --only hopper` repeats it.
     """
     large, small = _CONFIGS[head_dim], _CONFIGS_SMALL[head_dim]
     blocks = -(-keys // _KEYS.value)
