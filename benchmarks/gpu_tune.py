@@ -99,21 +99,24 @@ def _sweep_portable(device: torch.device) -> list[Record]:
 
 
 def _sweep_hopper(device: torch.device) -> list[Record]:
-    """Both configurations of the Hopper kernel at every small shape: what the constants of its choice rest on."""
+    """Every way to cut a problem at every small shape: what the constants of the Hopper kernel's choice rest on."""
     records = []
     chosen = hopper_kernel._choose
+    large, small = hopper_kernel._CONFIGS[128], hopper_kernel._CONFIGS_SMALL[128]
+    choices = [hopper_kernel._Choice(large, active, stays) for active in (3, 2) for stays in (True, False)]
+    choices.append(hopper_kernel._Choice(small, 1, False))
     for batch, queries, keys in SMALL:
         shape = {"B": batch, "Sq": queries, "Sk": keys, "H": HEADS, "D": 128}
         q = attention_inputs(batch, queries, HEADS, 128, torch.bfloat16, device)[0]
         k, v = attention_inputs(batch, keys, HEADS, 128, torch.bfloat16, device)[:2]
-        for configs in (hopper_kernel._CONFIGS, hopper_kernel._CONFIGS_SMALL):
-            hopper_kernel._choose = lambda head_dim, *_, configs=configs: configs[head_dim]
+        for choice in choices:
+            hopper_kernel._choose = lambda *_, choice=choice: choice
             _forget_plans(hopper_kernel)
             calls = [functools.partial(flash_attention, q, k, v)] * 10
             ms = graph_medians_ms({OURS: calls}, device)[OURS]
-            consumers = configs[128].consumers
-            records.append(Record("tune_hopper", shape | {"consumers": consumers}, "bfloat16", "hopper", ms))
-            print(shape, f"{consumers} consumers: {ms * 1e3:.1f} us", flush=True)
+            rows = {"consumers": choice.config.consumers, "active": choice.active, "stays": int(choice.stays)}
+            records.append(Record("tune_hopper", shape | rows, "bfloat16", "hopper", ms))
+            print(shape, rows, f"{ms * 1e3:.1f} us", flush=True)
     hopper_kernel._choose = chosen
     _forget_plans(hopper_kernel)
     return records

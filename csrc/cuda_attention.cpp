@@ -17,6 +17,7 @@ namespace para_kernels {
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
+constexpr std::uint32_t kMinusInfinity = 0xff800000;  // the bits of a float
 constexpr std::size_t kMaxPlans = 4096;
 constexpr std::uint64_t kAlignment = 16;  // bytes; kernels and the copy engine tell whether a tensor starts at a multiple
 
@@ -80,6 +81,10 @@ bool launch(
   for (const std::int64_t integer : plan.integers) {
     fits = fits && call.pass(integer);
   }
+  if (fits && inputs.packed_max_q) {
+    plan.launcher->fill(out, 0, stream);
+    plan.launcher->fill(lse, kMinusInfinity, stream);
+  }
   return fits && call.submit(plan.grid, stream);
 }
 
@@ -125,12 +130,12 @@ void use_attention_forward(py::object forward) {
 AttentionOutputs cuda_attention(const AttentionInputs& inputs) {
   const auto outputs = attention_outputs(inputs.q);
   const auto& [out, lse] = outputs;
-  if (inputs.packed_max_q) {  // rows of no sample come back as on the CPU
-    out.zero_();
-    lse.fill_(-std::numeric_limits<float>::infinity());
-  }
   const py::gil_scoped_acquire gil;
   if (!launch_as_planned(inputs, out, lse)) {
+    if (inputs.packed_max_q) {  // rows of no sample come back as on the CPU
+      out.zero_();
+      lse.fill_(-std::numeric_limits<float>::infinity());
+    }
     TORCH_CHECK(state().forward, "para_kernels.ops has not been imported");
     state().forward(
         inputs.q, inputs.k, inputs.v, out, lse, inputs.q_lens, inputs.kv_lens, inputs.scale, inputs.packed_max_q);

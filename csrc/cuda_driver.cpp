@@ -22,6 +22,8 @@ CudaDriver::CudaDriver(const std::string& library) {
   TORCH_CHECK(handle != nullptr, "cannot open the CUDA driver: ", dlerror());
   find(handle, "cuLaunchKernel", launch_kernel);
   find(handle, "cuTensorMapEncodeTiled", tensor_map_encode_tiled);
+  find(handle, "cuMemsetD8Async", set_bytes);
+  find(handle, "cuMemsetD32Async", set_words);
   find(handle, "cuCtxGetCurrent", get_current_context);
   find(handle, "cuCtxPushCurrent_v2", push_current_context);
   find(handle, "cuCtxPopCurrent_v2", pop_current_context);

@@ -1,6 +1,7 @@
 // The functions of the CUDA driver that a launch needs, looked up at run time: the extension is built without CUDA.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 
@@ -27,6 +28,8 @@ class CudaDriver {
       TensorMap* map, int data_type, std::uint32_t rank, void* address, const std::uint64_t* sizes,
       const std::uint64_t* strides, const std::uint32_t* box, const std::uint32_t* element_strides, int interleave,
       int swizzle, int l2_promotion, int out_of_bounds_fill);
+  int (*set_bytes)(std::uint64_t address, unsigned char value, std::size_t count, void* stream);
+  int (*set_words)(std::uint64_t address, unsigned value, std::size_t count, void* stream);
   int (*get_current_context)(void** context);
   int (*push_current_context)(void* context);
   int (*pop_current_context)(void** context);

@@ -190,6 +190,20 @@ void KernelLauncher::submit(const Grid& grid, std::uint64_t stream, void** param
   driver_.check(result, "cuLaunchKernel");
 }
 
+void KernelLauncher::fill(const at::Tensor& tensor, std::uint32_t pattern, std::uint64_t stream) const {
+  const ContextGuard guard(driver_, context_);
+  const auto address = reinterpret_cast<std::uint64_t>(tensor.data_ptr());
+  auto* const queue = reinterpret_cast<void*>(stream);
+  if (tensor.nbytes() == 0) {
+    return;
+  }
+  if (pattern == 0) {  // of any number of bytes
+    driver_.check(driver_.set_bytes(address, 0, tensor.nbytes(), queue), "cuMemsetD8Async");
+  } else {
+    driver_.check(driver_.set_words(address, pattern, tensor.nbytes() / sizeof(pattern), queue), "cuMemsetD32Async");
+  }
+}
+
 const Parameter* Call::next() {
   const auto& parameters = launcher_.parameters_;
   return argument_ < parameters.size() ? &parameters[argument_++] : nullptr;

@@ -47,6 +47,9 @@ class KernelLauncher {
   // RuntimeError: the driver refused.
   bool launch(const Grid& grid, std::uint64_t stream, PyObject* arguments) const;
 
+  // Fills a contiguous tensor with a 32-bit pattern, in the stream: torch's own fill takes twice as long on the host.
+  void fill(const at::Tensor& tensor, std::uint32_t pattern, std::uint64_t stream) const;
+
  private:
   friend class Call;
 

@@ -730,6 +730,23 @@ def test_findings_failed_tests_and_runs_without_a_verdict_fail(tool: str, output
     assert not sanitize.judge(run, output, 41.0).passed
 
 
+def racecheck_report(read: str, *writes: str) -> str:
+    accesses = [f"Race reported between Read access at kernel+0x120 in {read}"]
+    accesses += [f"=========     and Write access at kernel+0x90 in {write} [4 hazards]" for write in writes]
+    summary = "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"
+    return "\n".join(["12 passed in 40 s", "========= Error: " + accesses[0], *accesses[1:], summary])
+
+
+def test_only_the_dispatch_of_partitions_by_triton_is_no_race() -> None:
+    run = next(run for run in sanitize.RUNS if run.tool == "racecheck")
+    entry, call = sorted(place for place in sanitize._dispatch_places() if place[0] == "hopper_attention.py")[:2]
+    assert entry[1] < call[1]
+    here, there, elsewhere = (f"{name}:{line}" for name, line in (entry, call, (entry[0], entry[1] - 1)))
+    assert sanitize.judge(run, racecheck_report(here, here, there), 1.0).passed
+    assert not sanitize.judge(run, racecheck_report(here, there, elsewhere), 1.0).passed
+    assert not sanitize.judge(run, racecheck_report(elsewhere, there), 1.0).passed
+
+
 def test_a_run_that_is_not_done_in_time_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sanitize, "TIMEOUT_SECONDS", 1)
     script = "print('begun', flush=True); import time; time.sleep(60)"

@@ -35,12 +35,22 @@ def test_descriptors(shape: tuple[int, ...], stride: tuple[int, ...], expected: 
 
 
 @pytest.mark.parametrize(
-    ("max_q", "keys", "samples", "consumers"),
-    [(64, 64, 1, 1), (512, 512, 1, 1), (512, 512, 4, 1), (768, 768, 1, 3), (4096, 256, 1, 3), (4096, 4096, 1, 3)],
-)
-def test_the_size_chooses_the_consumers(max_q: int, keys: int, samples: int, consumers: int) -> None:
-    """The faster of both at 24 heads on 132 multiprocessors, as measured."""
-    assert hopper_attention._choose(128, max_q, keys, 24, samples, 132).consumers == consumers
+    ("max_q", "keys", "samples", "active"),
+    [
+        (64, 64, 1, 1), (512, 512, 1, 1), (768, 768, 1, 3), (1024, 1024, 1, 1), (1280, 1280, 1, 2), (2048, 2048, 1, 3),
+        (512, 512, 4, 2), (4096, 256, 1, 3), (4096, 4096, 1, 3), (119056, 119056, 1, 3),
+    ],
+)  # fmt: skip
+def test_the_size_chooses_the_rows_of_a_tile(max_q: int, keys: int, samples: int, active: int) -> None:
+    """The fastest at 24 heads on 132 multiprocessors, as measured."""
+    choice = hopper_attention._choose(128, max_q, keys, 24, samples, 132)
+    assert choice.active == active
+    assert choice.config.consumers == (1 if active == 1 else 3)
+
+
+def test_long_sequences_leave_the_order_of_tiles_to_the_hardware() -> None:
+    assert hopper_attention._choose(128, 16384, 16384, 24, 1, 132).stays
+    assert not hopper_attention._choose(128, 119056, 119056, 24, 1, 132).stays
 
 
 def test_types_and_head_dims() -> None:

@@ -51,8 +51,15 @@ def fresh(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     launch.use_extension(_C, str(fake.path))
     for module in (attention, hopper_attention, merge_states, residual_diff):
         module._plan.cache_clear()
-        module._launcher.cache_clear()
-    residual_diff._sums_launcher.cache_clear()
+    for launchers in (
+        attention._launcher,
+        merge_states._launcher,
+        residual_diff._launcher,
+        residual_diff._sums_launcher,
+    ):
+        launchers.cache_clear()
+    hopper_attention._launchers.cache_clear()
+    hopper_attention._compiled.clear()
     yield
     launch.use_extension(None)
     fake.set_context(CONTEXT)

@@ -11,8 +11,12 @@ whose exponent spans 254 powers of two. bfloat16 has the same exponent, and ther
 serves as m for all of them: the row's maximum may exceed it by about 76 (natural units) before a sum overflows, and
 rounding is relative whatever m is. Without maximum and rescaling the main loop has 172 instead of 283 instructions,
 which an H100 at its power limit turns into speed (docs/kernels/hopper.md has the measurements). An overflow leaves inf
-or NaN in the sums; the program then computes its rows again, with the online softmax. float16, whose exponent is too
+or NaN in the sums; the program then computes its tiles again, with the online softmax. float16, whose exponent is too
 short for this, always takes the online softmax.
+
+A program takes tile after tile of 192 queries, or of 128 or 64 where those fill the multiprocessors better: while the
+consumers finish one, the next one's queries and keys are on their way (4,096 tokens: 261 against 285 microseconds with
+a program for each tile).
 """
 
 # Gluon's annotations are of what the compiler holds, not of what Python sees.
@@ -26,7 +30,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -47,7 +50,6 @@ _async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_g
 _LN_2 = gl.constexpr(0.6931471805599453)
 _LOG2_E = 1.4426950408889634
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-_MAX_GRID_YZ = 65535
 # Rows of one consumer's queries, and of a block of keys or values.
 _ROWS = gl.constexpr(64)
 _KEYS = gl.constexpr(64)
@@ -68,11 +70,21 @@ _HEADS_PER_KV = gl.constexpr(4)
 _ROWS_Q = gl.constexpr(5)
 _ROWS_K = gl.constexpr(6)
 _FLAGS = gl.constexpr(7)
-_PARAMETERS = gl.constexpr(8)
+_HEADS = gl.constexpr(8)
+_BLOCKS = gl.constexpr(9)
+_TILES = gl.constexpr(10)
+_ACTIVE = gl.constexpr(11)
+_PARAMETERS = gl.constexpr(16)
+
+
+@gluon.constexpr_function
+def _one(num_warps):
+    """The layout of one element, which every thread holds."""
+    return gl.BlockedLayout([1], [32], [num_warps], [0])
 
 
 @gluon.jit
-def _park(parameters, out, lse, q_lens, kv_lens, heads_per_kv, rows_q, rows_k, flags):
+def _park(parameters, out, lse, q_lens, kv_lens, heads_per_kv, rows_q, rows_k, flags, heads, blocks, tiles, active):
     index = gl.arange(0, _PARAMETERS, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     values = gl.where(index == _OUT, out.to(gl.int64), flags.to(gl.int64))
     values = gl.where(index == _LSE, lse.to(gl.int64), values)
@@ -80,13 +92,16 @@ def _park(parameters, out, lse, q_lens, kv_lens, heads_per_kv, rows_q, rows_k, f
     values = gl.where(index == _KV_LENS, kv_lens.to(gl.int64), values)
     values = gl.where(index == _HEADS_PER_KV, heads_per_kv.to(gl.int64), values)
     values = gl.where(index == _ROWS_Q, rows_q.to(gl.int64), values)
-    parameters.store(gl.where(index == _ROWS_K, rows_k.to(gl.int64), values))
+    values = gl.where(index == _ROWS_K, rows_k.to(gl.int64), values)
+    values = gl.where(index == _HEADS, heads.to(gl.int64), values)
+    values = gl.where(index == _BLOCKS, blocks.to(gl.int64), values)
+    values = gl.where(index == _TILES, tiles.to(gl.int64), values)
+    parameters.store(gl.where(index == _ACTIVE, active.to(gl.int64), values))
 
 
 @gluon.jit
 def _parked(parameters, index: gl.constexpr):
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    return gl.max(parameters.slice(index, 1).load(layout), 0)
+    return gl.max(parameters.slice(index, 1).load(_one(gl.num_warps())), 0)
 
 
 @gluon.jit
@@ -114,9 +129,20 @@ def _sample_span(parameters, lens: gl.constexpr, given: gl.constexpr, rows, samp
 
 
 @gluon.jit
-def _place(CONSUMERS: gl.constexpr):
-    """(first query of the block, head, sample). Blocks of queries run fastest: programs share a head's keys in L2."""
-    return gl.program_id(0) * (CONSUMERS * _ROWS), gl.program_id(1), gl.program_id(2)
+def _turns(parameters):
+    """How many tiles this program computes: every so many programs, from its own number on."""
+    return (_integer(parameters, _TILES) - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
+
+
+@gluon.jit
+def _place(parameters, i):
+    """(first query, head, sample) of the program's i-th tile. Blocks of queries run fastest: programs that run side by
+    side share a head's keys in L2."""
+    tile = gl.program_id(0) + i * gl.num_programs(0)
+    blocks = _integer(parameters, _BLOCKS)
+    heads = _integer(parameters, _HEADS)
+    rest = tile // blocks
+    return tile % blocks * (_integer(parameters, _ACTIVE) * _ROWS), rest % heads, rest // heads
 
 
 @gluon.jit
@@ -128,6 +154,18 @@ def _key_span(parameters, first_m, sample):
     return k_start, gl.where(first_m < q_len, kv_len, 0), q_start, q_len
 
 
+def _vote(threads: int) -> str:
+    """One barrier of the hardware that also tells every thread whether any came with a value that is not 0."""
+    return (
+        "{ .reg .pred mine, any; setp.ne.s32 mine, $1, 0; "
+        f"barrier.red.or.pred any, 9, {threads}, mine; selp.b32 $0, 1, 0, any; }}"
+    )
+
+
+_VOTE_1 = gl.constexpr(_vote(2 * 128))
+_VOTE_3 = gl.constexpr(_vote(4 * 128))
+
+
 # Shared memory: a tile of queries per consumer, then a ring whose slots hold a tile of keys and one of values. The
 # barriers share one allocation, since every captured value costs registers. Each slot has a barrier "full", completed
 # by the copy engine, and one "empty", at which every consumer arrives.
@@ -135,19 +173,7 @@ _K = gl.constexpr(0)
 _V = gl.constexpr(1)
 
 
-@gluon.constexpr_function
-def _queries_full(stages):
-    return 2 * stages
-
-
-@gluon.constexpr_function
-def _all_done(stages):
-    return 2 * stages + 1
-
-
-@gluon.constexpr_function
-def _values_clean(stages):
-    return 2 * stages + 2
+# A ring of tiles of queries likewise, behind those.
 
 
 @gluon.jit
@@ -166,6 +192,16 @@ def _release(barriers, turn, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _queries_full(barriers, fed, STAGES: gl.constexpr, Q_STAGES: gl.constexpr):
+    return barriers.index(2 * STAGES + fed % Q_STAGES)
+
+
+@gluon.jit
+def _queries_empty(barriers, fed, STAGES: gl.constexpr, Q_STAGES: gl.constexpr):
+    return barriers.index(2 * STAGES + Q_STAGES + fed % Q_STAGES)
+
+
+@gluon.jit
 def _load_keys(k, v, ring, barriers, turn, batch, head, k_start, kv_len, STAGES: gl.constexpr):
     """Load the window of the last keys, then all full blocks of keys from the start; the next turn."""
     row = k_start + kv_len - _KEYS
@@ -181,28 +217,49 @@ def _load_keys(k, v, ring, barriers, turn, batch, head, k_start, kv_len, STAGES:
 
 
 @gluon.jit
-def _load_queries(q, queries, barriers, batch, head, row, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):
-    full = barriers.index(_queries_full(STAGES))
-    mbarrier.expect(full, CONSUMERS * q.block_type.nbytes)
+def _load_queries(
+    q, queries, barriers, fed, batch, head, row, active, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr,
+):  # fmt: skip
+    slot = fed % Q_STAGES
+    mbarrier.wait(_queries_empty(barriers, fed, STAGES, Q_STAGES), (fed // Q_STAGES + 1) & 1, pred=fed >= Q_STAGES)
+    full = _queries_full(barriers, fed, STAGES, Q_STAGES)
     for consumer in gl.static_range(CONSUMERS):
-        _async_load(q, [batch, head, row + consumer * _ROWS, 0], full, queries.index(consumer))
+        place = queries.index(slot * CONSUMERS + consumer)
+        mbarrier.arrive(full, pred=consumer >= active)
+        mbarrier.expect(full, q.block_type.nbytes, pred=consumer < active)
+        _async_load(q, [batch, head, row + consumer * _ROWS, 0], full, place, pred=consumer < active)
+
+
+@gluon.jit
+def _feed(
+    q, k, v, queries, ring, barriers, parameters, before, turn, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr,
+):  # fmt: skip
+    """Load what the program's tiles read, as fast as the consumers free the slots; the ring's next turn."""
+    for i in range(_turns(parameters)):
+        first_m, head, sample = _place(parameters, i)
+        k_start, kv_len, q_start, _ = _key_span(parameters, first_m, sample)
+        batch = gl.where((_integer(parameters, _FLAGS) & _PACKED) != 0, 0, sample)
+        active = gl.where(kv_len > 0, _integer(parameters, _ACTIVE), 0)
+        row = q_start + first_m
+        _load_queries(q, queries, barriers, before + i, batch, head, row, active, CONSUMERS, STAGES, Q_STAGES)
+        kv_head = head // _integer(parameters, _HEADS_PER_KV)
+        turn = _load_keys(k, v, ring, barriers, turn, batch, kv_head, k_start, kv_len, STAGES)
+    return turn
 
 
 @gluon.jit
 def _producer(
-    q, k, v, queries, ring, barriers, parameters, probes, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    ONLINE: gl.constexpr,
+    q, k, v, queries, ring, barriers, parameters, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr, ONLINE: gl.constexpr,
 ):  # fmt: skip
-    first_m, head, sample = _place(CONSUMERS)
-    k_start, kv_len, q_start, _ = _key_span(parameters, first_m, sample)
-    if kv_len > 0:
-        batch = gl.where((_integer(parameters, _FLAGS) & _PACKED) != 0, 0, sample)
-        kv_head = head // _integer(parameters, _HEADS_PER_KV)
-        _load_queries(q, queries, barriers, batch, head, q_start + first_m, CONSUMERS, STAGES)
-        turn = _load_keys(k, v, ring, barriers, gl.to_tensor(0), batch, kv_head, k_start, kv_len, STAGES)
-        if not ONLINE and kv_len > _KEYS:  # noqa: SIM102, `and` would evaluate both sides
-            if _any_overflow(probes, barriers, CONSUMERS, STAGES):
-                _load_keys(k, v, ring, barriers, turn, batch, kv_head, k_start, kv_len, STAGES)
+    first = gl.to_tensor(0)
+    turn = _feed(q, k, v, queries, ring, barriers, parameters, first, first, CONSUMERS, STAGES, Q_STAGES)
+    if not ONLINE:  # noqa: SIM102, `and` would evaluate both sides
+        if _any_overflow(False, CONSUMERS):
+            before = _turns(parameters)
+            _feed(q, k, v, queries, ring, barriers, parameters, before, turn, CONSUMERS, STAGES, Q_STAGES)
 
 
 @gluon.jit
@@ -280,6 +337,24 @@ def _attend_blocks(
 
 
 @gluon.jit
+def _meet(consumers):
+    """Wait for so many consumers, at a barrier of the hardware: an mbarrier would need its phase kept."""
+    threads = gl.full([1], 128, gl.int32, _one(gl.num_warps())) * consumers
+    gl.inline_asm_elementwise(
+        "barrier.sync 8, $1; mov.b32 $0, 0;", "=r,r", [threads], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _any_overflow(own, CONSUMERS: gl.constexpr):
+    """Whether `own` is true in any partition of the program; waits for all of them."""
+    asm: gl.constexpr = _VOTE_3 if CONSUMERS == 3 else _VOTE_1
+    mine = gl.where(own, gl.full([1], 1, gl.int32, _one(gl.num_warps())), 0)
+    votes = gl.inline_asm_elementwise(asm, "=r,r", [mine], dtype=gl.int32, is_pure=False, pack=1)
+    return gl.max(votes, 0) != 0
+
+
+@gluon.jit
 def _keep_last_rows(values, count, D: gl.constexpr):
     """Write zeros over all but the last `count` rows of a tile of values."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
@@ -290,14 +365,13 @@ def _keep_last_rows(values, count, D: gl.constexpr):
 
 @gluon.jit
 def _attend(
-    queries, ring, barriers, consumer: gl.constexpr, turn, kv_len, packed, scale_log2, D: gl.constexpr,
-    STAGES: gl.constexpr, ONLINE: gl.constexpr,
+    q, ring, barriers, turn, kv_len, packed, cleaners, scale_log2, D: gl.constexpr, STAGES: gl.constexpr,
+    ONLINE: gl.constexpr,
 ):  # fmt: skip
     """A consumer's 64 rows over all keys: (accumulator, m_i, l_i per row, the next turn)."""
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, _KEYS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
-    q = queries.index(consumer).reshape([_ROWS, D])
     weights, m_i, l_i = _attend_window(q, ring, barriers, turn, kv_len, scale_log2, S, P, D, STAGES)
     acc = gl.zeros([_ROWS, D], gl.float32, OUT)
     blocks = (kv_len - 1) // _KEYS
@@ -307,31 +381,30 @@ def _attend(
     v = _tile(ring, _V, turn, STAGES).reshape([_KEYS, D])
     if (packed != 0) & (kv_len < _KEYS):
         # Before a packed sample's first row lies another sample, and 0 * NaN is not 0. (Before one that is not packed
-        # the copy engine reads zeros.) This is the only tile of the program: one consumer cleans it for all.
-        if consumer == 0:
-            _keep_last_rows(v, kv_len, D)
-            mbarrier.arrive(barriers.index(_values_clean(STAGES)))
-        mbarrier.wait(barriers.index(_values_clean(STAGES)), 0)
+        # the copy engine reads zeros.) Every consumer writes the same zeros, and none goes on before all have.
+        _keep_last_rows(v, kv_len, D)
+        _meet(cleaners)
     acc = warpgroup_mma(weights, v, acc)
     _release(barriers, turn, STAGES)
     return acc, m_i, gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, S)), turn + 1
 
 
 @gluon.jit
-def _output_span(parameters, consumer: gl.constexpr, CONSUMERS: gl.constexpr):
+def _output_span(parameters, i, consumer: gl.constexpr):
     """(row of the tensor, rows with queries, rows to store, head, batch) of a consumer's 64 rows."""
-    first_m, head, sample = _place(CONSUMERS)
+    first_m, head, sample = _place(parameters, i)
     _, _, q_start, q_len = _key_span(parameters, first_m, sample)
     is_packed = (_integer(parameters, _FLAGS) & _PACKED) != 0
     first = first_m + consumer * _ROWS
     stored = gl.where(is_packed, q_len, _integer(parameters, _ROWS_Q))
-    return q_start + first, q_len - first, stored - first, head, gl.where(is_packed, 0, sample)
+    stored = gl.where(consumer < _integer(parameters, _ACTIVE), stored - first, 0)
+    return q_start + first, q_len - first, stored, head, gl.where(is_packed, 0, sample)
 
 
 @gluon.jit
 def _pointers(parameters, row, head, batch, dtype: gl.constexpr, D: gl.constexpr):
     """Where out and lse of a row begin, and the pitch of out's rows."""
-    heads = gl.num_programs(1)
+    heads = _integer(parameters, _HEADS)
     rows_q = _integer(parameters, _ROWS_Q)
     pitch = heads.to(gl.int64) * D
     out = _pointer(parameters, _OUT, dtype) + (batch.to(gl.int64) * rows_q + row) * pitch + head * D
@@ -340,11 +413,9 @@ def _pointers(parameters, row, head, batch, dtype: gl.constexpr, D: gl.constexpr
 
 
 @gluon.jit
-def _write_rows(
-    parameters, stage, consumer: gl.constexpr, acc, m_i, l_i, CONSUMERS: gl.constexpr, D: gl.constexpr
-):  # fmt: skip
+def _write_rows(parameters, i, stage, consumer: gl.constexpr, acc, m_i, l_i, D: gl.constexpr):
     """Write out and lse of a consumer's rows; those past the queries become zeros with an lse of -inf."""
-    row, alive_rows, stored_rows, head, batch = _output_span(parameters, consumer, CONSUMERS)
+    row, alive_rows, stored_rows, head, batch = _output_span(parameters, i, consumer)
     out, lse, pitch = _pointers(parameters, row, head, batch, stage.dtype, D)
     own = gl.arange(0, _ROWS, layout=m_i.type.layout)
     alive = own < alive_rows
@@ -352,7 +423,8 @@ def _write_rows(
     gl.store(lse + own, gl.where(alive, (m_i + gl.log2(l_i)) * _LN_2, float("-inf")), mask=own < stored_rows)
     by_row: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     acc = acc * gl.expand_dims(gl.convert_layout(1.0 / l_i, by_row), 1)
-    acc = gl.where(gl.expand_dims(gl.arange(0, _ROWS, layout=by_row) < alive_rows, 1), acc, 0.0)
+    if alive_rows < _ROWS:
+        acc = gl.where(gl.expand_dims(gl.arange(0, _ROWS, layout=by_row) < alive_rows, 1), acc, 0.0)
     # Through shared memory, for 16-byte stores.
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     stage.store(acc.to(stage.dtype))
@@ -369,11 +441,9 @@ def _store_rows(out, pitch, values, count, D: gl.constexpr):
 
 
 @gluon.jit
-def _write_empty_rows(
-    parameters, consumer: gl.constexpr, dtype: gl.constexpr, CONSUMERS: gl.constexpr, D: gl.constexpr
-):  # fmt: skip
+def _write_empty_rows(parameters, i, consumer: gl.constexpr, dtype: gl.constexpr, D: gl.constexpr):
     """Rows without keys: zeros, and an lse of -inf."""
-    row, _, stored_rows, head, batch = _output_span(parameters, consumer, CONSUMERS)
+    row, _, stored_rows, head, batch = _output_span(parameters, i, consumer)
     out, lse, pitch = _pointers(parameters, row, head, batch, dtype, D)
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     _store_rows(out, pitch, gl.zeros([_ROWS, D], dtype, layout), stored_rows, D)
@@ -382,21 +452,13 @@ def _write_empty_rows(
 
 
 @gluon.jit
-def _probe(acc, l_i, alive_rows):
-    """Per row 0 if no sum overflowed, else NaN: 0 * x is 0 for finite x only. Rows past the queries do not count."""
+def _note_overflow(notes, acc, l_i, alive_rows):
+    """Set a warp's note if a sum of its rows is not finite: 0 * x is 0 for finite x only. Rows past the queries do not
+    count."""
     probe = gl.convert_layout(gl.sum(acc * 0.0, 1), l_i.type.layout) + l_i * 0.0
-    return gl.where(gl.arange(0, _ROWS, layout=l_i.type.layout) < alive_rows, probe, 0.0)
-
-
-@gluon.jit
-def _any_overflow(probes, barriers, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):
-    """Wait until every consumer has left its probes, and look at them all."""
-    mbarrier.wait(barriers.index(_all_done(STAGES)), 0)
-    in_each_warp: gl.constexpr = gl.BlockedLayout([_ROWS // 32], [32], [gl.num_warps()], [0])
-    total = probes.index(0).load(in_each_warp)
-    for consumer in gl.static_range(1, CONSUMERS):
-        total += probes.index(consumer).load(in_each_warp)
-    return gl.sum(total, 0) != 0.0
+    alive = gl.arange(0, _ROWS, layout=l_i.type.layout) < alive_rows
+    by_warp = gl.max(gl.where(alive & (probe != 0.0), 1, 0).reshape([4, _ROWS // 4]), 1)
+    notes.store(notes.load(by_warp.type.layout) | by_warp)
 
 
 @gluon.jit
@@ -410,110 +472,176 @@ def _stand_aside(barriers, turn, kv_len, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _consumer(
-    queries, ring, barriers, parameters, probes, scale_log2, consumer: gl.constexpr, CONSUMERS: gl.constexpr,
-    D: gl.constexpr, STAGES: gl.constexpr, ONLINE: gl.constexpr,
+def _consume(
+    queries, ring, barriers, parameters, notes, before, turn, scale_log2, consumer: gl.constexpr,
+    CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, ONLINE: gl.constexpr,
 ):  # fmt: skip
-    first_m, _, sample = _place(CONSUMERS)
-    _, kv_len, _, q_len = _key_span(parameters, first_m, sample)
-    alive_rows = q_len - first_m - consumer * _ROWS
-    if (kv_len > 0) & (alive_rows > 0):
-        packed = _integer(parameters, _FLAGS) & _PACKED
-        mbarrier.wait(barriers.index(_queries_full(STAGES)), 0)
-        acc, m_i, l_i, turn = _attend(
-            queries, ring, barriers, consumer, gl.to_tensor(0), kv_len, packed, scale_log2, D, STAGES, ONLINE
-        )
-        if not ONLINE and kv_len > _KEYS:  # one window alone cannot overflow
-            probes.index(consumer).store(_probe(acc, l_i, alive_rows))
-            mbarrier.arrive(barriers.index(_all_done(STAGES)))
-            if _any_overflow(probes, barriers, CONSUMERS, STAGES):
-                acc, m_i, l_i, turn = _attend(
-                    queries, ring, barriers, consumer, turn, kv_len, packed, scale_log2, D, STAGES, True
-                )
-        _write_rows(parameters, queries.index(consumer).reshape([_ROWS, D]), consumer, acc, m_i, l_i, CONSUMERS, D)
-    else:
-        if kv_len > 0:
-            turn = _stand_aside(barriers, gl.to_tensor(0), kv_len, STAGES)
-            if not ONLINE and kv_len > _KEYS:
-                rows: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-                probes.index(consumer).store(gl.zeros([_ROWS], gl.float32, rows))
-                mbarrier.arrive(barriers.index(_all_done(STAGES)))
-                if _any_overflow(probes, barriers, CONSUMERS, STAGES):
-                    _stand_aside(barriers, turn, kv_len, STAGES)
-        _write_empty_rows(parameters, consumer, queries.dtype, CONSUMERS, D)
+    """A consumer's rows of the program's tiles; the ring's next turn."""
+    for i in range(_turns(parameters)):
+        first_m, _, sample = _place(parameters, i)
+        _, kv_len, _, q_len = _key_span(parameters, first_m, sample)
+        rows = gl.minimum(q_len - first_m, _integer(parameters, _ACTIVE) * _ROWS)
+        if (kv_len > 0) & (rows > consumer * _ROWS):
+            packed = _integer(parameters, _FLAGS) & _PACKED
+            fed = before + i
+            mine = queries.index(fed % Q_STAGES * CONSUMERS + consumer).reshape([_ROWS, D])
+            mbarrier.wait(_queries_full(barriers, fed, STAGES, Q_STAGES), (fed // Q_STAGES) & 1)
+            acc, m_i, l_i, turn = _attend(
+                mine, ring, barriers, turn, kv_len, packed, (rows + _ROWS - 1) // _ROWS, scale_log2, D, STAGES, ONLINE
+            )
+            if not ONLINE:
+                _note_overflow(notes.index(consumer), acc, l_i, rows - consumer * _ROWS)
+            _write_rows(parameters, i, mine, consumer, acc, m_i, l_i, D)
+            fence_async_shared()
+        else:
+            turn = _stand_aside(barriers, turn, kv_len, STAGES)
+            _write_empty_rows(parameters, i, consumer, queries.dtype, D)
+        mbarrier.arrive(_queries_empty(barriers, before + i, STAGES, Q_STAGES))
+    return turn
 
 
-_RUNTIME_INTEGERS = ("heads_per_kv", "rows_q", "rows_k", "flags")
+@gluon.jit
+def _consumer(
+    queries, ring, barriers, parameters, notes, scale_log2, consumer: gl.constexpr, CONSUMERS: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, ONLINE: gl.constexpr,
+):  # fmt: skip
+    first = gl.to_tensor(0)
+    turn = _consume(
+        queries, ring, barriers, parameters, notes, first, first, scale_log2, consumer, CONSUMERS, D, STAGES, Q_STAGES,
+        ONLINE,
+    )  # fmt: skip
+    if not ONLINE:
+        in_each_thread: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+        if _any_overflow(gl.max(notes.index(consumer).load(in_each_thread), 0) != 0, CONSUMERS):
+            before = _turns(parameters)
+            _consume(
+                queries, ring, barriers, parameters, notes, before, turn, scale_log2, consumer, CONSUMERS, D, STAGES,
+                Q_STAGES, True,
+            )  # fmt: skip
+
+
+_RUNTIME_INTEGERS = ("heads_per_kv", "rows_q", "rows_k", "flags", "heads", "blocks", "tiles", "active")
 
 
 @gluon.jit(do_not_specialize=_RUNTIME_INTEGERS, do_not_specialize_on_alignment=("q_lens", "kv_lens"))
 def _hopper_attention(
-    q, k, v, out, lse, q_lens, kv_lens, scale_log2, heads_per_kv, rows_q, rows_k, flags,
-    CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, ONLINE: gl.constexpr,
+    q, k, v, out, lse, q_lens, kv_lens, scale_log2, heads_per_kv, rows_q, rows_k, flags, heads, blocks, tiles, active,
+    CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, ONLINE: gl.constexpr,
 ):  # fmt: skip
-    """q, k, v: descriptors of (B, H, S, D) in blocks of (1, 1, 64, D); lens pointers are read where `flags` says so."""
-    queries = gl.allocate_shared_memory(q.dtype, [CONSUMERS, 1, 1, _ROWS, D], q.layout)
+    """q, k, v: descriptors of (B, H, S, D) in blocks of (1, 1, 64, D); lens pointers are read where `flags` says so.
+
+    `tiles` = samples x heads x blocks of `active` x 64 queries; only so many consumers compute.
+    """
+    queries = gl.allocate_shared_memory(q.dtype, [Q_STAGES * CONSUMERS, 1, 1, _ROWS, D], q.layout)
     ring = gl.allocate_shared_memory(k.dtype, [2 * STAGES, 1, 1, _KEYS, D], k.layout)
-    barriers = gl.allocate_shared_memory(gl.int64, [2 * STAGES + 3, 1], mbarrier.MBarrierLayout())
+    barriers = gl.allocate_shared_memory(gl.int64, [2 * (STAGES + Q_STAGES), 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(barriers.index(i), count=1)
         mbarrier.init(barriers.index(STAGES + i), count=CONSUMERS)
-    mbarrier.init(barriers.index(_queries_full(STAGES)), count=1)
-    mbarrier.init(barriers.index(_all_done(STAGES)), count=CONSUMERS)
-    mbarrier.init(barriers.index(_values_clean(STAGES)), count=1)
-    probes = gl.allocate_shared_memory(gl.float32, [CONSUMERS, _ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    for i in gl.static_range(Q_STAGES):
+        mbarrier.init(barriers.index(2 * STAGES + i), count=CONSUMERS)
+        mbarrier.init(barriers.index(2 * STAGES + Q_STAGES + i), count=CONSUMERS)
+    notes = gl.allocate_shared_memory(gl.int32, [CONSUMERS, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    for i in gl.static_range(CONSUMERS):
+        notes.index(i).store(gl.zeros([4], gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0])))
     parameters = gl.allocate_shared_memory(gl.int64, [_PARAMETERS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    _park(parameters, out, lse, q_lens, kv_lens, heads_per_kv, rows_q, rows_k, flags)
+    _park(parameters, out, lse, q_lens, kv_lens, heads_per_kv, rows_q, rows_k, flags, heads, blocks, tiles, active)
     _thread_barrier()
     if CONSUMERS == 3:
         gl.warp_specialize(
             [
-                (_producer, (q, k, v, queries, ring, barriers, parameters, probes, CONSUMERS, STAGES, ONLINE)),
-                (_consumer, (queries, ring, barriers, parameters, probes, scale_log2, 0, CONSUMERS, D, STAGES, ONLINE)),
-                (_consumer, (queries, ring, barriers, parameters, probes, scale_log2, 1, CONSUMERS, D, STAGES, ONLINE)),
-                (_consumer, (queries, ring, barriers, parameters, probes, scale_log2, 2, CONSUMERS, D, STAGES, ONLINE)),
+                (_producer, (q, k, v, queries, ring, barriers, parameters, CONSUMERS, STAGES, Q_STAGES, ONLINE)),
+                (_consumer, (
+                    queries, ring, barriers, parameters, notes, scale_log2, 0, CONSUMERS, D, STAGES, Q_STAGES, ONLINE
+                )),
+                (_consumer, (
+                    queries, ring, barriers, parameters, notes, scale_log2, 1, CONSUMERS, D, STAGES, Q_STAGES, ONLINE
+                )),
+                (_consumer, (
+                    queries, ring, barriers, parameters, notes, scale_log2, 2, CONSUMERS, D, STAGES, Q_STAGES, ONLINE
+                )),
             ],
             [4, 4, 4],
             [160, 160, 160],
-        )
+        )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (_producer, (q, k, v, queries, ring, barriers, parameters, probes, CONSUMERS, STAGES, ONLINE)),
-                (_consumer, (queries, ring, barriers, parameters, probes, scale_log2, 0, CONSUMERS, D, STAGES, ONLINE)),
+                (_producer, (q, k, v, queries, ring, barriers, parameters, CONSUMERS, STAGES, Q_STAGES, ONLINE)),
+                (_consumer, (
+                    queries, ring, barriers, parameters, notes, scale_log2, 0, CONSUMERS, D, STAGES, Q_STAGES, ONLINE
+                )),
             ],
             [4],
             [160],
-        )
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """One compiled variant: consumers, slots of the ring, and registers per thread at launch (None: what fits once)."""
+    """One compiled variant.
+
+    Attributes:
+        consumers: warpgroups of 64 query rows each.
+        stages: slots of the ring of keys and values.
+        query_stages: slots of the ring of queries. With two, the next tile's loads are under way while this one ends.
+        residents: programs that share a multiprocessor.
+        max_registers: registers per thread at launch; None: what fits one program.
+    """
 
     consumers: int
     stages: int
+    query_stages: int
+    residents: int
     max_registers: int | None
 
 
-# By head dim. Three consumers fill a multiprocessor, with 144 or 128 KiB for the ring. Of one consumer's programs two
-# share a multiprocessor: fewer rows at a time, but the start and the end of one run beside the other.
-_CONFIGS = {64: HopperConfig(3, 8, None), 128: HopperConfig(3, 4, None)}
-_CONFIGS_SMALL = {64: HopperConfig(1, 4, 96), 128: HopperConfig(1, 2, 96)}
+# By head dim. Three consumers fill a multiprocessor. Of one consumer's programs two share one: fewer rows at a time,
+# but the start and the end of one run beside the other.
+_CONFIGS = {64: HopperConfig(3, 8, 2, 1, None), 128: HopperConfig(3, 4, 2, 1, None)}
+_CONFIGS_SMALL = {64: HopperConfig(1, 4, 1, 2, 96), 128: HopperConfig(1, 3, 1, 2, 96)}
 
 
-def _choose(head_dim: int, max_q: int, keys: int, heads: int, samples: int, processors: int) -> HopperConfig:
-    """The configuration with the fewer microseconds: programs at a time, and for each a start and a block's time.
+class _Choice(NamedTuple):
+    """How a problem is cut: the variant, the consumers that compute (rows of a tile / 64), and whether a program takes
+    tile after tile or each tile is a program's."""
 
-    The four constants were read off times of an H100 at D = 128 and 24 heads that are not kept (docs/kernels/hopper.md
-    quotes them), and give the faster one at those shapes; `python -m benchmarks.gpu_tune --only hopper` repeats it.
+    config: HopperConfig
+    active: int
+    stays: bool
+
+    def tiles(self, max_q: int, heads: int, samples: int) -> int:
+        return -(-max_q // (self.active * _ROWS.value)) * heads * samples
+
+
+# From so many blocks of keys on, what a tile's start and end cost is less than what the hardware gains by giving a free
+# multiprocessor the next tile: 221.7 against 225.8 ms at 119,056 tokens, but 4.105 against 4.081 ms at 16,384.
+_BLOCKS_OF_A_PROGRAM = 512
+
+
+def _choose(head_dim: int, max_q: int, keys: int, heads: int, samples: int, processors: int) -> _Choice:
+    """The choice that should take the fewest microseconds: a start, then rounds of a tile's cost and its blocks'.
+
+    The constants give the fastest choice at each of the 16 shapes of `python -m benchmarks.gpu_tune --only hopper`
+    (H100, D = 128, 24 heads), whose times they follow within about 15 %.
     """
     large, small = _CONFIGS[head_dim], _CONFIGS_SMALL[head_dim]
     blocks = -(-keys // _KEYS.value)
-    programs = [-(-max_q // (config.consumers * _ROWS.value)) * heads * samples for config in (large, small)]
-    of_large = -(-programs[0] // processors) * (4.0 + 1.1 * blocks)
-    of_small = -(-programs[1] // (2 * processors)) * (3.0 + 1.0 * blocks)
-    return small if of_small < of_large else large
+    rows_192 = _Choice(large, 3, blocks <= _BLOCKS_OF_A_PROGRAM)
+    rows_128 = _Choice(large, 2, True)
+    rows_64 = _Choice(small, 1, False)
+
+    def rounds(choice: _Choice) -> int:
+        return -(-choice.tiles(max_q, heads, samples) // processors)
+
+    # Two of the small programs share a multiprocessor; one alone is faster than one of two.
+    shared, alone = divmod(rounds(rows_64), 2)
+    microseconds = {
+        rows_192: 5.0 + rounds(rows_192) * (5.0 + 0.85 * blocks),
+        rows_128: 4.0 + rounds(rows_128) * (3.8 + 0.65 * blocks),
+        rows_64: 1.0 + (shared + 0.6 * alone) * (4.5 + 0.7 * blocks),
+    }
+    return min(microseconds, key=microseconds.__getitem__)
 
 
 class _Plan(NamedTuple):
@@ -532,13 +660,29 @@ def _make_descriptor(rows: int, head_dim: int, dtype: torch.dtype) -> MakeDescri
 
 
 @functools.cache
-def _launcher(device: torch.device, dtype: torch.dtype, head_dim: int, config: HopperConfig) -> Launcher:
+def _launchers(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[HopperConfig, Launcher]:
     of_queries, of_keys = (_make_descriptor(rows, head_dim, dtype) for rows in (_ROWS.value, _KEYS.value))
-    return Launcher(
-        _hopper_attention, device, {"q": of_queries, "k": of_keys, "v": of_keys},
-        CONSUMERS=config.consumers, D=head_dim, STAGES=config.stages, ONLINE=dtype == torch.float16, num_warps=4,
-        maxnreg=config.max_registers,
-    )  # fmt: skip
+    return {
+        config: Launcher(
+            _hopper_attention, device, {"q": of_queries, "k": of_keys, "v": of_keys},
+            CONSUMERS=config.consumers, D=head_dim, STAGES=config.stages, Q_STAGES=config.query_stages,
+            ONLINE=dtype == torch.float16, num_warps=4, maxnreg=config.max_registers,
+        )
+        for config in (_CONFIGS[head_dim], _CONFIGS_SMALL[head_dim])
+    }  # fmt: skip
+
+
+# What `_compile_all` has been done for.
+_compiled: set[tuple[torch.device, torch.dtype, int]] = set()
+
+
+def _compile_all(q: torch.Tensor, arguments: tuple[object, ...]) -> None:
+    """Compile every variant for a device, type and head dim at the first call: no later length waits for one."""
+    key = (q.device, q.dtype, q.shape[-1])
+    if key not in _compiled:
+        for launcher in _launchers(*key).values():
+            launcher.compile(*arguments)
+        _compiled.add(key)
 
 
 def takes(dtype: torch.dtype, head_dim: int) -> bool:
@@ -582,12 +726,14 @@ def _plan(
     descriptors = (_descriptor(q_shape, q_stride), _descriptor(k_shape, k_stride), _descriptor(k_shape, v_stride))
     max_q = rows_q if packed_max_q is None else min(packed_max_q, rows_q)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    config = _choose(head_dim, max_q, rows_k, heads, samples, processors)
-    blocks = triton.cdiv(max_q, config.consumers * _ROWS.value)
-    if None in descriptors or max(heads, samples) > _MAX_GRID_YZ:
+    choice = _choose(head_dim, max_q, rows_k, heads, samples, processors)
+    tiles = choice.tiles(max_q, heads, samples)
+    if None in descriptors or tiles >= 2**31:
         return None
-    integers = (heads // kv_heads, rows_q, rows_k, flags)
-    return _Plan(_launcher(device, dtype, head_dim, config), (blocks, heads, samples), descriptors, integers)  # pyright: ignore[reportArgumentType]
+    programs = min(tiles, processors * choice.config.residents) if choice.stays else tiles
+    blocks = -(-max_q // (choice.active * _ROWS.value))
+    integers = (heads // kv_heads, rows_q, rows_k, flags, heads, blocks, tiles, choice.active)
+    return _Plan(_launchers(device, dtype, head_dim)[choice.config], (programs, 1, 1), descriptors, integers)  # pyright: ignore[reportArgumentType]
 
 
 def hopper_attention_forward(
@@ -623,10 +769,12 @@ def hopper_attention_forward(
         return True
     # A pointer that is not followed stands in for lengths that are not given: None would be another compiled variant.
     unused = out.view(torch.int32) if q_lens is None or kv_lens is None else None
-    launcher(
-        grid, (q, *q_map), (k, *k_map), (v, *v_map), out, lse, unused if q_lens is None else q_lens,
+    arguments = (
+        (q, *q_map), (k, *k_map), (v, *v_map), out, lse, unused if q_lens is None else q_lens,
         unused if kv_lens is None else kv_lens, scale * _LOG2_E, *integers,
     )  # fmt: skip
+    _compile_all(q, arguments)
+    launcher(grid, *arguments)
     if keep_plan:
         launcher.keep_attention_plan(
             q=q, k=k, v=v, q_lens=q_lens, kv_lens=kv_lens, packed_max_q=packed_max_q, grid=grid,

@@ -15,7 +15,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -107,16 +107,25 @@ class Launcher:
         if _extension is not None and self._direct is not None:
             _extension.module.keep_attention_plan(launch=self._direct, **plan)
 
-    def _launch_through_triton(self, grid: Grid, arguments: tuple[Any, ...]) -> None:
-        prepared = [
+    def compile(self, *arguments: object) -> None:
+        """Compile the variant that such arguments take, or load it from the disk, and launch nothing."""
+        with self._on_device(), _announced(self._kernel.__name__):
+            self._kernel.warmup(*self._prepared(arguments), grid=(1, 1, 1), enable_fp_fusion=True, **self._constants)
+
+    def _prepared(self, arguments: tuple[Any, ...]) -> list[Any]:
+        return [
             self._descriptors[i](x[0], list(x[1]), list(x[2])) if i in self._descriptors else x
             for i, x in enumerate(arguments)
         ]
-        on_device = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+
+    def _launch_through_triton(self, grid: Grid, arguments: tuple[Any, ...]) -> None:
         first = nullcontext() if self._launches else _announced(self._kernel.__name__)
-        with on_device, first:
+        with self._on_device(), first:
             # A product and a sum in one instruction: the default up to Triton 3.9, and off from 3.10 on.
-            compiled = self._kernel[grid](*prepared, enable_fp_fusion=True, **self._constants)
+            compiled = self._kernel[grid](*self._prepared(arguments), enable_fp_fusion=True, **self._constants)
             if compiled not in self._launches:
                 self._launches[compiled] = _direct_launch(compiled, self._device)
         launch = self._launches[compiled]
