@@ -8,8 +8,8 @@ time has failed; the exit code is then 1. Needs an NVIDIA GPU and compute-saniti
 
 One kind of race is not counted: where Triton starts and ends the partitions of a warp-specialised kernel, it tells
 the waiting warps what to do through shared memory and a barrier, and racecheck takes that for a race. It does so for
-any such kernel: the run "racecheck control" has one that uses no shared memory of its own. A race is of this kind if
-all of its accesses stand at the kernel's `def` or its `gl.warp_specialize`.
+any such kernel: the run "racecheck control" has one whose shared memory and barriers are all Triton's. A race is of
+this kind if all of its accesses stand at the kernel's `def`, or its `gl.warp_specialize` and the `if` before it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch
 
 from para_kernels.triton_kernels import hopper_attention
 
-from . import empty_partitions
+from . import summing_partitions
 from .record import REPOSITORY, Check, write_records
 
 TIMEOUT_SECONDS = 130
@@ -47,7 +47,7 @@ DONE = (
 )
 RACE = re.compile(r"Race reported between (.*access at .*(?:\n=+ +and .*access at .*)+)")
 PLACE = re.compile(r" in ([\w./]+\.py):(\d+)")
-DISPATCHING = (Path(hopper_attention.__file__), Path(empty_partitions.__file__))
+DISPATCHING = (Path(hopper_attention.__file__), Path(summing_partitions.__file__))
 FAILED = re.compile(r"\b[1-9]\d* (?:failed|errors?)\b")
 
 
@@ -88,7 +88,7 @@ PROGRAMS = {
 }
 RUNS = [
     *(Run(tool, name, arguments) for tool in SUMMARY for name, arguments in PROGRAMS.items()),
-    Run("racecheck", "control", ("benchmarks.empty_partitions",)),
+    Run("racecheck", "control", ("benchmarks.summing_partitions",)),
 ]
 
 
@@ -179,7 +179,7 @@ def _dispatch_places() -> frozenset[tuple[str, int]]:
         lines = path.read_text().splitlines()
         calls = [number for number, line in enumerate(lines, 1) if "gl.warp_specialize(" in line]
         entry = max(number for number, line in enumerate(lines, 1) if line.startswith("def ") and number < calls[0])
-        found |= {(path.name, number) for number in (entry, *calls)}
+        found |= {(path.name, number) for call in calls for number in (entry, call - 1, call)}
     return frozenset(found)
 
 

@@ -41,9 +41,9 @@ MODULES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("gates and residuals", re.compile(r"Block")),
 )
 OTHER = "other"
-# CUDA's own functions are events too. torch finds an event's kernels by a number, and numbers those of CUDA apart from
-# those of operators: what it lists under them are kernels of other operators, a second time.
-RUNTIME_CALL = re.compile(r"cu(da)?[A-Z]")
+# torch finds an event's kernels by a number, and counts ranges and CUDA's own functions apart from operators: what it
+# lists under them are kernels of other operators, a second time.
+NO_OPERATOR = re.compile(rf"{MARK}|cu(da)?[A-Z]")
 TOP_KERNELS = 25
 
 
@@ -123,7 +123,7 @@ def _cuda_profile(events: Sequence[FunctionEvent]) -> Profile:
     launches = [
         Launch(kernel.name, event.name, _module(event), kernel.duration)
         for event in events
-        if event.device_type == DeviceType.CPU and not RUNTIME_CALL.match(event.name)
+        if event.device_type == DeviceType.CPU and not NO_OPERATOR.match(event.name)
         for kernel in event.kernels
         if not kernel.name.startswith(MARK)
     ]

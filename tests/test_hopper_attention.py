@@ -51,6 +51,7 @@ def test_the_size_chooses_the_rows_of_a_tile(max_q: int, keys: int, samples: int
 def test_long_sequences_leave_the_order_of_tiles_to_the_hardware() -> None:
     assert hopper_attention._choose(128, 16384, 16384, 24, 1, 132).stays
     assert not hopper_attention._choose(128, 119056, 119056, 24, 1, 132).stays
+    assert not hopper_attention._choose(128, 16384, 16384, 24, 4, 132, uneven=True).stays
 
 
 def test_types_and_head_dims() -> None:
@@ -66,6 +67,28 @@ def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 class TestOnHopper:
     pytestmark = on_hopper
+
+    @pytest.mark.parametrize("active", [1, 2, 3])
+    def test_programs_of_many_tiles_of_packed_short_and_empty_samples(
+        self, monkeypatch: pytest.MonkeyPatch, active: int
+    ) -> None:
+        """Some consumers have rows in a tile and some have none, and run ahead: barriers of the tiles must not mix."""
+        choice = hopper_attention._Choice(hopper_attention._CONFIGS[64], active, True)
+        monkeypatch.setattr(hopper_attention, "_choose", lambda *_, **__: choice)
+        hopper_attention._plan.cache_clear()
+        generator = torch.Generator().manual_seed(active)
+        lengths = torch.randint(0, 200, (400,), generator=generator)
+        lengths[torch.rand(400, generator=generator) < 0.3] //= 8
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to("cuda", torch.int32)
+        total = int(lengths.sum())
+        q, k, v = (random(total, 8, 64, dtype=torch.bfloat16) for _ in range(3))
+        longest = int(lengths.max())
+        out = flash_attention_varlen(q, k, v, starts, starts, longest, longest)
+        expected = torch.empty_like(out)
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=False):
+            rows = slice(start, start + length)
+            expected[rows] = flash_attention(q[None, rows].float(), k[None, rows].float(), v[None, rows].float())[0]
+        assert error(out, expected) < TOLERANCES[torch.bfloat16]
 
     @pytest.mark.parametrize("growth", [10.0, 60.0, 100.0, 300.0])
     @pytest.mark.parametrize("dtype", HALF, ids=str)

@@ -162,6 +162,8 @@ def _vote(threads: int) -> str:
     )
 
 
+_MEET_1 = gl.constexpr("barrier.sync 8, 128; mov.b32 $0, $1;")
+_MEET_3 = gl.constexpr("barrier.sync 8, 384; mov.b32 $0, $1;")
 _VOTE_1 = gl.constexpr(_vote(2 * 128))
 _VOTE_3 = gl.constexpr(_vote(4 * 128))
 
@@ -337,12 +339,11 @@ def _attend_blocks(
 
 
 @gluon.jit
-def _meet(consumers):
-    """Wait for so many consumers, at a barrier of the hardware: an mbarrier would need its phase kept."""
-    threads = gl.full([1], 128, gl.int32, _one(gl.num_warps())) * consumers
-    gl.inline_asm_elementwise(
-        "barrier.sync 8, $1; mov.b32 $0, 0;", "=r,r", [threads], dtype=gl.int32, is_pure=False, pack=1
-    )
+def _meet(CONSUMERS: gl.constexpr):
+    """Wait for all consumers, at a barrier of the hardware: an mbarrier would need its phase kept."""
+    asm: gl.constexpr = _MEET_3 if CONSUMERS == 3 else _MEET_1
+    nothing = gl.full([1], 0, gl.int32, _one(gl.num_warps()))
+    gl.inline_asm_elementwise(asm, "=r,r", [nothing], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -365,8 +366,8 @@ def _keep_last_rows(values, count, D: gl.constexpr):
 
 @gluon.jit
 def _attend(
-    q, ring, barriers, turn, kv_len, packed, cleaners, scale_log2, D: gl.constexpr, STAGES: gl.constexpr,
-    ONLINE: gl.constexpr,
+    q, ring, barriers, turn, kv_len, packed, scale_log2, CONSUMERS: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, ONLINE: gl.constexpr,
 ):  # fmt: skip
     """A consumer's 64 rows over all keys: (accumulator, m_i, l_i per row, the next turn)."""
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, _KEYS, 16])
@@ -383,7 +384,7 @@ def _attend(
         # Before a packed sample's first row lies another sample, and 0 * NaN is not 0. (Before one that is not packed
         # the copy engine reads zeros.) Every consumer writes the same zeros, and none goes on before all have.
         _keep_last_rows(v, kv_len, D)
-        _meet(cleaners)
+        _meet(CONSUMERS)
     acc = warpgroup_mma(weights, v, acc)
     _release(barriers, turn, STAGES)
     return acc, m_i, gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, S)), turn + 1
@@ -487,13 +488,15 @@ def _consume(
             mine = queries.index(fed % Q_STAGES * CONSUMERS + consumer).reshape([_ROWS, D])
             mbarrier.wait(_queries_full(barriers, fed, STAGES, Q_STAGES), (fed // Q_STAGES) & 1)
             acc, m_i, l_i, turn = _attend(
-                mine, ring, barriers, turn, kv_len, packed, (rows + _ROWS - 1) // _ROWS, scale_log2, D, STAGES, ONLINE
+                mine, ring, barriers, turn, kv_len, packed, scale_log2, CONSUMERS, D, STAGES, ONLINE
             )
             if not ONLINE:
                 _note_overflow(notes.index(consumer), acc, l_i, rows - consumer * _ROWS)
             _write_rows(parameters, i, mine, consumer, acc, m_i, l_i, D)
             fence_async_shared()
         else:
+            if (kv_len > 0) & (kv_len < _KEYS) & ((_integer(parameters, _FLAGS) & _PACKED) != 0):
+                _meet(CONSUMERS)  # as `_attend` of the others does: were it not all of them, turns would mix
             turn = _stand_aside(barriers, turn, kv_len, STAGES)
             _write_empty_rows(parameters, i, consumer, queries.dtype, D)
         mbarrier.arrive(_queries_empty(barriers, before + i, STAGES, Q_STAGES))
@@ -619,16 +622,21 @@ class _Choice(NamedTuple):
 _BLOCKS_OF_A_PROGRAM = 512
 
 
-def _choose(head_dim: int, max_q: int, keys: int, heads: int, samples: int, processors: int) -> _Choice:
+def _choose(
+    head_dim: int, max_q: int, keys: int, heads: int, samples: int, processors: int, *, uneven: bool = False
+) -> _Choice:
     """The choice that should take the fewest microseconds: a start, then rounds of a tile's cost and its blocks'.
+
+    Samples of `uneven` lengths make tiles that take more and less time: there, too, the hardware hands them out.
 
     The constants give the fastest choice at each of the 16 shapes of `python -m benchmarks.gpu_tune --only hopper`
     (H100, D = 128, 24 heads), whose times they follow within about 15 %.
     """
     large, small = _CONFIGS[head_dim], _CONFIGS_SMALL[head_dim]
     blocks = -(-keys // _KEYS.value)
-    rows_192 = _Choice(large, 3, blocks <= _BLOCKS_OF_A_PROGRAM)
-    rows_128 = _Choice(large, 2, True)
+    stays = blocks <= _BLOCKS_OF_A_PROGRAM and not uneven
+    rows_192 = _Choice(large, 3, stays)
+    rows_128 = _Choice(large, 2, stays)
     rows_64 = _Choice(small, 1, False)
 
     def rounds(choice: _Choice) -> int:
@@ -726,7 +734,8 @@ def _plan(
     descriptors = (_descriptor(q_shape, q_stride), _descriptor(k_shape, k_stride), _descriptor(k_shape, v_stride))
     max_q = rows_q if packed_max_q is None else min(packed_max_q, rows_q)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    choice = _choose(head_dim, max_q, rows_k, heads, samples, processors)
+    uneven = samples > 1 and flags != 0
+    choice = _choose(head_dim, max_q, rows_k, heads, samples, processors, uneven=uneven)
     tiles = choice.tiles(max_q, heads, samples)
     if None in descriptors or tiles >= 2**31:
         return None
