@@ -74,6 +74,7 @@ _HEADS = gl.constexpr(8)
 _BLOCKS = gl.constexpr(9)
 _TILES = gl.constexpr(10)
 _ACTIVE = gl.constexpr(11)
+_OWN_START = gl.constexpr(12)
 _PARAMETERS = gl.constexpr(16)
 
 
@@ -84,7 +85,9 @@ def _one(num_warps):
 
 
 @gluon.jit
-def _park(parameters, out, lse, q_lens, kv_lens, heads_per_kv, rows_q, rows_k, flags, heads, blocks, tiles, active):
+def _park(
+    parameters, out, lse, q_lens, kv_lens, heads_per_kv, rows_q, rows_k, flags, heads, blocks, tiles, active, own_start
+):  # fmt: skip
     index = gl.arange(0, _PARAMETERS, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     values = gl.where(index == _OUT, out.to(gl.int64), flags.to(gl.int64))
     values = gl.where(index == _LSE, lse.to(gl.int64), values)
@@ -96,7 +99,8 @@ def _park(parameters, out, lse, q_lens, kv_lens, heads_per_kv, rows_q, rows_k, f
     values = gl.where(index == _HEADS, heads.to(gl.int64), values)
     values = gl.where(index == _BLOCKS, blocks.to(gl.int64), values)
     values = gl.where(index == _TILES, tiles.to(gl.int64), values)
-    parameters.store(gl.where(index == _ACTIVE, active.to(gl.int64), values))
+    values = gl.where(index == _ACTIVE, active.to(gl.int64), values)
+    parameters.store(gl.where(index == _OWN_START, own_start.to(gl.int64), values))
 
 
 @gluon.jit
@@ -124,7 +128,11 @@ def _sample_span(parameters, lens: gl.constexpr, given: gl.constexpr, rows, samp
         start = gl.minimum(gl.maximum(gl.load(pointer + sample), 0), rows)
         length = gl.minimum(gl.maximum(gl.load(pointer + sample + 1), start), rows) - start
     elif (flags & given) != 0:
-        length = gl.minimum(gl.maximum(gl.load(_pointer(parameters, lens, gl.int32) + sample), 0), rows)
+        before = 0
+        if given == _HAS_Q_LENS:
+            before = _integer(parameters, _OWN_START)
+        length = gl.load(_pointer(parameters, lens, gl.int32) + sample) - before
+        length = gl.minimum(gl.maximum(length, 0), rows)
     return start, length
 
 
@@ -170,12 +178,10 @@ _VOTE_3 = gl.constexpr(_vote(4 * 128))
 
 # Shared memory: a tile of queries per consumer, then a ring whose slots hold a tile of keys and one of values. The
 # barriers share one allocation, since every captured value costs registers. Each slot has a barrier "full", completed
-# by the copy engine, and one "empty", at which every consumer arrives.
+# by the copy engine, and one "empty", at which every consumer arrives. So have the slots of the ring of queries; their
+# barriers stand behind the others.
 _K = gl.constexpr(0)
 _V = gl.constexpr(1)
-
-
-# A ring of tiles of queries likewise, behind those.
 
 
 @gluon.jit
@@ -293,6 +299,13 @@ def _scores(q, k, layout: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
+def _in_window(kv_len, layout: gl.constexpr):
+    """(1, 64): which of the last 64 keys no full block will bring."""
+    keys = kv_len - _KEYS + gl.arange(0, _KEYS, layout=gl.SliceLayout(0, layout))
+    return gl.expand_dims(keys >= (kv_len - 1) // _KEYS * _KEYS, 0)
+
+
+@gluon.jit
 def _attend_window(
     q, ring, barriers, turn, kv_len, scale_log2, scores_layout: gl.constexpr, weights_layout: gl.constexpr,
     D: gl.constexpr, STAGES: gl.constexpr,
@@ -300,9 +313,7 @@ def _attend_window(
     """The softmax's first step, on the window of the last keys, without those that a full block will bring."""
     _wait_full(barriers, turn, STAGES)
     scores = warpgroup_mma_wait(0, deps=(_scores(q, _tile(ring, _K, turn, STAGES), scores_layout, D),))
-    covered = (kv_len - 1) // _KEYS * _KEYS
-    keys = kv_len - _KEYS + gl.arange(0, _KEYS, layout=gl.SliceLayout(0, scores_layout))
-    valid = gl.expand_dims(keys >= covered, 0)
+    valid = _in_window(kv_len, scores_layout)
     m_i = gl.max(gl.where(valid, scores, float("-inf")), 1) * scale_log2
     weights = gl.where(valid, gl.exp2(gl.fma(scores, scale_log2, -gl.expand_dims(m_i, 1))), 0.0)
     return _as_operand(weights, ring.dtype, weights_layout), m_i, _sum_in_thread(weights)
@@ -310,10 +321,11 @@ def _attend_window(
 
 @gluon.jit
 def _attend_blocks(
-    q, ring, barriers, turn, blocks, weights, acc, m_i, l_i, scale_log2, scores_layout: gl.constexpr,
-    weights_layout: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, ONLINE: gl.constexpr,
+    q, ring, barriers, turn, blocks, weights, acc, m_i, l_i, scale_log2, kv_len, scores_layout: gl.constexpr,
+    weights_layout: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, ONLINE: gl.constexpr, WINDOW: gl.constexpr,
 ):  # fmt: skip
-    """Take full blocks of keys through the softmax; `weights` of the block before are multiplied on the way."""
+    """Take full blocks of keys, or with WINDOW the last 64 of `kv_len` keys without those that a full block will bring,
+    through the softmax; `weights` of the block before are multiplied on the way."""
     for _ in range(blocks):
         before = turn
         turn += 1
@@ -322,12 +334,17 @@ def _attend_blocks(
         v = _tile(ring, _V, before, STAGES).reshape([_KEYS, D])
         acc_next = warpgroup_mma(weights, v, acc, is_async=True)
         scores = warpgroup_mma_wait(1, deps=(scores,))
+        if WINDOW:
+            valid = _in_window(kv_len, scores_layout)
+            scores = gl.where(valid, scores, float("-inf") if ONLINE else 0.0)
         if ONLINE:
             m_new = gl.maximum(m_i, gl.max(scores, 1) * scale_log2)
             alpha = gl.exp2(m_i - m_new)
             m_i = m_new
             l_i = l_i * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout)), 1)
         exponentials = gl.exp2(gl.fma(scores, scale_log2, -gl.expand_dims(m_i, 1)))
+        if WINDOW:
+            exponentials = gl.where(valid, exponentials, 0.0)
         l_i += _sum_in_thread(exponentials)
         weights_next = _as_operand(exponentials, ring.dtype, weights_layout)
         acc, _ = warpgroup_mma_wait(0, deps=(acc_next, weights))
@@ -377,7 +394,7 @@ def _attend(
     acc = gl.zeros([_ROWS, D], gl.float32, OUT)
     blocks = (kv_len - 1) // _KEYS
     weights, acc, m_i, l_i, turn = _attend_blocks(
-        q, ring, barriers, turn, blocks, weights, acc, m_i, l_i, scale_log2, S, P, D, STAGES, ONLINE
+        q, ring, barriers, turn, blocks, weights, acc, m_i, l_i, scale_log2, kv_len, S, P, D, STAGES, ONLINE, False
     )
     v = _tile(ring, _V, turn, STAGES).reshape([_KEYS, D])
     if (packed != 0) & (kv_len < _KEYS):
@@ -391,15 +408,14 @@ def _attend(
 
 
 @gluon.jit
-def _output_span(parameters, i, consumer: gl.constexpr):
-    """(row of the tensor, rows with queries, rows to store, head, batch) of a consumer's 64 rows."""
-    first_m, head, sample = _place(parameters, i)
+def _output_span(parameters, first_m, sample, consumer: gl.constexpr):
+    """(row of the tensor, rows with queries, rows to store, batch) of a consumer's 64 rows."""
     _, _, q_start, q_len = _key_span(parameters, first_m, sample)
     is_packed = (_integer(parameters, _FLAGS) & _PACKED) != 0
     first = first_m + consumer * _ROWS
     stored = gl.where(is_packed, q_len, _integer(parameters, _ROWS_Q))
     stored = gl.where(consumer < _integer(parameters, _ACTIVE), stored - first, 0)
-    return q_start + first, q_len - first, stored, head, gl.where(is_packed, 0, sample)
+    return q_start + first, q_len - first, stored, gl.where(is_packed, 0, sample)
 
 
 @gluon.jit
@@ -414,9 +430,9 @@ def _pointers(parameters, row, head, batch, dtype: gl.constexpr, D: gl.constexpr
 
 
 @gluon.jit
-def _write_rows(parameters, i, stage, consumer: gl.constexpr, acc, m_i, l_i, D: gl.constexpr):
+def _write_rows(parameters, first_m, head, sample, stage, consumer: gl.constexpr, acc, m_i, l_i, D: gl.constexpr):
     """Write out and lse of a consumer's rows; those past the queries become zeros with an lse of -inf."""
-    row, alive_rows, stored_rows, head, batch = _output_span(parameters, i, consumer)
+    row, alive_rows, stored_rows, batch = _output_span(parameters, first_m, sample, consumer)
     out, lse, pitch = _pointers(parameters, row, head, batch, stage.dtype, D)
     own = gl.arange(0, _ROWS, layout=m_i.type.layout)
     alive = own < alive_rows
@@ -442,12 +458,14 @@ def _store_rows(out, pitch, values, count, D: gl.constexpr):
 
 
 @gluon.jit
-def _write_empty_rows(parameters, i, consumer: gl.constexpr, dtype: gl.constexpr, D: gl.constexpr):
-    """Rows without keys: zeros, and an lse of -inf."""
-    row, _, stored_rows, head, batch = _output_span(parameters, i, consumer)
+def _write_empty_rows(
+    parameters, first_m, head, sample, consumer: gl.constexpr, dtype: gl.constexpr, value: gl.constexpr, D: gl.constexpr
+):  # fmt: skip
+    """Rows without keys: zeros (`value`), and an lse of -inf."""
+    row, _, stored_rows, batch = _output_span(parameters, first_m, sample, consumer)
     out, lse, pitch = _pointers(parameters, row, head, batch, dtype, D)
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    _store_rows(out, pitch, gl.zeros([_ROWS, D], dtype, layout), stored_rows, D)
+    _store_rows(out, pitch, gl.full([_ROWS, D], value, dtype, layout), stored_rows, D)
     own = gl.arange(0, _ROWS, layout=gl.SliceLayout(1, layout))
     gl.store(lse + own, gl.full([_ROWS], float("-inf"), gl.float32, own.type.layout), mask=own < stored_rows)
 
@@ -492,13 +510,15 @@ def _consume(
             )
             if not ONLINE:
                 _note_overflow(notes.index(consumer), acc, l_i, rows - consumer * _ROWS)
-            _write_rows(parameters, i, mine, consumer, acc, m_i, l_i, D)
+            first_m, head, sample = _place(parameters, i)
+            _write_rows(parameters, first_m, head, sample, mine, consumer, acc, m_i, l_i, D)
             fence_async_shared()
         else:
             if (kv_len > 0) & (kv_len < _KEYS) & ((_integer(parameters, _FLAGS) & _PACKED) != 0):
                 _meet(CONSUMERS)  # as `_attend` of the others does: were it not all of them, turns would mix
             turn = _stand_aside(barriers, turn, kv_len, STAGES)
-            _write_empty_rows(parameters, i, consumer, queries.dtype, D)
+            first_m, head, sample = _place(parameters, i)
+            _write_empty_rows(parameters, first_m, head, sample, consumer, queries.dtype, 0.0, D)
         mbarrier.arrive(_queries_empty(barriers, before + i, STAGES, Q_STAGES))
     return turn
 
@@ -548,7 +568,10 @@ def _hopper_attention(
     for i in gl.static_range(CONSUMERS):
         notes.index(i).store(gl.zeros([4], gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0])))
     parameters = gl.allocate_shared_memory(gl.int64, [_PARAMETERS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    _park(parameters, out, lse, q_lens, kv_lens, heads_per_kv, rows_q, rows_k, flags, heads, blocks, tiles, active)
+    _park(
+        parameters, out, lse, q_lens, kv_lens, heads_per_kv, rows_q, rows_k, flags, heads, blocks, tiles, active,
+        gl.to_tensor(0),
+    )  # fmt: skip
     _thread_barrier()
     if CONSUMERS == 3:
         gl.warp_specialize(

@@ -1,0 +1,398 @@
+"""The Hopper attention kernel over keys in pieces, some of which are still on their way when it starts: one launch.
+
+`hopper_attention`'s kernel with another producer and a loop over pieces around the consumers' loop. The producer looks
+at the flag of a piece's head before it loads from it, and while it waits the consumers work on what it has loaded: the
+local piece comes first. Accumulator, m and l stay in registers over all pieces. What a piece is, and how flags,
+epochs and errors work, is told in `ring_attention`, whose contract this is.
+
+A piece's keys, too, are the window of its last 64 followed by its full blocks; only the first window sets m.
+"""
+
+# Gluon's annotations are of what the compiler holds, not of what Python sees.
+# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportPossiblyUnboundVariable=false
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .hopper_attention import (
+    _ACTIVE,
+    _BLOCKS,
+    _CONFIGS,
+    _DTYPES,
+    _FLAGS,
+    _HAS_KV_LENS,
+    _HAS_Q_LENS,
+    _HEADS,
+    _HEADS_PER_KV,
+    _K,
+    _KEYS,
+    _KV_LENS,
+    _LOG2_E,
+    _Q_LENS,
+    _ROWS,
+    _ROWS_Q,
+    _V,
+    _any_overflow,
+    _async_load,
+    _attend_blocks,
+    _attend_window,
+    _descriptor,
+    _integer,
+    _keep_last_rows,
+    _load_queries,
+    _make_descriptor,
+    _meet,
+    _note_overflow,
+    _one,
+    _park,
+    _pointer,
+    _queries_empty,
+    _queries_full,
+    _release,
+    _sample_span,
+    _stand_aside,
+    _thread_barrier,
+    _tile,
+    _turns,
+    _wait_full,
+    _write_empty_rows,
+    _write_rows,
+    takes,
+)
+from .launch import Launcher
+from .ring_attention import _LOOKS_PER_SECOND, Pieces, _signed
+
+# Parameters behind those of the other kernel.
+_TABLE = gl.constexpr(16)
+_ARRIVALS = gl.constexpr(17)
+_ERROR = gl.constexpr(18)
+_PIECES = gl.constexpr(19)
+_EPOCH = gl.constexpr(20)
+_LOOKS = gl.constexpr(21)
+_HEADS_PER_FLAG = gl.constexpr(22)
+_FLAG_STRIDE = gl.constexpr(23)
+_BATCHES = gl.constexpr(24)
+_ALL_PARAMETERS = gl.constexpr(32)
+
+
+@gluon.jit
+def _park_pieces(
+    parameters, table, arrivals, error, pieces, epoch, looks, heads_per_flag, flag_stride, batches
+):  # fmt: skip
+    index = 16 + gl.arange(0, 16, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    values = gl.where(index == _TABLE, table.to(gl.int64), batches.to(gl.int64))
+    values = gl.where(index == _ARRIVALS, arrivals.to(gl.int64), values)
+    values = gl.where(index == _ERROR, error.to(gl.int64), values)
+    values = gl.where(index == _PIECES, pieces.to(gl.int64), values)
+    values = gl.where(index == _EPOCH, epoch.to(gl.int64), values)
+    values = gl.where(index == _LOOKS, looks.to(gl.int64), values)
+    values = gl.where(index == _HEADS_PER_FLAG, heads_per_flag.to(gl.int64), values)
+    parameters.store(gl.where(index == _FLAG_STRIDE, flag_stride.to(gl.int64), values))
+
+
+@gluon.jit
+def _place(parameters, i):
+    """(first query, head, sample) of the program's i-th tile. Heads run slowest: programs start in order, so those of
+    heads that arrive late start late, and hold no multiprocessor that others could use."""
+    tile = gl.program_id(0) + i * gl.num_programs(0)
+    blocks = _integer(parameters, _BLOCKS)
+    batches = _integer(parameters, _BATCHES)
+    rest = tile // blocks
+    return tile % blocks * (_integer(parameters, _ACTIVE) * _ROWS), rest // batches, rest % batches
+
+
+@gluon.jit
+def _sequence_len(parameters, first_m, sample):
+    """(keys of a sample over all pieces, its queries of this rank); no keys for rows past the queries."""
+    flags = _integer(parameters, _FLAGS)
+    _, q_len = _sample_span(parameters, _Q_LENS, _HAS_Q_LENS, _integer(parameters, _ROWS_Q), sample, flags)
+    _, kv_total = _sample_span(parameters, _KV_LENS, _HAS_KV_LENS, 0x7FFFFFFF, sample, flags)
+    return gl.where(first_m < q_len, kv_total, 0), q_len
+
+
+@gluon.jit
+def _piece_len(parameters, piece, kv_total):
+    """How many keys of a sample a piece holds."""
+    row = _pointer(parameters, _TABLE, gl.int32) + piece * 3
+    return gl.minimum(gl.maximum(kv_total - gl.load(row + 1), 0), gl.load(row + 2))
+
+
+@gluon.jit
+def _first_piece(parameters, kv_total):
+    """The first piece that holds keys of a sample; the number of pieces if none does."""
+    pieces = _integer(parameters, _PIECES)
+    piece = gl.to_tensor(0)
+    while (piece < pieces) & (_piece_len(parameters, gl.minimum(piece, pieces - 1), kv_total) == 0):
+        piece += 1
+    return piece
+
+
+# --- the producer -----------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _await_piece(parameters, piece, kv_head, failed):
+    """Wait until a head of a piece has arrived; 1 if it, or one before it, has not.
+
+    The reads of the copy engine go through another proxy than the flag's: they are fenced (PTX ISA, async proxy). The
+    acquire is by one thread, whose value all get behind a barrier.
+    """
+    flag = _pointer(parameters, _ARRIVALS, gl.int32) + piece * _integer(parameters, _FLAG_STRIDE)
+    flag += kv_head // _integer(parameters, _HEADS_PER_FLAG)
+    epoch = _integer(parameters, _EPOCH)
+    left = gl.where(failed != 0, 0, _integer(parameters, _LOOKS))
+    seen = gl.atomic_add(flag, 0, sem="acquire", scope="sys")
+    while (seen - epoch < 0) & (left > 0):
+        left -= 1
+        seen = gl.atomic_add(flag, 0, sem="acquire", scope="sys")
+    if seen - epoch < 0:
+        error = _pointer(parameters, _ERROR, gl.int32)
+        gl.store(error + 1, epoch)
+        gl.store(error + 2, seen)
+        gl.store(error + 3, kv_head)
+        gl.store(error, 1 + piece)
+        failed = gl.to_tensor(1)
+    return failed
+
+
+@gluon.jit
+def _fenced(row):
+    """`row`, known only after a fence between the acquire and the reads of the copy engine."""
+    rows = gl.full([1], 0, gl.int32, _one(gl.num_warps())) + row
+    rows = gl.inline_asm_elementwise(
+        "fence.proxy.async.global; mov.u32 $0, $1;", "=r,r", [rows], dtype=gl.int32, is_pure=False, pack=1
+    )
+    return gl.max(rows, 0)
+
+
+@gluon.jit
+def _load_piece(memory, ring, barriers, turn, k_row, v_row, kv_len, STAGES: gl.constexpr):
+    """Load the window of a piece's last keys, then its full blocks from the start; the next turn."""
+    first = kv_len - _KEYS
+    for block in range((kv_len + _KEYS - 1) // _KEYS):
+        mbarrier.wait(barriers.index(STAGES + turn % STAGES), (turn // STAGES + 1) & 1, pred=turn >= STAGES)
+        full = barriers.index(turn % STAGES)
+        mbarrier.expect(full, 2 * memory.block_type.nbytes)
+        _async_load(memory, [k_row + first, 0], full, _tile(ring, _K, turn, STAGES))
+        _async_load(memory, [v_row + first, 0], full, _tile(ring, _V, turn, STAGES))
+        first = block * _KEYS
+        turn += 1
+    return turn
+
+
+@gluon.jit
+def _feed(
+    q, memory, queries, ring, barriers, parameters, before, turn, failed, CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+):  # fmt: skip
+    for i in range(_turns(parameters)):
+        first_m, head, sample = _place(parameters, i)
+        kv_total, _ = _sequence_len(parameters, first_m, sample)
+        first = _first_piece(parameters, kv_total)
+        pieces = _integer(parameters, _PIECES)
+        active = gl.where(first < pieces, _integer(parameters, _ACTIVE), 0)
+        _load_queries(q, queries, barriers, before + i, sample, head, first_m, active, CONSUMERS, STAGES, Q_STAGES)
+        kv_head = head // _integer(parameters, _HEADS_PER_KV)
+        for piece in range(first, pieces):
+            kv_len = _piece_len(parameters, piece, kv_total)
+            table = _pointer(parameters, _TABLE, gl.int32) + piece * 3
+            length = gl.load(table + 2)
+            k_row = gl.load(table) + (kv_head * _integer(parameters, _BATCHES) + sample) * 2 * length
+            # The first piece is this rank's own, written before the launch. Keys that do not exist are not waited for.
+            if (piece > 0) & (kv_len > 0):
+                failed = _await_piece(parameters, piece, kv_head, failed)
+                k_row = _fenced(k_row)
+            turn = _load_piece(memory, ring, barriers, turn, k_row, k_row + length, kv_len, STAGES)
+    return turn, failed
+
+
+@gluon.jit
+def _producer(
+    q, memory, queries, ring, barriers, parameters, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr, ONLINE: gl.constexpr,
+):  # fmt: skip
+    first = gl.to_tensor(0)
+    turn, failed = _feed(
+        q, memory, queries, ring, barriers, parameters, first, first, first, CONSUMERS, STAGES, Q_STAGES
+    )
+    if not ONLINE:  # noqa: SIM102, `and` would evaluate both sides
+        if _any_overflow(False, CONSUMERS):
+            before = _turns(parameters)
+            _, failed = _feed(
+                q, memory, queries, ring, barriers, parameters, before, turn, failed, CONSUMERS, STAGES, Q_STAGES
+            )
+    _any_overflow(failed != 0, CONSUMERS)
+
+
+# --- the consumers ----------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _clean(ring, turn, kv_len, CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
+    """Before the first value of a short piece lies what is no value of this sample, and 0 * NaN is not 0."""
+    if kv_len < _KEYS:
+        _keep_last_rows(_tile(ring, _V, turn, STAGES).reshape([_KEYS, D]), kv_len, D)
+        _meet(CONSUMERS)
+
+
+@gluon.jit
+def _attend_pieces(
+    q, ring, barriers, parameters, turn, first, kv_total, scale_log2, CONSUMERS: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, ONLINE: gl.constexpr,
+):  # fmt: skip
+    """A consumer's 64 rows over all pieces from `first` on: (accumulator, m_i, l_i per row, the next turn)."""
+    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, _KEYS, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
+    kv_len = _piece_len(parameters, first, kv_total)
+    weights, m_i, l_i = _attend_window(q, ring, barriers, turn, kv_len, scale_log2, S, P, D, STAGES)
+    _clean(ring, turn, kv_len, CONSUMERS, D, STAGES)
+    acc = gl.zeros([_ROWS, D], gl.float32, OUT)
+    for piece in range(first, _integer(parameters, _PIECES)):
+        kv_len = _piece_len(parameters, piece, kv_total)
+        if (piece > first) & (kv_len > 0) & (kv_len < _KEYS):
+            _wait_full(barriers, turn + 1, STAGES)
+            _clean(ring, turn + 1, kv_len, CONSUMERS, D, STAGES)
+        windows = gl.where((piece > first) & (kv_len > 0), 1, 0)
+        weights, acc, m_i, l_i, turn = _attend_blocks(
+            q, ring, barriers, turn, windows, weights, acc, m_i, l_i, scale_log2, kv_len, S, P, D, STAGES, ONLINE, True
+        )
+        blocks = (kv_len + _KEYS - 1) // _KEYS - gl.where(kv_len > 0, 1, 0)
+        weights, acc, m_i, l_i, turn = _attend_blocks(
+            q, ring, barriers, turn, blocks, weights, acc, m_i, l_i, scale_log2, kv_len, S, P, D, STAGES, ONLINE, False
+        )
+    acc = warpgroup_mma(weights, _tile(ring, _V, turn, STAGES).reshape([_KEYS, D]), acc)
+    _release(barriers, turn, STAGES)
+    return acc, m_i, gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, S)), turn + 1
+
+
+@gluon.jit
+def _stand_aside_pieces(
+    barriers, parameters, turn, first, kv_total, CONSUMERS: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    for piece in range(first, _integer(parameters, _PIECES)):
+        kv_len = _piece_len(parameters, piece, kv_total)
+        if (kv_len > 0) & (kv_len < _KEYS):
+            _meet(CONSUMERS)
+        turn = _stand_aside(barriers, turn, kv_len, STAGES)
+    return turn
+
+
+@gluon.jit
+def _consume(
+    queries, ring, barriers, parameters, notes, before, turn, scale_log2, consumer: gl.constexpr,
+    CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, ONLINE: gl.constexpr,
+):  # fmt: skip
+    """A consumer's rows of the program's tiles; the ring's next turn."""
+    for i in range(_turns(parameters)):
+        first_m, _, sample = _place(parameters, i)
+        kv_total, q_len = _sequence_len(parameters, first_m, sample)
+        first = _first_piece(parameters, kv_total)
+        rows = gl.minimum(q_len - first_m, _integer(parameters, _ACTIVE) * _ROWS)
+        if (first < _integer(parameters, _PIECES)) & (rows > consumer * _ROWS):
+            fed = before + i
+            mine = queries.index(fed % Q_STAGES * CONSUMERS + consumer).reshape([_ROWS, D])
+            mbarrier.wait(_queries_full(barriers, fed, STAGES, Q_STAGES), (fed // Q_STAGES) & 1)
+            acc, m_i, l_i, turn = _attend_pieces(
+                mine, ring, barriers, parameters, turn, first, kv_total, scale_log2, CONSUMERS, D, STAGES, ONLINE
+            )
+            if not ONLINE:
+                _note_overflow(notes.index(consumer), acc, l_i, rows - consumer * _ROWS)
+            first_m, head, sample = _place(parameters, i)
+            _write_rows(parameters, first_m, head, sample, mine, consumer, acc, m_i, l_i, D)
+            fence_async_shared()
+        else:
+            turn = _stand_aside_pieces(barriers, parameters, turn, first, kv_total, CONSUMERS, STAGES)
+            first_m, head, sample = _place(parameters, i)
+            _write_empty_rows(parameters, first_m, head, sample, consumer, queries.dtype, 0.0, D)
+        mbarrier.arrive(_queries_empty(barriers, before + i, STAGES, Q_STAGES))
+    return turn
+
+
+@gluon.jit
+def _consumer(
+    queries, ring, barriers, parameters, notes, scale_log2, consumer: gl.constexpr, CONSUMERS: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, ONLINE: gl.constexpr,
+):  # fmt: skip
+    first = gl.to_tensor(0)
+    turn = _consume(
+        queries, ring, barriers, parameters, notes, first, first, scale_log2, consumer, CONSUMERS, D, STAGES, Q_STAGES,
+        ONLINE,
+    )  # fmt: skip
+    if not ONLINE:
+        in_each_thread: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+        if _any_overflow(gl.max(notes.index(consumer).load(in_each_thread), 0) != 0, CONSUMERS):
+            before = _turns(parameters)
+            _consume(
+                queries, ring, barriers, parameters, notes, before, turn, scale_log2, consumer, CONSUMERS, D, STAGES,
+                Q_STAGES, True,
+            )  # fmt: skip
+    if _any_overflow(False, CONSUMERS):
+        # The producer has waited in vain: what was computed is no result, and must not look like one.
+        for i in range(_turns(parameters)):
+            first_m, head, sample = _place(parameters, i)
+            _write_empty_rows(parameters, first_m, head, sample, consumer, queries.dtype, float("nan"), D)
+
+
+_RUNTIME_INTEGERS = (
+    "heads_per_kv", "rows_q", "flags", "heads", "blocks", "tiles", "active", "own_start", "pieces", "epoch", "looks",
+    "heads_per_flag", "flag_stride", "batches",
+)  # fmt: skip
+
+
+@gluon.jit(
+    do_not_specialize=_RUNTIME_INTEGERS,
+    do_not_specialize_on_alignment=("lse", "q_lens", "kv_lens", "table", "arrivals", "error"),
+)
+def _hopper_ring_attention(
+    q, memory, out, lse, q_lens, kv_lens, table, arrivals, error, scale_log2, heads_per_kv, rows_q, flags, heads,
+    blocks, tiles, active, own_start, pieces, epoch, looks, heads_per_flag, flag_stride, batches,
+    CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, ONLINE: gl.constexpr,
+):  # fmt: skip
+    """q: a descriptor of (B, H, S, D) in blocks of (1, 1, 64, D); memory: one of (rows, D) in blocks of (64, D)."""
+    queries = gl.allocate_shared_memory(q.dtype, [Q_STAGES * CONSUMERS, 1, 1, _ROWS, D], q.layout)
+    ring = gl.allocate_shared_memory(memory.dtype, [2 * STAGES, _KEYS, D], memory.layout)
+    barriers = gl.allocate_shared_memory(gl.int64, [2 * (STAGES + Q_STAGES), 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(barriers.index(i), count=1)
+        mbarrier.init(barriers.index(STAGES + i), count=CONSUMERS)
+    for i in gl.static_range(Q_STAGES):
+        mbarrier.init(barriers.index(2 * STAGES + i), count=CONSUMERS)
+        mbarrier.init(barriers.index(2 * STAGES + Q_STAGES + i), count=CONSUMERS)
+    notes = gl.allocate_shared_memory(gl.int32, [CONSUMERS, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    for i in gl.static_range(CONSUMERS):
+        notes.index(i).store(gl.zeros([4], gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0])))
+    parameters = gl.allocate_shared_memory(gl.int64, [_ALL_PARAMETERS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    _park(
+        parameters.slice(0, 16), out, lse, q_lens, kv_lens, heads_per_kv, rows_q, rows_q, flags, heads, blocks, tiles,
+        active, own_start,
+    )  # fmt: skip
+    _park_pieces(
+        parameters.slice(16, 16), table, arrivals, error, pieces, epoch, looks, heads_per_flag, flag_stride, batches
+    )
+    _thread_barrier()
+    gl.warp_specialize(
+        [
+            (_producer, (q, memory, queries, ring, barriers, parameters, CONSUMERS, STAGES, Q_STAGES, ONLINE)),
+            (_consumer, (
+                queries, ring, barriers, parameters, notes, scale_log2, 0, CONSUMERS, D, STAGES, Q_STAGES, ONLINE
+            )),
+            (_consumer, (
+                queries, ring, barriers, parameters, notes, scale_log2, 1, CONSUMERS, D, STAGES, Q_STAGES, ONLINE
+            )),
+            (_consumer, (
+                queries, ring, barriers, parameters, notes, scale_log2, 2, CONSUMERS, D, STAGES, Q_STAGES, ONLINE
+            )),
+        ],
+        [4, 4, 4],
+        [160, 160, 160],
+    )  # fmt: skip
