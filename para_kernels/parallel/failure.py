@@ -66,7 +66,8 @@ def set_layer(layer: int | str | None) -> None:
     _layer.set(layer)
 
 
-def _where() -> str:
+def where() -> str:
+    """ " in layer 7", or nothing outside of layers: the end of a message."""
     layer = _layer.get()
     return "" if layer is None else f" in layer {layer}"
 
@@ -112,11 +113,11 @@ def _message(
 ) -> str:
     me = global_rank(group, group.rank())
     if timed_out:
-        return f"rank {me} waited {waited:.3g} s for {what}{_where()}"
+        return f"rank {me} waited {waited:.3g} s for {what}{where()}"
     others = [rank for rank in range(group.size()) if rank != group.rank()] if ranks is None else ranks
     names = _ranks([global_rank(group, rank) for rank in others])
     one_of = "" if len(others) == 1 else "one of "
-    return f"rank {me} lost {one_of}{names} while it waited for {what}{_where()}: the connection is closed"
+    return f"rank {me} lost {one_of}{names} while it waited for {what}{where()}: the connection is closed"
 
 
 def _stream_ordered(group: ProcessGroup) -> bool:
@@ -297,6 +298,17 @@ class ProgressWatch:
 
 
 _watches: dict[str, ProgressWatch] = {}
+_checks: dict[str, Callable[[], None]] = {}
+
+
+def register_check(name: str, check: Callable[[], None]) -> None:
+    """Have `raise_on_failure` call `check` as well, which raises a RankFailure; one of the same name is replaced."""
+    _checks[name] = check
+
+
+def unregister_check(name: str) -> None:
+    """Call it no longer."""
+    _checks.pop(name, None)
 
 
 def watch_progress(group: ProcessGroup, what: str) -> None:
@@ -326,6 +338,8 @@ def raise_on_failure() -> None:
     for watch in _watches.values():
         if watch.failure is not None:
             raise RankFailure(watch.failure)
+    for check in list(_checks.values()):
+        check()
 
 
 def _end_group(group: ProcessGroup, message: str) -> None:
