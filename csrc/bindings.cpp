@@ -313,7 +313,7 @@ void bind_transport(py::module_& m) {
           "copy", [](unsigned stream, std::uint64_t target, std::uint64_t source, std::uint64_t bytes) {
             return StreamStep{Kind::kCopy, stream, target, source, bytes};
           },
-          py::arg("stream"), py::arg("target"), py::arg("source"), py::arg("bytes"))
+          py::arg("stream"), py::arg("target"), py::arg("source"), py::arg("size"))
       .def_static(
           "record", [](unsigned stream, std::int32_t event) {
             return StreamStep{Kind::kRecord, stream, 0, 0, 0, event};
@@ -334,7 +334,7 @@ void bind_transport(py::module_& m) {
       .def("__len__", &StreamProgram::size);
   py::class_<RegisteredMemory>(m, "RegisteredMemory", "Memory of this process, pinned and mapped into the devices' address space.")
       .def(
-          py::init<std::uint64_t, std::size_t, const std::string&>(), py::arg("address"), py::arg("bytes"),
+          py::init<std::uint64_t, std::size_t, const std::string&>(), py::arg("address"), py::arg("size"),
           py::arg("library") = "libcuda.so.1", py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("device_address", &RegisteredMemory::device_address);
   m.def(

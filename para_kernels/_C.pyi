@@ -124,7 +124,7 @@ class StreamStep:
         """The epoch plus `value`, after all that stands before it in the stream."""
 
     @staticmethod
-    def copy(stream: int, target: int, source: int, bytes: int) -> StreamStep:
+    def copy(stream: int, target: int, source: int, size: int) -> StreamStep:
         """Device, peer or registered host memory on either side."""
 
     @staticmethod
@@ -149,13 +149,13 @@ class StreamProgram:
     def __len__(self) -> int: ...
 
 class RegisteredMemory:
-    """`bytes` of this process's memory at `address`, pinned and mapped into the devices' address space while it lives.
+    """`size` bytes of this process's memory at `address`, pinned and mapped into the devices' address space while it lives.
 
     Raises:
         RuntimeError: the driver refuses.
     """
 
-    def __init__(self, address: int, bytes: int, library: str = "libcuda.so.1") -> None: ...
+    def __init__(self, address: int, size: int, library: str = "libcuda.so.1") -> None: ...
     @property
     def device_address(self) -> int: ...
 

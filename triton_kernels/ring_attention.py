@@ -123,7 +123,7 @@ def _ring_attention_fwd(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     keys = 0
     failed = 0
-    for piece in range(0, pieces):
+    for piece in range(pieces):
         first_row = tl.load(table + piece * 3)
         start = tl.load(table + piece * 3 + 1)
         length = tl.load(table + piece * 3 + 2)
