@@ -154,7 +154,9 @@ def _error(run: Run, transport: Transport, problem: Problem) -> float:
     start = sum(lengths[: run.rank])
     rows = slice(start, start + lengths[run.rank])
     whole = _whole(run, problem.batch, problem.total, problem.heads, problem.kv_heads, problem.head_dim, seed=7)
-    lens = [None if x is None else [round(share * problem.total) for share in x] for x in (problem.kv_lens, problem.q_lens)]
+    lens = [
+        None if x is None else [round(share * problem.total) for share in x] for x in (problem.kv_lens, problem.q_lens)
+    ]
     kv_lens, q_lens = (None if x is None else lens_tensor(x, run.device) for x in lens)
     q, k, v = (x[:, rows] for x in whole)
     worst = 0.0
@@ -460,7 +462,9 @@ def main() -> int:
     if is_cuda:
         torch.cuda.set_device(device)
     dist.init_process_group(
-        "nccl" if is_cuda else "gloo", device_id=device if is_cuda else None, timeout=timedelta(seconds=2 * WAIT_SECONDS)
+        "nccl" if is_cuda else "gloo",
+        device_id=device if is_cuda else None,
+        timeout=timedelta(seconds=2 * WAIT_SECONDS),
     )
     heads, head_dim, dtype = (24, 128, torch.bfloat16) if is_cuda else (2, 16, torch.float32)
     tokens = options.tokens if is_cuda else [64]

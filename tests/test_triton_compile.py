@@ -138,7 +138,9 @@ def test_ring_attention(capability: tuple[int, int], head_dim: int, lens: bool) 
     usage = compile_ring_attention(capability, head_dim, torch.bfloat16, lens)
     assert usage.shared <= SHARED_MEMORY[capability]
     assert usage.spilled_bytes <= RING_SPILLS.get((capability, head_dim), 0)
-    assert re.search(r"atom\.(global\.)?(sys\.acquire|acquire\.sys)", usage.ptx.replace("global.sys.acquire", "sys.acquire"))
+    assert re.search(
+        r"atom\.(global\.)?(sys\.acquire|acquire\.sys)", usage.ptx.replace("global.sys.acquire", "sys.acquire")
+    )
     if attention.uses_tma(capability, torch.bfloat16, head_dim):
         last_look = usage.ptx.rindex("acquire")
         fence = usage.ptx.index("fence.proxy.async.global")
