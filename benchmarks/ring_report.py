@@ -82,7 +82,7 @@ class Run:
         raise_on_failure()
 
 
-# --- correctness --------------------------------------------------------------------------------------------------------
+# --- correctness ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -193,11 +193,11 @@ def _worst_of_all(run: Run, value: float) -> float:
     return max((float(x) if x != "nan" else float("inf")) for x in values)
 
 
-# --- stress -------------------------------------------------------------------------------------------------------------
+# --- stress -----------------------------------------------------------------------------------------------------------
 
 
 def stress(run: Run) -> None:
-    """Layers in a row with fresh data: bit for bit the same with ranks that run apart and with copies that come late."""
+    """Layers in a row with fresh data: bit for bit the same when ranks run apart and copies come late."""
     problem = Problem("stress", (3, 4), 6007 if run.is_cuda else 207, heads=8, kv_heads=8)
     for name in run.transports:
         transport = run.transport(name)
@@ -242,7 +242,7 @@ def _sleep(run: Run, cycles: int) -> None:
         time.sleep(cycles * 1e-9)
 
 
-# --- speed --------------------------------------------------------------------------------------------------------------
+# --- speed ------------------------------------------------------------------------------------------------------------
 
 Candidates = dict[str, Callable[[], object]]
 
@@ -390,7 +390,8 @@ def _report(run: Run, total: int, times: Mapping[str, float], base: str, prefix:
     for name, ms in times.items():
         gpus = 1 if "one GPU" in name else run.world
         run.say(
-            f"  {name:28} {ms:9.3f} ms  {times[base] / ms:6.3f} x one GPU  {flops / ms / 1e9 / gpus:6.0f} TFLOP/s per GPU"
+            f"  {name:28} {ms:9.3f} ms  {times[base] / ms:6.3f} x one GPU"
+            f"  {flops / ms / 1e9 / gpus:6.0f} TFLOP/s per GPU"
         )
         if name != base:
             kernel = prefix + name
@@ -441,7 +442,7 @@ def host_time(run: Run) -> None:
         run.say(f"{name}: {median(values):.0f} us of host time per layer at {sum(lengths)} tokens")
 
 
-# --- the run ------------------------------------------------------------------------------------------------------------
+# --- the run ----------------------------------------------------------------------------------------------------------
 
 SECTIONS: dict[str, Callable[[Run], None]] = {
     "correctness": correctness,

@@ -149,7 +149,7 @@ class StreamProgram:
     def __len__(self) -> int: ...
 
 class RegisteredMemory:
-    """`size` bytes of this process's memory at `address`, pinned and mapped into the devices' address space while it lives.
+    """`size` bytes of this process's memory at `address`, pinned and mapped for the devices while it lives.
 
     Raises:
         RuntimeError: the driver refuses.

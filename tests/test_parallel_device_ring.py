@@ -91,6 +91,30 @@ def test_attends_the_whole_sequence(name: str, world: int, delay_us: int, librar
         assert max(result) <= 1e-5, result
 
 
+def ahead(rank: int, world: int, name: str, library: str) -> float:
+    """Rank 0 needs no keys of the others, which are slow: nothing but their credits keeps it from its slots."""
+    torch.manual_seed(0)
+    transport = make(name, library, 3000 if rank else 0)
+    worst = 0.0
+    for _ in range(12):
+        q, k, v = (torch.randn(1, 5 * world, 2, 64) for _ in range(3))
+        mine = slice(5 * rank, 5 * rank + 5)
+        kv_lens = torch.tensor([5], dtype=torch.int32)
+        out, _ = transport.ring(
+            q[:, mine], k[:, mine], v[:, mine], lengths=(5,) * world, kv_lens=kv_lens, q_lens=None, scale=None
+        )
+        worst = max(worst, error(out, attention_batch(q, k, v, [5])[0][:, mine]))
+    dist.barrier()
+    transport.close()
+    return worst
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_rank_that_runs_ahead_waits_for_its_slots(name: str, library: str) -> None:
+    results = launch(2, ahead, name, library)
+    assert max(results) <= 1e-5
+
+
 def lone(rank: int, world: int, name: str, library: str, way: str) -> tuple[str, float]:
     """Rank 1 takes part in two layers, then does not come, or dies; what rank 0 is told, and how long that took."""
     transport = make(name, library)

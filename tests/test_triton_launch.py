@@ -26,7 +26,15 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma  # no
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E402
 
 from para_kernels import ops  # noqa: E402
-from para_kernels.triton_kernels import attention, dispatch, hopper_attention, launch, merge_states, residual_diff  # noqa: E402
+from para_kernels.triton_kernels import (  # noqa: E402
+    attention,
+    dispatch,
+    hopper_attention,
+    launch,
+    merge_states,
+    residual_diff,
+    ring_attention,
+)
 from para_kernels.triton_kernels.launch import Launcher, declared_sizes  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -53,6 +61,9 @@ def fresh(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         module._plan.cache_clear()
         module._launcher.cache_clear()
     residual_diff._sums_launcher.cache_clear()
+    ring_attention._plan.cache_clear()
+    ring_attention._launcher.cache_clear()
+    ring_attention._packer.cache_clear()
     yield
     launch.use_extension(None)
     fake.set_context(CONTEXT)
@@ -115,6 +126,24 @@ def attend_packed() -> Callable[[], None]:
     )
 
 
+def attend_in_pieces(kv_lens: Tensor | None = None, **changes: Any) -> Callable[[], None]:
+    """Epoch 5 of a ring of two: pieces of 40 and 30 rows."""
+    q, out = tensors(2, 40, 4, 64, count=2)
+    (memory,) = tensors(1200, 64)
+    table = torch.tensor([[3, 0, 40], [700, 40, 30]], dtype=torch.int32)
+    flags, error = torch.zeros(2, 2, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    pieces = ring_attention.Pieces(memory, table, flags, 2, 5, error, 1.0)
+    arguments: dict[str, Any] = {"kv_heads": 4, "own_start": 0, "capability": (9, 0)} | changes
+    lse = torch.empty(2, 4, 40)
+    return lambda: ring_attention.ring_attention_forward(q, pieces, out, lse, None, kv_lens, 0.125, **arguments)
+
+
+def pack() -> Callable[[], None]:
+    k, v = tensors(2, 40, 4, 64, count=2)
+    (memory,) = tensors(1200, 64)
+    return lambda: ring_attention.pack_piece(k, v, memory, 7)
+
+
 def specialised_warps() -> Callable[[], None]:
     (source,) = tensors(2, 100, 4, 64)
     layout = gl.NVMMASharedLayout.get_default_for([1, 1, 32, 64], gl.bfloat16)
@@ -144,6 +173,10 @@ CALLS: dict[str, Callable[[], Callable[[], object]]] = {
     "attention, packed": attend_packed,
     "hopper attention": attend_on_hopper,
     "hopper attention, lengths": lambda: attend_on_hopper(q_lens=LENS, kv_lens=LENS),
+    "attention in pieces": attend_in_pieces,
+    "attention in pieces, lengths": lambda: attend_in_pieces(LENS),
+    "attention in pieces, pointers": lambda: attend_in_pieces(LENS, capability=(8, 0)),
+    "a piece": pack,
     "gluon, four dimensions": specialised_warps,
     "numbers": numbers,
     "numbers, an optional tensor": lambda: numbers(absent=torch.empty(1)),

@@ -299,14 +299,16 @@ def _signed(word: int) -> int:
 # --- into pieces ------------------------------------------------------------------------------------------------------
 
 _PACK_INTEGERS = (
-    "first_row", "rows", "batches", "kv_heads", "stride_kb", "stride_kn", "stride_kh", "stride_vb", "stride_vn", "stride_vh",
+    "first_row", "rows", "batches", "kv_heads", "stride_kb", "stride_kn", "stride_kh",
+    "stride_vb", "stride_vn", "stride_vh",
 )  # fmt: skip
 _PACK_ROWS = 64
 
 
 @triton.jit(do_not_specialize=_PACK_INTEGERS)
 def _pack(
-    k_ptr, v_ptr, memory, first_row, rows, batches, kv_heads, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+    k_ptr, v_ptr, memory, first_row, rows, batches, kv_heads, stride_kb, stride_kn, stride_kh,
+    stride_vb, stride_vn, stride_vh,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     # Heads run fastest: programs in flight at one time read whole rows of (Hk, D), which lie together as a rule.
@@ -334,7 +336,7 @@ def _packer(device: torch.device, dtype: torch.dtype, head_dim: int, vec: int) -
 
 
 def pack_piece(k: torch.Tensor, v: torch.Tensor, memory: torch.Tensor, first_row: int) -> None:
-    """Store this rank's k and v (B, n, Hk, D), D contiguous, any other strides, as a piece that starts at `first_row`."""
+    """Store k and v (B, n, Hk, D), D contiguous, any other strides, as a piece that starts at `first_row`."""
     batches, rows, kv_heads, head_dim = k.shape
     grid = (triton.cdiv(rows, _PACK_ROWS) * batches * 2 * kv_heads, 1, 1)
     if not grid[0]:

@@ -175,7 +175,7 @@ class DeviceRing(ABC):
         return out, lse
 
     def check(self) -> None:
-        """Raise a RankFailure if a rank is missing; to be called before results are trusted, after the device is done."""
+        """Raise a RankFailure if a rank is missing: ask after the device is done, before its results are trusted."""
         self._control.check()
 
     def close(self) -> None:
