@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -321,7 +322,7 @@ def _candidates(run: Run, total: int) -> Candidates:
     return candidates
 
 
-_meshes: dict[str, object] = {}
+_configs: dict[str, Any] = {}  # a mesh is made once
 
 
 def _diffusers(run: Run, name: str, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
@@ -335,14 +336,14 @@ def _diffusers(run: Run, name: str, q: Tensor, k: Tensor, v: Tensor) -> Callable
 
     if q.shape[1] * run.world != sum(exchange(run.group, q.shape[1], "rows")):
         raise PeerUnavailableError("takes only lengths that divide")
-    if name not in _meshes:
-        degrees = {"ring_degree": run.world} if name == RING else {"ulysses_degree": run.world}
+    if name not in _configs:
         shape = (run.world, 1) if name == RING else (1, run.world)
-        config = ParallelConfig(context_parallel_config=ContextParallelConfig(**degrees))
+        split = ContextParallelConfig(ring_degree=shape[0], ulysses_degree=shape[1])
+        config = ParallelConfig(context_parallel_config=split)
         mesh = init_device_mesh("cuda", shape, mesh_dim_names=("ring", "ulysses"))
         config.setup(run.rank, run.world, run.device, mesh=mesh)
-        _meshes[name] = config
-    config = _meshes[name]
+        _configs[name] = config
+    config = _configs[name]
     return lambda: attention_dispatch._native_cudnn_attention(q, k, v, _parallel_config=config)
 
 

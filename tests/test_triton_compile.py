@@ -24,7 +24,8 @@ SHARED_MEMORY = {(8, 0): 163 * 1024, (8, 9): 99 * 1024, (9, 0): 227 * 1024}
 # Bytes that may spill. D = 256 does not fit the registers of sm80 and sm89, which hold q and the accumulators; on sm90
 # at D = 128 two programs share a multiprocessor, each at the limit of 255 registers, with a few spilled bytes.
 SPILLS = {((8, 0), 256): 768, ((8, 9), 256): 768, ((9, 0), 128): 48}
-RING_SPILLS = {((8, 0), 256): 768, ((8, 9), 256): 768, ((9, 0), 128): 400}
+# The loop over pieces keeps more alive; what spills does so around the tails of pieces, and in part of the main loop.
+RING_SPILLS = {((8, 0), 256): 768, ((8, 9), 256): 768, ((9, 0), 128): 400, ((9, 0), 256): 768}
 # The Hopper kernel's largest variant holds descriptors in registers that do not all fit from Triton 3.7 on.
 HOPPER_SPILLS_OF_NEWER_TRITON = {(128, torch.bfloat16, 3): 96}
 POINTER_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -138,9 +139,8 @@ def test_ring_attention(capability: tuple[int, int], head_dim: int, lens: bool) 
     usage = compile_ring_attention(capability, head_dim, torch.bfloat16, lens)
     assert usage.shared <= SHARED_MEMORY[capability]
     assert usage.spilled_bytes <= RING_SPILLS.get((capability, head_dim), 0)
-    assert re.search(
-        r"atom\.(global\.)?(sys\.acquire|acquire\.sys)", usage.ptx.replace("global.sys.acquire", "sys.acquire")
-    )
+    assert re.search(r"\.(sys\.acquire|acquire\.sys)\b", usage.ptx)
+    assert "nanosleep" in usage.ptx
     if attention.uses_tma(capability, torch.bfloat16, head_dim):
         last_look = usage.ptx.rindex("acquire")
         fence = usage.ptx.index("fence.proxy.async.global")

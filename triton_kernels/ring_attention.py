@@ -51,12 +51,12 @@ def _has_arrived(flag, epoch, looks, ASM: tl.constexpr):
     seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
     left = looks
     while (seen - epoch < 0) & (left > 0):
+        left -= 1
         if ASM:
-            left = tl.inline_asm_elementwise(
+            tl.inline_asm_elementwise(
                 "nanosleep.u32 100; mov.u32 $0, $1;", "=r,r", [left], dtype=tl.int32, is_pure=False, pack=1
             )
         seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-        left -= 1
     return seen - epoch >= 0, seen
 
 
@@ -121,7 +121,6 @@ def _ring_attention_fwd(
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    keys = 0
     failed = 0
     for piece in range(pieces):
         first_row = tl.load(table + piece * 3)
@@ -156,9 +155,8 @@ def _ring_attention_fwd(
                 acc, l_i, m_i, q, full, kv_len, scale_log2, k, k_row, 0, D, v, v_row, 0, D,
                 D, BLOCK_N, BLOCK_D, USE_TMA, True, PRECISION,
             )  # fmt: skip
-        keys += kv_len
 
-    alive = (rows < q_len) & (keys > 0)
+    alive = (rows < q_len) & (kv_total > 0)
     safe_l = tl.where(alive, l_i, 1.0)
     # What a program that waited in vain has read is no result: it must not look like one.
     safe_l = tl.where(failed > 0, float("nan"), safe_l)
