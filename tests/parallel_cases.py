@@ -19,6 +19,7 @@ from para_kernels.parallel import (
     RankFailure,
     Shards,
     check_agreement,
+    collective,
     context_parallel_attention,
     deadline,
     ring_attention,
@@ -168,6 +169,58 @@ def rounding_case(rank: int, world: int) -> tuple[float, float]:
     return error(whole, ref), error(flash_attention(q, k, v), ref)
 
 
+def order_case(rank: int, world: int) -> list[str]:
+    """What a ring does one after the other; in this process alone the calls are noted down."""
+    noted: list[str] = []
+
+    def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **settings: Any) -> Any:
+            noted.append(name)
+            return function(*arguments, **settings)
+
+        return call
+
+    collective.dist.batch_isend_irecv = noting("post", collective.dist.batch_isend_irecv)
+    collective.flash_attention = noting("attend", collective.flash_attention)
+    q = torch.randn(1, 4, 2, 8)
+    ring_attention(q, q, q, mesh=dist.group.WORLD, lengths=[4] * world)
+    return noted
+
+
+def again_case(rank: int, world: int) -> list[bool]:
+    """A mesh of the same layout after the groups have been destroyed and made anew."""
+    same = []
+    q = torch.randn(1, 4, 2, 8, generator=torch.Generator().manual_seed(rank))
+    for turn in range(2):
+        mesh = build_mesh(1, 2, world // 2, "cpu")
+        groups = mesh_groups(mesh)
+        whole = gather_rows(q, Shards((4,) * world), dist.group.WORLD)
+        out = context_parallel_attention(q, q, q, mesh=mesh, lengths=[4] * world)
+        same.append(error(out, flash_attention(q, whole, whole)) < 1e-6 and groups.ring is mesh.get_group("ring"))
+        store = dist.group.WORLD.get_group_store().underlying_store
+        dist.destroy_process_group()
+        if not turn:
+            dist.init_process_group("gloo", store=dist.PrefixStore("again", store), rank=rank, world_size=world)
+    return same
+
+
+def compiled_case(rank: int, world: int) -> tuple[bool, int]:
+    """Under torch.compile: whether the result is the same, and how many graphs there are."""
+    q = torch.randn(1, 8, 2, 8)
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    def function(q: Tensor) -> Tensor:
+        return 2 * ring_attention(q + 1, q, q, mesh=dist.group.WORLD, lengths=[8] * world)
+
+    with torch.no_grad():
+        same = torch.equal(torch.compile(function, backend=backend)(q), function(q))
+    return same, len(graphs)
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -267,12 +320,13 @@ def failing(rank: int, world: int, way: str, how: str, seconds: float) -> tuple[
     q = torch.randn(2, 5, 4, 8)
     started = time.monotonic()
     try:
-        with deadline(seconds), torch.no_grad():
-            for layer in range(6):
-                set_layer(layer)
-                if layer == 3 and rank == 1:
-                    leave(how)
-                started = time.monotonic()
+        for layer in range(6):
+            set_layer(layer)
+            if layer == 3 and rank == 1:
+                leave(how)
+            started = time.monotonic()
+            # The first layer also waits for processes to start.
+            with deadline(seconds if layer else 30.0), torch.no_grad():
                 if way == "exchange":
                     exchange(dist.group.WORLD, layer)
                 else:
@@ -283,6 +337,7 @@ def failing(rank: int, world: int, way: str, how: str, seconds: float) -> tuple[
 
 
 def leave(how: str) -> None:
+    time.sleep(0.3)  # Others may still be reading what this rank has written.
     if how == "sleeps":
         time.sleep(60)
     os.kill(os.getpid(), {"dies": signal.SIGKILL, "stops": signal.SIGSTOP}[how])
@@ -292,3 +347,8 @@ def leave(how: str) -> None:
 def leave_at_once(rank: int, world: int) -> None:
     if rank == 1:
         leave("dies")
+
+
+def refused_by_the_host(rank: int, world: int) -> str:
+    """Rank 0, which hosts the store, ends as soon as it is refused."""
+    return told(lambda: check_agreement(dist.group.WORLD, {"a": rank}))
