@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import signal
@@ -21,7 +22,7 @@ if torch.cuda.is_available():
 from fake_cuda import build_library  # noqa: E402
 from fake_ring import FAKES, FakeDevice  # noqa: E402
 
-from para_kernels.parallel import control, device_ring, host  # noqa: E402
+from para_kernels.parallel import control, device_ring, host, peer  # noqa: E402
 from para_kernels.parallel.device_ring import Place, Shape  # noqa: E402
 from para_kernels.parallel.failure import RankFailure, deadline, raise_on_failure, set_layer  # noqa: E402
 
@@ -153,6 +154,39 @@ def test_a_rank_that_died_is_noticed_before_the_timeout(name: str, library: str)
     assert message.startswith("rank 0 lost rank 1, whose process has ended")
     assert "layer 2" in message
     assert seconds < 10
+
+
+def obstacles(rank: int, world: int) -> list[str | None]:
+    group = dist.group.WORLD
+    assert group is not None
+    return [module.unavailable(group, torch.device("cpu")) for module in (peer, host)]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_why_there_is_none(world: int) -> None:
+    why = "needs CUDA" if world == 2 else "there is one rank"
+    assert launch(world, obstacles) == [[why, why]] * world
+
+
+def refused(rank: int, world: int, name: str, library: str) -> str:
+    """The driver refuses from the second layer on."""
+    transport = make(name, library)
+    q = torch.ones(1, 4, 2, 8)
+    for layer in range(2):
+        if layer == 1:
+            transport._synchronize()
+            ctypes.c_int.in_dll(transport.fake, "result").value = 801
+        try:
+            transport.ring(q, q, q, lengths=(4,) * world, kv_lens=None, q_lens=None, scale=None)
+        except RuntimeError as failure:
+            return str(failure)
+    return "nothing"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_driver_refuses_is_raised(name: str, library: str) -> None:
+    for message in launch(2, refused, name, library):
+        assert message.startswith("cuStreamWaitValue32: CUDA_ERROR_FAKE (801)")
 
 
 def test_slots_never_overlap_and_start_at_rows() -> None:

@@ -296,12 +296,16 @@ class DeviceRing(ABC):
         return torch.cuda.device(self.device)
 
 
-def unavailable_here(device: torch.device) -> str | None:
+def unavailable_here(group: ProcessGroup, device: torch.device) -> str | None:
     """Why no transport of this kind can run in this process; None if it can."""
+    if group.size() == 1:
+        return "there is one rank"
     if device.type != "cuda":
         return "needs CUDA"
     if ops._C is None:
         return "the extension is not built"
+    if not hasattr(ops._C, "StreamProgram"):
+        return "the extension was built from older sources"
     if not ops.TRITON_AVAILABLE:
         return "Triton is not installed"
     if torch.version.hip is not None:

@@ -98,7 +98,7 @@ def _chunks(shape: Shape, owner: int, size: int) -> list[tuple[int, int]]:
 
 def unavailable(group: ProcessGroup, device: torch.device) -> str | None:
     """Why this rank cannot use the transport, None if it can; collective. All ranks have to be on one node."""
-    obstacle = unavailable_here(device)
+    obstacle = unavailable_here(group, device)
     nodes = exchange(group, node(), "nodes of the ranks")
     if obstacle is None and len(set(nodes)) > 1:
         obstacle = "the ranks are on several nodes"

@@ -76,7 +76,7 @@ def unavailable(group: ProcessGroup, device: torch.device) -> str | None:
 
     All ranks have to be on one node, each with a GPU of its own that reaches the memory of all the others.
     """
-    obstacle = unavailable_here(device)
+    obstacle = unavailable_here(group, device)
     mine = [node(), "" if obstacle else _uuid(device.index)]
     everyone = exchange(group, mine, "GPUs of the ranks")
     if obstacle is not None:
