@@ -20,6 +20,7 @@ SOURCES = [
     "csrc/launcher.cpp",
     "csrc/merge_states.cpp",
     "csrc/residual_diff.cpp",
+    "csrc/transport/stream_program.cpp",
 ]
 KERNELS = ["csrc/kernels/merge_states.cpp", "csrc/kernels/residual_diff.cpp"]
 # at::parallel_for is serial unless compiled with OpenMP. The runtime is not linked but the one that torch has loaded: a

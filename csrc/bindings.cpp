@@ -2,6 +2,7 @@
 #include "kernels/kernels.h"
 #include "launcher.h"
 #include "ops.h"
+#include "transport/stream_program.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -290,6 +291,57 @@ void bind_attention(py::module_& m) {
   m.def("use_attention_forward", &para_kernels::use_attention_forward, py::arg("forward"));
 }
 
+// --- the streams of a ring ---------------------------------------------------------------------------------------------
+
+void bind_transport(py::module_& m) {
+  using para_kernels::RegisteredMemory;
+  using para_kernels::StreamProgram;
+  using para_kernels::StreamStep;
+  using Kind = StreamStep::Kind;
+  py::class_<StreamStep>(m, "StreamStep", "One operation of a StreamProgram.")
+      .def_static(
+          "wait", [](unsigned stream, std::uint64_t address, std::int32_t value) {
+            return StreamStep{Kind::kWaitWord, stream, address, 0, 0, value};
+          },
+          py::arg("stream"), py::arg("address"), py::arg("value") = 0)
+      .def_static(
+          "write", [](unsigned stream, std::uint64_t address, std::int32_t value) {
+            return StreamStep{Kind::kWriteWord, stream, address, 0, 0, value};
+          },
+          py::arg("stream"), py::arg("address"), py::arg("value") = 0)
+      .def_static(
+          "copy", [](unsigned stream, std::uint64_t target, std::uint64_t source, std::uint64_t bytes) {
+            return StreamStep{Kind::kCopy, stream, target, source, bytes};
+          },
+          py::arg("stream"), py::arg("target"), py::arg("source"), py::arg("size"))
+      .def_static(
+          "record", [](unsigned stream, std::int32_t event) {
+            return StreamStep{Kind::kRecord, stream, 0, 0, 0, event};
+          },
+          py::arg("stream"), py::arg("event"))
+      .def_static(
+          "wait_record", [](unsigned stream, std::int32_t event) {
+            return StreamStep{Kind::kWaitRecord, stream, 0, 0, 0, event};
+          },
+          py::arg("stream"), py::arg("event"));
+  py::class_<StreamProgram>(m, "StreamProgram", "A fixed list of steps, run once per layer with another epoch.")
+      .def(
+          py::init<std::vector<StreamStep>, unsigned, unsigned, const std::string&>(), py::arg("steps"),
+          py::arg("streams"), py::arg("events"), py::arg("library") = "libcuda.so.1")
+      .def(
+          "run", py::overload_cast<const std::vector<std::uint64_t>&, std::uint32_t>(&StreamProgram::run, py::const_),
+          py::arg("streams"), py::arg("epoch"), py::call_guard<py::gil_scoped_release>())
+      .def("__len__", &StreamProgram::size);
+  py::class_<RegisteredMemory>(m, "RegisteredMemory", "Memory of this process, pinned and mapped into the devices' address space.")
+      .def(
+          py::init<std::uint64_t, std::size_t, const std::string&>(), py::arg("address"), py::arg("size"),
+          py::arg("library") = "libcuda.so.1", py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("device_address", &RegisteredMemory::device_address);
+  m.def(
+      "view_of_memory", &para_kernels::view_of_memory, py::arg("address"), py::arg("shape"), py::arg("dtype"),
+      py::arg("device"), "A contiguous tensor over memory that a device reaches at `address` and that someone else keeps.");
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(para_kernels, CUDA, m) {
@@ -307,4 +359,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info, "Compiler, CPU capability chosen at run time, whether the ops are parallel, and the torch compiled against.");
   bind_launcher(m);
   bind_attention(m);
+  bind_transport(m);
 }

@@ -34,9 +34,27 @@ class CudaDriver {
   int (*push_current_context)(void* context);
   int (*pop_current_context)(void** context);
 
+ protected:
+  // The address of one of the driver's functions; RuntimeError where it has none of this name.
+  void* find(const char* name) const;
+
  private:
+  void* library_;
   int (*get_error_name_)(int result, const char** name);
   int (*get_error_string_)(int result, const char** text);
+};
+
+// Makes a context current for a scope, as torch's own operators do for the device of their tensors.
+class ContextGuard {
+ public:
+  ContextGuard(const CudaDriver& driver, void* context);
+  ContextGuard(const ContextGuard&) = delete;
+  ContextGuard& operator=(const ContextGuard&) = delete;
+  ~ContextGuard();
+
+ private:
+  const CudaDriver& driver_;
+  bool pushed_ = false;
 };
 
 }  // namespace para_kernels

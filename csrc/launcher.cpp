@@ -91,31 +91,6 @@ bool pass(Call& call, PyObject* argument) {
   return shape && strides && call.pass(THPVariable_Unpack(PyTuple_GET_ITEM(argument, 0)), *shape, *strides);
 }
 
-// Makes a context current for a scope, as torch's own operators do for the device of their tensors.
-class ContextGuard {
- public:
-  ContextGuard(const CudaDriver& driver, void* context) : driver_(driver) {
-    void* current = nullptr;
-    driver.check(driver.get_current_context(&current), "cuCtxGetCurrent");
-    if (current != context) {
-      driver.check(driver.push_current_context(context), "cuCtxPushCurrent");
-      pushed_ = true;
-    }
-  }
-  ContextGuard(const ContextGuard&) = delete;
-  ContextGuard& operator=(const ContextGuard&) = delete;
-  ~ContextGuard() {
-    if (pushed_) {
-      void* popped = nullptr;
-      driver_.pop_current_context(&popped);
-    }
-  }
-
- private:
-  const CudaDriver& driver_;
-  bool pushed_ = false;
-};
-
 }  // namespace
 
 std::vector<std::int64_t> Parameter::sizes() const {

@@ -108,3 +108,56 @@ def kernel_launcher(
         ValueError: `declared`, the sizes of the parameters in the kernel's assembly, are not those of `parameters`.
         RuntimeError: the driver is missing, or no context is current; from launch: the driver refused.
     """
+
+class StreamStep:
+    """One operation of a StreamProgram, in the stream whose place among those of a run is given.
+
+    Values are added to the run's epoch; words count modulo 2**32.
+    """
+
+    @staticmethod
+    def wait(stream: int, address: int, value: int = 0) -> StreamStep:
+        """Until the word at `address` has reached the epoch plus `value`."""
+
+    @staticmethod
+    def write(stream: int, address: int, value: int = 0) -> StreamStep:
+        """The epoch plus `value`, after all that stands before it in the stream."""
+
+    @staticmethod
+    def copy(stream: int, target: int, source: int, size: int) -> StreamStep:
+        """Device, peer or registered host memory on either side."""
+
+    @staticmethod
+    def record(stream: int, event: int) -> StreamStep: ...
+    @staticmethod
+    def wait_record(stream: int, event: int) -> StreamStep: ...
+
+class StreamProgram:
+    """A fixed list of steps for the context that is current, run once per layer with another epoch.
+
+    Raises:
+        ValueError: for a step with a stream or an event that there is not.
+        RuntimeError: the driver is missing, lacks a function, or no context is current.
+    """
+
+    def __init__(
+        self, steps: Sequence[StreamStep], streams: int, events: int, library: str = "libcuda.so.1"
+    ) -> None: ...
+    def run(self, streams: Sequence[int], epoch: int) -> None:
+        """Enqueue all steps. RuntimeError: the driver refused one; those before it are enqueued."""
+
+    def __len__(self) -> int: ...
+
+class RegisteredMemory:
+    """`size` bytes of this process's memory at `address`, pinned and mapped for the devices while it lives.
+
+    Raises:
+        RuntimeError: the driver refuses.
+    """
+
+    def __init__(self, address: int, size: int, library: str = "libcuda.so.1") -> None: ...
+    @property
+    def device_address(self) -> int: ...
+
+def view_of_memory(address: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A contiguous tensor over memory that a device reaches at `address` and that someone else keeps."""

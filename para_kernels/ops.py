@@ -207,7 +207,7 @@ if not EXTENSION_AVAILABLE:
 def _triton() -> ModuleType:
     """The Triton kernels, imported when first needed: without a GPU there may be no Triton."""
     from para_kernels import triton_kernels
-    from para_kernels.triton_kernels import dispatch, launch, merge_states, residual_diff  # noqa: F401
+    from para_kernels.triton_kernels import dispatch, launch, merge_states, residual_diff, ring_attention  # noqa: F401
 
     launch.use_extension(_C)
     return triton_kernels

@@ -1,6 +1,9 @@
 // A CUDA driver without a GPU: it notes what it is asked to launch. Built and read by fake_cuda.py.
 #include <cuda.h>
+#include <pthread.h>
+#include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #define MAX_LAUNCHES 16
 #define MAX_FUNCTIONS 64
@@ -165,4 +168,176 @@ CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
 }
 CUresult cuPointerGetAttributes(unsigned count, CUpointer_attribute *attributes, void **data, CUdeviceptr address) {
   return CUDA_ERROR_NOT_SUPPORTED;
+}
+
+// --- streams: each a thread that does what is enqueued in order, while the host goes on ---------------------------------
+
+#define MAX_STREAMS 16
+#define MAX_EVENTS 4096
+#define QUEUE 65536
+
+typedef enum { WAIT_WORD, WRITE_WORD, COPY, RECORD, WAIT_RECORD } Kind;
+
+typedef struct {
+  Kind kind;
+  unsigned char *target;
+  const unsigned char *source;
+  size_t bytes;
+  unsigned value;
+} Step;
+
+typedef struct {
+  CUstream name;
+  pthread_t thread;
+  Step steps[QUEUE];
+  unsigned enqueued, done;
+} Stream;
+
+// Set by the test: every step first takes a random time up to so many microseconds.
+unsigned delay_us = 0;
+// Read by the test.
+unsigned steps_done = 0;
+unsigned registered = 0;
+
+static Stream *streams[MAX_STREAMS];
+static unsigned stream_count = 0;
+static unsigned event_count = 0;
+static unsigned recorded[MAX_EVENTS], completed[MAX_EVENTS];
+static pthread_mutex_t enqueueing = PTHREAD_MUTEX_INITIALIZER;
+
+static unsigned load(const void *word) { return __atomic_load_n((const unsigned *)word, __ATOMIC_ACQUIRE); }
+
+static void run(const Step *step) {
+  switch (step->kind) {
+    case WAIT_WORD:
+      while ((int)(load(step->target) - step->value) < 0) {
+        usleep(20);
+      }
+      break;
+    case WRITE_WORD:
+      __atomic_store_n((unsigned *)step->target, step->value, __ATOMIC_RELEASE);
+      break;
+    case COPY:  // in halves, so that a reader that does not wait sees one of them
+      memcpy(step->target, step->source, step->bytes / 2);
+      if (delay_us) {
+        usleep(rand() % delay_us);
+      }
+      memcpy(step->target + step->bytes / 2, step->source + step->bytes / 2, step->bytes - step->bytes / 2);
+      break;
+    case RECORD:
+      __atomic_store_n(&completed[step->bytes], step->value, __ATOMIC_RELEASE);
+      break;
+    case WAIT_RECORD:
+      while ((int)(load(&completed[step->bytes]) - step->value) < 0) {
+        usleep(20);
+      }
+  }
+}
+
+static void *work(void *argument) {
+  Stream *stream = argument;
+  for (;;) {
+    while (load(&stream->enqueued) == stream->done) {
+      usleep(20);
+    }
+    if (delay_us) {
+      usleep(rand() % delay_us);
+    }
+    run(&stream->steps[stream->done % QUEUE]);
+    __atomic_add_fetch(&steps_done, 1, __ATOMIC_RELAXED);
+    __atomic_store_n(&stream->done, stream->done + 1, __ATOMIC_RELEASE);
+  }
+  return NULL;
+}
+
+static Stream *stream_named(CUstream name) {
+  for (unsigned i = 0; i < stream_count; ++i) {
+    if (streams[i]->name == name) {
+      return streams[i];
+    }
+  }
+  if (stream_count == MAX_STREAMS) {
+    return NULL;
+  }
+  Stream *stream = calloc(1, sizeof(Stream));
+  stream->name = name;
+  pthread_create(&stream->thread, NULL, work, stream);
+  return streams[stream_count++] = stream;
+}
+
+static CUresult enqueue(CUstream name, Step step) {
+  if (result != CUDA_SUCCESS) {
+    return result;
+  }
+  pthread_mutex_lock(&enqueueing);
+  Stream *stream = stream_named(name);
+  if (stream && step.kind == RECORD) {
+    step.value = ++recorded[step.bytes];
+  } else if (stream && step.kind == WAIT_RECORD) {
+    step.value = recorded[step.bytes];
+  }
+  if (stream) {
+    stream->steps[stream->enqueued % QUEUE] = step;
+    __atomic_store_n(&stream->enqueued, stream->enqueued + 1, __ATOMIC_RELEASE);
+  }
+  pthread_mutex_unlock(&enqueueing);
+  return stream ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE;
+}
+
+// 1 once all that has been enqueued in a stream is done.
+int stream_is_idle(CUstream name) {
+  for (unsigned i = 0; i < stream_count; ++i) {
+    if (streams[i]->name == name) {
+      return load(&streams[i]->enqueued) == load(&streams[i]->done);
+    }
+  }
+  return 1;
+}
+
+CUresult cuStreamWaitValue32(CUstream stream, CUdeviceptr address, cuuint32_t value, unsigned flags) {
+  if (flags != CU_STREAM_WAIT_VALUE_GEQ || address % 4) {
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  return enqueue(stream, (Step){.kind = WAIT_WORD, .target = (void *)address, .value = value});
+}
+
+CUresult cuStreamWriteValue32(CUstream stream, CUdeviceptr address, cuuint32_t value, unsigned flags) {
+  if (flags != CU_STREAM_WRITE_VALUE_DEFAULT || address % 4) {
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  return enqueue(stream, (Step){.kind = WRITE_WORD, .target = (void *)address, .value = value});
+}
+
+CUresult cuMemcpyAsync(CUdeviceptr target, CUdeviceptr source, size_t bytes, CUstream stream) {
+  return enqueue(stream, (Step){COPY, (void *)target, (void *)source, bytes, 0});
+}
+
+CUresult cuEventCreate(CUevent *event, unsigned flags) {
+  if (event_count + 1 >= MAX_EVENTS) {
+    return CUDA_ERROR_OUT_OF_MEMORY;
+  }
+  return *event = (CUevent)(size_t)++event_count, CUDA_SUCCESS;
+}
+
+CUresult cuEventDestroy(CUevent event) { return CUDA_SUCCESS; }
+
+CUresult cuEventRecord(CUevent event, CUstream stream) {
+  return enqueue(stream, (Step){.kind = RECORD, .bytes = (size_t)event});
+}
+
+CUresult cuStreamWaitEvent(CUstream stream, CUevent event, unsigned flags) {
+  return enqueue(stream, (Step){.kind = WAIT_RECORD, .bytes = (size_t)event});
+}
+
+CUresult cuMemHostRegister(void *address, size_t bytes, unsigned flags) {
+  if ((size_t)address % 4096 || flags != (CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP)) {
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  return ++registered, CUDA_SUCCESS;
+}
+
+CUresult cuMemHostUnregister(void *address) { return --registered, CUDA_SUCCESS; }
+
+CUresult cuMemHostGetDevicePointer(CUdeviceptr *device, void *host, unsigned flags) {
+  return *device = (CUdeviceptr)host, CUDA_SUCCESS;
 }

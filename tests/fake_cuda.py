@@ -55,15 +55,21 @@ class Launch:
     parameters: list[bytes]
 
 
+def build_library(folder: Path) -> Path:
+    """Compile the fake driver into `folder`."""
+    path = folder / "libcuda.so.1"
+    source = Path(__file__).with_suffix(".c")
+    headers = Path(nvidia.dirname) / "include"
+    command = ["gcc", "-shared", "-fPIC", "-O1", "-pthread", "-Wl,-soname,libcuda.so.1", f"-I{headers}"]
+    subprocess.run([*command, "-o", str(path), str(source)], check=True)
+    return path
+
+
 class FakeCuda:
     """The fake driver library, built into `folder`."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / "libcuda.so.1"
-        source = Path(__file__).with_suffix(".c")
-        headers = Path(nvidia.dirname) / "include"
-        command = ["gcc", "-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", f"-I{headers}"]
-        subprocess.run([*command, "-o", str(self.path), str(source)], check=True)
+        self.path = build_library(folder)
         # Triton's own modules ask for libcuda.so.1, and find the one that is already loaded.
         self._library = ctypes.CDLL(str(self.path), ctypes.RTLD_GLOBAL)
 

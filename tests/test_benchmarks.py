@@ -892,3 +892,18 @@ def test_the_kept_demo_writes_its_record_and_pictures(tmp_path: Path, monkeypatc
     assert (exact["notes"]["hits"], always["notes"]["hits"]) == (0, 2)
     text = render_tables.render("<!-- table: demo -->\n<!-- /table -->", tmp_path / "results")
     assert "| cache 1e+09 |" in text
+
+
+def test_the_report_on_several_gpus_rehearses_without_any(tmp_path: Path) -> None:
+    """Two processes over gloo, tiny shapes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "benchmarks.ring_report", "--out", str(tmp_path), "--only", "stress,no_p2p,speed,host_time"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert "failed: none" in run.stdout
+    (stress,) = record.read_records("ring-stress", tmp_path)
+    assert (stress["cases"], stress["passed"]) == (5, True)
+    speed = record.read_records("ring-speed", tmp_path)
+    assert {row["kernel"] for row in speed} == {"collective", "ulysses"}
+    assert all(row["peer"] == "flash_attention on one GPU" and row["ratio"] > 0 for row in speed)

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from para_kernels.triton_kernels import attention, hopper_attention, merge_states, residual_diff  # noqa: E402
+from para_kernels.triton_kernels import attention, hopper_attention, merge_states, residual_diff, ring_attention  # noqa: E402
 from para_kernels.triton_kernels.hopper_attention import HopperConfig  # noqa: E402
 
 # Shared memory that one program may use, in bytes (CUDA C++ programming guide, table of compute capabilities).
@@ -26,6 +26,8 @@ SHARED_MEMORY_OF_A_PROGRAM = 1024  # what the system takes for each
 # Bytes that may spill. D = 256 does not fit the registers of sm80 and sm89, which hold q and the accumulators; on sm90
 # at D = 128 two programs share a multiprocessor, each at the limit of 255 registers, with a few spilled bytes.
 SPILLS = {((8, 0), 256): 768, ((8, 9), 256): 768, ((9, 0), 128): 48}
+# The loop over pieces keeps more alive; what spills does so around the tails of pieces, and in part of the main loop.
+RING_SPILLS = {((8, 0), 256): 768, ((8, 9), 256): 768, ((9, 0), 128): 400, ((9, 0), 256): 768}
 # The Hopper kernel's largest variant holds descriptors in registers that do not all fit from Triton 3.7 on.
 HOPPER_SPILLS_OF_NEWER_TRITON = {(128, torch.bfloat16, 3): 96}
 POINTER_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -107,6 +109,57 @@ def test_packed_attention(capability: tuple[int, int]) -> None:
 def test_float32_attention_stays_off_the_tensor_cores() -> None:
     usage = compile_attention((9, 0), 64, torch.float32, packed=False)
     assert not re.search(r"\bw?g?mma\.", usage.ptx)
+
+
+def compile_ring_attention(capability: tuple[int, int], head_dim: int, dtype: torch.dtype, lens: bool) -> Usage:
+    tma = attention.uses_tma(capability, dtype, head_dim)
+    config = attention.attention_config(capability, head_dim, dtype, tma)
+    kind = POINTER_TYPES[dtype]
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    memory = f"tensordesc<{kind}[{config.block_n}, {block_d}]>" if tma else f"*{kind}"
+    signature = {"q_ptr": f"*{kind}", "memory": memory, "out_ptr": f"*{kind}", "lse_ptr": "*fp32", "scale_log2": "fp32"}
+    signature |= dict.fromkeys(("table", "flags", "error"), "*i32")
+    constants: dict[str, object] = {
+        "D": head_dim, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": block_d, "STAGES": config.num_stages,
+        "VEC": 16 // dtype.itemsize, "USE_TMA": tma, "PRECISION": "ieee" if dtype == torch.float32 else "tf32", "ASM": True,
+    }  # fmt: skip
+    if lens:
+        signature |= {"q_lens": "*i32", "kv_lens": "*i32"}
+    else:
+        constants |= {"q_lens": None, "kv_lens": None}
+    return compile_kernel(ring_attention._ring_attention_fwd, signature, constants, capability, config.num_warps)
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "lens"),
+    [(capability, head_dim, True) for capability in SHARED_MEMORY for head_dim in (64, 96, 128, 256)]
+    + [((9, 0), 128, False)],
+    ids=str,
+)
+def test_ring_attention(capability: tuple[int, int], head_dim: int, lens: bool) -> None:
+    """Flags are acquired at system scope, and before TMA reads what has arrived comes a fence of its proxy."""
+    usage = compile_ring_attention(capability, head_dim, torch.bfloat16, lens)
+    assert usage.shared <= SHARED_MEMORY[capability]
+    assert usage.spilled_bytes <= RING_SPILLS.get((capability, head_dim), 0)
+    assert re.search(r"\.(sys\.acquire|acquire\.sys)\b", usage.ptx)
+    assert "nanosleep" in usage.ptx
+    if attention.uses_tma(capability, torch.bfloat16, head_dim):
+        last_look = usage.ptx.rindex("acquire")
+        fence = usage.ptx.index("fence.proxy.async.global")
+        assert last_look < fence
+        assert "cp.async.bulk.tensor" in usage.ptx[fence:]
+        assert "cp.async.bulk.tensor" not in usage.ptx[:last_look]
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY, ids=lambda c: f"sm{c[0]}{c[1]}")
+def test_pack(capability: tuple[int, int]) -> None:
+    signature = dict.fromkeys(("k_ptr", "v_ptr", "memory"), "*bf16")
+    usage = compile_kernel(
+        ring_attention._pack, signature, {"D": 128, "BLOCK_R": 64, "BLOCK_D": 128, "VEC": 8}, capability, num_warps=4
+    )  # fmt: skip
+    assert usage.spilled_bytes == 0
+    assert "ld.global.v4.b32" in usage.ptx, "16-byte loads"
+    assert "st.global.v4.b32" in usage.ptx, "16-byte stores"
 
 
 def compile_hopper_attention(config: HopperConfig, head_dim: int, dtype: torch.dtype) -> Usage:

@@ -26,7 +26,15 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma  # no
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E402
 
 from para_kernels import ops  # noqa: E402
-from para_kernels.triton_kernels import attention, dispatch, hopper_attention, launch, merge_states, residual_diff  # noqa: E402
+from para_kernels.triton_kernels import (  # noqa: E402
+    attention,
+    dispatch,
+    hopper_attention,
+    launch,
+    merge_states,
+    residual_diff,
+    ring_attention,
+)
 from para_kernels.triton_kernels.launch import Launcher, declared_sizes  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -49,13 +57,15 @@ def fresh(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(launch, "_current_stream", lambda index: STREAM)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     launch.use_extension(_C, str(fake.path))
-    for module in (attention, hopper_attention, merge_states, residual_diff):
+    for module in (attention, hopper_attention, merge_states, residual_diff, ring_attention):
         module._plan.cache_clear()
     for launchers in (
         attention._launcher,
         merge_states._launcher,
         residual_diff._launcher,
         residual_diff._sums_launcher,
+        ring_attention._launcher,
+        ring_attention._packer,
     ):
         launchers.cache_clear()
     hopper_attention._launchers.cache_clear()
@@ -122,6 +132,24 @@ def attend_packed() -> Callable[[], None]:
     )
 
 
+def attend_in_pieces(kv_lens: Tensor | None = None, **changes: Any) -> Callable[[], None]:
+    """Epoch 5 of a ring of two: pieces of 40 and 30 rows."""
+    q, out = tensors(2, 40, 4, 64, count=2)
+    (memory,) = tensors(1200, 64)
+    table = torch.tensor([[3, 0, 40], [700, 40, 30]], dtype=torch.int32)
+    flags, error = torch.zeros(2, 2, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    pieces = ring_attention.Pieces(memory, table, flags, 2, 5, error, 1.0)
+    arguments: dict[str, Any] = {"kv_heads": 4, "own_start": 0, "capability": (9, 0)} | changes
+    lse = torch.empty(2, 4, 40)
+    return lambda: ring_attention.ring_attention_forward(q, pieces, out, lse, None, kv_lens, 0.125, **arguments)
+
+
+def pack() -> Callable[[], None]:
+    k, v = tensors(2, 40, 4, 64, count=2)
+    (memory,) = tensors(1200, 64)
+    return lambda: ring_attention.pack_piece(k, v, memory, 7)
+
+
 def specialised_warps() -> Callable[[], None]:
     (source,) = tensors(2, 100, 4, 64)
     layout = gl.NVMMASharedLayout.get_default_for([1, 1, 32, 64], gl.bfloat16)
@@ -151,6 +179,10 @@ CALLS: dict[str, Callable[[], Callable[[], object]]] = {
     "attention, packed": attend_packed,
     "hopper attention": attend_on_hopper,
     "hopper attention, lengths": lambda: attend_on_hopper(q_lens=LENS, kv_lens=LENS),
+    "attention in pieces": attend_in_pieces,
+    "attention in pieces, lengths": lambda: attend_in_pieces(LENS),
+    "attention in pieces, pointers": lambda: attend_in_pieces(LENS, capability=(8, 0)),
+    "a piece": pack,
     "gluon, four dimensions": specialised_warps,
     "numbers": numbers,
     "numbers, an optional tensor": lambda: numbers(absent=torch.empty(1)),

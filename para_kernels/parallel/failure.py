@@ -69,7 +69,8 @@ def set_layer(layer: int | str | None) -> None:
     _layer.set(layer)
 
 
-def _where() -> str:
+def where() -> str:
+    """ " in layer 7", or nothing outside of layers: the end of a message."""
     layer = _layer.get()
     return "" if layer is None else f" in layer {layer}"
 
@@ -126,7 +127,7 @@ def stream_ordered(group: ProcessGroup, device: torch.device) -> bool:
 
 
 def _late(group: ProcessGroup, what: str, waited: float) -> str:
-    return f"rank {global_rank(group, group.rank())} waited {waited:.3g} s for {what}{_where()}"
+    return f"rank {global_rank(group, group.rank())} waited {waited:.3g} s for {what}{where()}"
 
 
 def _lost(group: ProcessGroup, what: str, ranks: Sequence[int] | None = None) -> str:
@@ -134,7 +135,7 @@ def _lost(group: ProcessGroup, what: str, ranks: Sequence[int] | None = None) ->
     one_of = "" if len(others) == 1 else "one of "
     return (
         f"rank {global_rank(group, group.rank())} lost the connection to {one_of}{named(others)}"
-        f" while it waited for {what}{_where()}"
+        f" while it waited for {what}{where()}"
     )
 
 
@@ -357,6 +358,17 @@ class ProgressWatch:
 
 
 _watches: dict[str, ProgressWatch] = {}
+_checks: dict[str, Callable[[], None]] = {}
+
+
+def register_check(name: str, check: Callable[[], None]) -> None:
+    """Have `raise_on_failure` call `check` as well, which raises a RankFailure; one of the same name is replaced."""
+    _checks[name] = check
+
+
+def unregister_check(name: str) -> None:
+    """Call it no longer."""
+    _checks.pop(name, None)
 
 
 def watch_progress(group: ProcessGroup, what: str) -> None:
@@ -385,6 +397,8 @@ def raise_on_failure() -> None:
     for watch in _watches.values():
         if watch.failure is not None:
             raise RankFailure(watch.failure)
+    for check in list(_checks.values()):
+        check()
 
 
 def _end_group(group: ProcessGroup, message: str) -> None:

@@ -1,0 +1,319 @@
+"""What the transports `peer` and `host` have in common: where pieces lie, and one layer from packing to the kernel.
+
+One layer, on each rank (epoch e counts layers; a slot is e modulo 2):
+
+    main stream   waits until every peer has taken this rank's piece of epoch e - 2, packs k and v into the slot,
+                  then runs the attention kernel, which waits for the flags of the pieces that it reads
+    side streams  wait for the packing; announce it; wait until the peers have announced theirs; bring the pieces
+                  head by head in the order in which the kernel reads them; write a flag behind each group of heads;
+                  at last write the credit: all pieces of epoch e have been taken
+
+A received piece is overwritten by the side streams of the next layer, which begin after that layer's packing, that is
+after this layer's kernel. A rank that runs ahead can be one layer further than the slowest, two slots hold that. The
+order of consumption is r, r + 1, r + 2, ...: at any time all ranks take pieces of different ranks.
+
+The memory of a rank is one range, the arena: two slots, then the world - 1 received pieces, `capacity` bytes each.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from para_kernels import ops
+from para_kernels.attention import softmax_scale
+from para_kernels.parallel.control import Control
+from para_kernels.parallel.failure import current_timeout, exchange
+
+LIBRARY = "libcuda.so.1"
+# Copies of this size and more run at nearly the full speed of the link; a group of heads is about one.
+COPY_BYTES = 4 * 2**20
+MAX_CHUNKS = 1024  # `host`: pieces of a piece that have a flag in host memory
+_ALIGNMENT = 1024  # bytes: what a slot may lose to start at a whole row, at most 256 elements of 4 bytes
+_KEPT_LAYOUTS = 32
+_SLOTS = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a layer's pieces look like. `lengths` are in rank order."""
+
+    lengths: tuple[int, ...]
+    batch: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return self.head_dim * self.dtype.itemsize
+
+    def head_bytes(self, rank: int) -> int:
+        """Keys and values of one head of a rank's piece, all samples."""
+        return 2 * self.batch * self.lengths[rank] * self.row_bytes
+
+    @property
+    def largest_piece(self) -> int:
+        return self.heads * max(self.head_bytes(rank) for rank in range(len(self.lengths)))
+
+    @property
+    def heads_per_flag(self) -> int:
+        largest = max(1, self.largest_piece // self.heads)
+        return max(1, min(self.heads, COPY_BYTES // largest))
+
+    def groups(self) -> list[tuple[int, int]]:
+        """(first head, number of heads) of each group that has a flag."""
+        step = self.heads_per_flag
+        return [(first, min(step, self.heads - first)) for first in range(0, self.heads, step)]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the pieces of a shape lie in an arena with this capacity."""
+
+    shape: Shape
+    capacity: int
+
+    def offset(self, index: int) -> int:
+        """Bytes before slot `index`, or received piece index - 2: at a whole row."""
+        row = self.shape.row_bytes
+        return -(-index * self.capacity // row) * row
+
+    def first_row(self, index: int) -> int:
+        return self.offset(index) // self.shape.row_bytes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A shape's place, and what runs for it; one program and one table for each slot."""
+
+    place: Place
+    memory: Tensor
+    flags: Tensor
+    tables: tuple[Tensor, ...]
+    wait_for_slot: Any
+    transfers: tuple[Any, ...]
+
+
+class DeviceRing(ABC):
+    """Ring attention by one kernel per layer, its pieces brought by copy engines. See this module's text.
+
+    Calls are ordered as in the current stream of the first; a call in another stream waits for the one before it.
+    Not to be captured into a CUDA graph: epochs are values of the launch.
+    """
+
+    name: str
+    _side_streams = 2
+    _chunks = 0
+
+    def __init__(self, group: ProcessGroup, device: torch.device, library: str = LIBRARY) -> None:
+        assert ops._C is not None
+        self.group, self.device, self._library = group, device, library
+        self.rank, self.world = group.rank(), group.size()
+        self._capacity = 0
+        self._arena = torch.empty(0, dtype=torch.uint8)
+        self._layouts: OrderedDict[Shape, Layout] = OrderedDict()
+        with self._on_device():
+            self._control = Control(group, library, self.name, self._chunks)
+            self._error = self._view_of_error()
+            self._sides = self._make_streams(self._side_streams)
+        self._last_stream = 0
+
+    # What differs between the two transports.
+
+    @abstractmethod
+    def _allocate(self, capacity: int) -> Tensor:
+        """This rank's arena, uint8, for pieces of `capacity` bytes; collective. What it replaces has been let go."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Let go of the arena and of what belongs to it."""
+
+    @abstractmethod
+    def _steps(self, place: Place, slot: int, base: int, flags: Tensor) -> tuple[list[Any], int]:
+        """One layer's work of the side streams, and how many events it uses. Stream 0 is the main one."""
+
+    @property
+    @abstractmethod
+    def memory_bytes(self) -> int:
+        """What this rank holds for the ring, on its device and of the host's memory."""
+
+    # One layer.
+
+    def ring(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        lengths: Sequence[int],
+        kv_lens: Tensor | None,
+        q_lens: Tensor | None,
+        scale: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `Transport.ring`. RankFailure, of this call or of one before it: a rank is missing."""
+        out, lse = ops._attention_outputs(q)
+        shape = Shape(tuple(lengths), k.shape[0], k.shape[2], k.shape[3], k.dtype)
+        if not shape.largest_piece:  # No rank has any keys.
+            return out.zero_(), lse.fill_(float("-inf"))
+        with self._on_device():
+            layout = self._layout(shape)
+            epoch = self._control.next_epoch()
+            slot = epoch % _SLOTS
+            main = self._main_stream()
+            layout.wait_for_slot.run([main], epoch)
+            self._pack(k, v, layout.memory, layout.place.first_row(slot))
+            layout.transfers[slot].run([main, *self._sides], epoch)
+            self._attend(q, layout, slot, epoch, out, lse, q_lens, kv_lens, scale)
+        return out, lse
+
+    def check(self) -> None:
+        """Raise a RankFailure if a rank is missing: ask after the device is done, before its results are trusted."""
+        self._control.check()
+
+    def close(self) -> None:
+        """Give back all memory, once this rank's device is done with it. Peers must not be in a call."""
+        self._synchronize()
+        self._layouts.clear()
+        self._release()
+        self._capacity = 0
+        self._control.close()
+
+    def _attend(
+        self,
+        q: Tensor,
+        layout: Layout,
+        slot: int,
+        epoch: int,
+        out: Tensor,
+        lse: Tensor,
+        q_lens: Tensor | None,
+        kv_lens: Tensor | None,
+        scale: float | None,
+    ) -> None:
+        shape = layout.place.shape
+        kernels = ops._triton().ring_attention
+        pieces = kernels.Pieces(
+            layout.memory,
+            layout.tables[slot],
+            layout.flags,
+            shape.heads_per_flag,
+            epoch,
+            self._error,
+            current_timeout(),
+        )
+        kernels.ring_attention_forward(
+            q, pieces, out, lse, q_lens, kv_lens, softmax_scale(scale, q.shape[3]), kv_heads=shape.heads,
+            own_start=sum(shape.lengths[: self.rank]), capability=ops._capability(self.device),
+        )  # fmt: skip
+
+    def _pack(self, k: Tensor, v: Tensor, memory: Tensor, first_row: int) -> None:
+        ops._triton().ring_attention.pack_piece(k, v, memory, first_row)
+
+    # Layouts.
+
+    def _layout(self, shape: Shape) -> Layout:
+        if shape in self._layouts:
+            self._layouts.move_to_end(shape)
+            return self._layouts[shape]
+        if shape.largest_piece + _ALIGNMENT > self._capacity:
+            self._grow(shape.largest_piece + _ALIGNMENT)
+        while len(self._layouts) >= _KEPT_LAYOUTS:
+            self._synchronize()  # The device may still be using the flags and the table of the oldest.
+            self._layouts.popitem(last=False)
+        self._layouts[shape] = self._make_layout(shape)
+        return self._layouts[shape]
+
+    def _grow(self, capacity: int) -> None:
+        """A larger arena, at the same call on all ranks: none may still read this rank's old one."""
+        self._synchronize()
+        exchange(self.group, capacity, "larger buffers of the ring")
+        self._layouts.clear()
+        self._release()
+        self._capacity = -(-capacity // 2**21) * 2**21
+        self._arena = self._allocate(self._capacity)
+
+    def _make_layout(self, shape: Shape) -> Layout:
+        place = Place(shape, self._capacity)
+        rows = self._arena.numel() // shape.row_bytes
+        memory = self._arena[: rows * shape.row_bytes].view(shape.dtype).view(rows, shape.head_dim)
+        flags = torch.zeros(self.world, len(shape.groups()), dtype=torch.int32, device=self.device)
+        tables = tuple(self._table(place, slot) for slot in range(_SLOTS))
+        assert ops._C is not None
+        step = ops._C.StreamStep
+        before = [step.wait(0, self._control.credit(peer), -_SLOTS) for peer in self._peers()]
+        transfers = []
+        for slot in range(_SLOTS):
+            steps, events = self._steps(place, slot, self._arena.data_ptr(), flags)
+            transfers.append(ops._C.StreamProgram(steps, 1 + self._side_streams, events, self._library))
+        return Layout(place, memory, flags, tables, ops._C.StreamProgram(before, 1, 0, self._library), tuple(transfers))
+
+    def _table(self, place: Place, slot: int) -> Tensor:
+        """`Pieces.table`: this rank's piece in its slot, then the received ones."""
+        lengths = place.shape.lengths
+        rows = []
+        for t in range(self.world):
+            owner = (self.rank + t) % self.world
+            rows.append((place.first_row(slot if t == 0 else 1 + t), sum(lengths[:owner]), lengths[owner]))
+        return torch.tensor(rows, dtype=torch.int32).to(self.device)
+
+    def _peers(self) -> list[int]:
+        """The other ranks, in the order in which their pieces are consumed."""
+        return [(self.rank + t) % self.world for t in range(1, self.world)]
+
+    # The device.
+
+    def _view_of_error(self) -> Tensor:
+        assert ops._C is not None
+        return ops._C.view_of_memory(self._control.error_address, [4], torch.int32, self.device)
+
+    def _make_streams(self, count: int) -> list[int]:
+        # Of high priority: hardware queues of their own, so that what waits here holds up no kernel of other streams.
+        self._stream_objects = [torch.cuda.Stream(self.device, priority=-1) for _ in range(count)]
+        return [stream.cuda_stream for stream in self._stream_objects]
+
+    def _main_stream(self) -> int:
+        """The current stream, ordered after the one of the call before."""
+        stream = torch.cuda.current_stream(self.device)
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"the transport {self.name!r} cannot be captured into a CUDA graph: use 'collective'")
+        if self._last_stream and self._last_stream != stream.cuda_stream:
+            stream.wait_stream(torch.cuda.ExternalStream(self._last_stream, self.device))
+        self._last_stream = stream.cuda_stream
+        return stream.cuda_stream
+
+    def _synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def _on_device(self) -> Any:
+        return torch.cuda.device(self.device)
+
+
+def unavailable_here(group: ProcessGroup, device: torch.device) -> str | None:
+    """Why no transport of this kind can run in this process; None if it can."""
+    if group.size() == 1:
+        return "there is one rank"
+    if device.type != "cuda":
+        return "needs CUDA"
+    if ops._C is None:
+        return "the extension is not built"
+    if not hasattr(ops._C, "StreamProgram"):
+        return "the extension was built from older sources"
+    if not ops.TRITON_AVAILABLE:
+        return "Triton is not installed"
+    if torch.version.hip is not None:
+        return "needs CUDA, not ROCm"
+    try:
+        with torch.cuda.device(device):
+            torch.cuda.current_stream(device).synchronize()  # makes the context
+            ops._C.StreamProgram([], 1, 0, LIBRARY)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None
