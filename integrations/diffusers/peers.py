@@ -130,10 +130,10 @@ class Peers:
     def _appeared(self, keys: list[str], seconds: float) -> bool:
         try:
             self._store.wait(keys, timedelta(seconds=seconds))
-        except dist.DistStoreError:
-            return False
         except dist.DistNetworkError as error:
             raise PeerError("the process that keeps the store (rank 0 or the launcher) is gone") from error
+        except RuntimeError:  # the time is up; only some stores say so with a `DistStoreError`
+            return False
         return True
 
     def _raise_if_given_up(self) -> None:
