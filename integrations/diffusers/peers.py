@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from contextlib import suppress
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 SLICE = 0.5  # seconds between two looks at whether another rank has given up
 ROLL_CALL = 5.0  # seconds in which a rank that is alive answers; one that computes on a CPU answers after its tile
+STORE_GONE = "the process that keeps the store (rank 0 or the launcher) is gone"
 _groups: Counter[str] = Counter()
 
 
@@ -77,8 +77,7 @@ class Peers:
         while not self._appeared(keys, min(SLICE, self.timeout)):
             self._raise_if_given_up()
             if time.monotonic() > end:
-                silent = [rank for rank, key in zip(self.ranks, keys, strict=True) if not self._store.check([key])]
-                raise PeerError(f"{_names(silent)} gave no {what} within {self.timeout:g} s")
+                raise PeerError(f"{_names(self._missing(keys))} gave no {what} within {self.timeout:g} s")
         return [self._store.get(key).decode() for key in keys]
 
     def forget_last_call(self) -> None:
@@ -98,6 +97,7 @@ class Peers:
         """A sign of life, for those who wait for this rank."""
         self._signs += 1
         self._store.set(f"sign/{self.index}", str(self._signs))
+        self._answer_roll_call()
 
     def wait(self, transfer: Any, source: int, what: str) -> None:
         """Wait until `transfer`, a `torch.distributed` work whose data the rank with index `source` sends, is done.
@@ -128,22 +128,32 @@ class Peers:
         return f"{self._call}/{topic}/{index}"
 
     def _appeared(self, keys: list[str], seconds: float) -> bool:
+        """Whether all keys are there within `seconds`. The store's own `wait` would print a warning when it ends."""
+        pause, end = 1e-4, time.monotonic() + seconds
         try:
-            self._store.wait(keys, timedelta(seconds=seconds))
-        except dist.DistNetworkError as error:
-            raise PeerError("the process that keeps the store (rank 0 or the launcher) is gone") from error
-        except RuntimeError:  # the time is up; only some stores say so with a `DistStoreError`
-            return False
+            while not self._store.check(keys):
+                if time.monotonic() > end:
+                    return False
+                time.sleep(pause)
+                pause = min(2 * pause, 1e-2)
+        except dist.DistError as error:
+            raise PeerError(STORE_GONE) from error
         return True
 
     def _raise_if_given_up(self) -> None:
+        self._answer_roll_call()
         key = f"{self._call}/gave_up"
         try:
             reason = self._store.get(key).decode() if self._store.check([key]) else ""
         except dist.DistError as error:
-            raise PeerError("the process that keeps the store (rank 0 or the launcher) is gone") from error
+            raise PeerError(STORE_GONE) from error
         if reason:
             raise PeerError(reason)
+
+    def _answer_roll_call(self) -> None:
+        with suppress(dist.DistError):
+            if self._store.check([f"{self._call}/roll_call"]):
+                self.tell("here", "")
 
     def _last_sign(self, index: int) -> bytes:
         key = f"sign/{index}"
@@ -155,18 +165,16 @@ class Peers:
     def _lost(self, what: str) -> PeerError:
         """The error for `what`, with the names of those who do not answer a roll call."""
         try:
+            self._store.set(f"{self._call}/roll_call", "")
             self._raise_if_given_up()
-            self.tell("here", "")
             keys = [self._key("here", index) for index in range(self.world)]
-            end = time.monotonic() + min(ROLL_CALL, self.timeout)
-            while not self._appeared(keys, SLICE) and time.monotonic() < end:
-                pass
-            silent = [rank for rank, key in zip(self.ranks, keys, strict=True) if not self._store.check([key])]
-        except PeerError as error:
-            return PeerError(f"{what}; {error}")
-        except dist.DistError:
-            return PeerError(f"{what}; the process that keeps the store (rank 0 or the launcher) is gone")
+            silent = [] if self._appeared(keys, ROLL_CALL) else self._missing(keys)
+        except (PeerError, dist.DistError) as error:
+            return PeerError(f"{what}; {error if isinstance(error, PeerError) else STORE_GONE}")
         return PeerError(f"{what}; " + (f"no sign of life from {_names(silent)}" if silent else "all ranks are alive"))
+
+    def _missing(self, keys: list[str]) -> list[int]:
+        return [rank for rank, key in zip(self.ranks, keys, strict=True) if not self._store.check([key])]
 
 
 def _names(ranks: list[int]) -> str:
