@@ -8,7 +8,6 @@ the tiles, and a second pass gets them, one by one in its own order, from a stan
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -378,8 +377,8 @@ class ParallelVae:
 
 
 def _given(direction: Direction, original: functools.partial[Any]) -> Tensor:
-    arguments = inspect.signature(original.func).bind(*original.args, **original.keywords).arguments
-    given = arguments[direction.argument]
+    """The tensor, first or by name; older diffusers' wrappers of the methods do not tell their signature."""
+    given = original.args[0] if original.args else original.keywords.get(direction.argument)
     if not isinstance(given, Tensor):
         raise ValueError(f"{direction.argument}: got a {type(given).__name__}, must be a tensor")
     return given
