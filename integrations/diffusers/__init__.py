@@ -8,5 +8,6 @@ except ImportError as error:
 from .accelerate import accelerate, apply_cache_on_pipe
 from .attention import ParaAttnProcessor
 from .handle import Handle
+from .vae import ParallelVae, parallelize_vae
 
-__all__ = ["Handle", "ParaAttnProcessor", "accelerate", "apply_cache_on_pipe"]
+__all__ = ["Handle", "ParaAttnProcessor", "ParallelVae", "accelerate", "apply_cache_on_pipe", "parallelize_vae"]

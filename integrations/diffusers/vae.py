@@ -1,0 +1,472 @@
+"""Parallel VAE: `parallelize_vae(vae)` has the tiles of diffusers' tiled decode and encode computed by all ranks.
+
+Blending stays diffusers' own code, which runs unchanged on every rank. A first, dry pass through it finds out which
+tiles there are: a stand-in for the decoder notes its inputs and returns tensors without data. Then all ranks compute
+the tiles, and a second pass gets them, one by one in its own order, from a stand-in that waits for whoever made them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from para_kernels.checks import check_inference
+
+from .peers import Peers
+from .tile_exchange import Tile, TileExchange
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class VaeFamily:
+    """One row: how a VAE is recognised and what its tiled code needs to know.
+
+    Attributes:
+        name: class name; subclasses are recognised too.
+        scales: samples per latent in every dimension after the channels.
+        first_frame_alone: whether the first dimension is time, where one latent makes the first frame and every other
+            one `scales[0]` frames.
+        rounds_up: whether a sample size that its scale does not divide gives one latent more, or none.
+        blends: names of the methods that blend two tiles and return the second one.
+        settings: names of the attributes that decide about tiles; all ranks must agree on them.
+    """
+
+    name: str
+    scales: Callable[[Any], tuple[int, ...]]
+    first_frame_alone: bool
+    rounds_up: bool
+    blends: tuple[str, ...]
+    settings: tuple[str, ...]
+
+    def sample_size(self, vae: Any, latent: Sequence[int]) -> tuple[int, ...]:
+        """Sizes after the channels of what the decoder makes of a latent with the sizes `latent`."""
+        sizes = [size * scale for size, scale in zip(latent, self.scales(vae), strict=True)]
+        if self.first_frame_alone:
+            sizes[0] -= self.scales(vae)[0] - 1
+        return tuple(sizes)
+
+    def latent_size(self, vae: Any, sample: Sequence[int]) -> tuple[int, ...]:
+        """Sizes after the channels of what the encoder makes of a sample with the sizes `sample`."""
+        more = [scale - 1 if self.rounds_up else 0 for scale in self.scales(vae)]
+        return tuple((size + extra) // scale for size, extra, scale in zip(sample, more, self.scales(vae), strict=True))
+
+
+FAMILIES = (
+    VaeFamily(
+        name="AutoencoderKLHunyuanVideo",
+        scales=lambda vae: (vae.temporal_compression_ratio, *[vae.spatial_compression_ratio] * 2),
+        first_frame_alone=True,
+        rounds_up=True,
+        blends=("blend_v", "blend_h", "blend_t"),
+        settings=(
+            "use_slicing",
+            "use_framewise_encoding",
+            "use_framewise_decoding",
+            "tile_sample_min_height",
+            "tile_sample_min_width",
+            "tile_sample_min_num_frames",
+            "tile_sample_stride_height",
+            "tile_sample_stride_width",
+            "tile_sample_stride_num_frames",
+        ),
+    ),
+    VaeFamily(
+        name="AutoencoderKL",
+        scales=lambda vae: (2 ** (len(vae.config.block_out_channels) - 1),) * 2,
+        first_frame_alone=False,
+        rounds_up=False,
+        blends=("blend_v", "blend_h"),
+        settings=("use_slicing", "tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Direction:
+    """`decode` or `encode`, as a row.
+
+    Attributes:
+        name: of the method.
+        argument: name of its tensor argument.
+        chain: names of the submodules that a tile goes through, one after another; one of two may be None.
+        made_shape: the shape of what the chain makes of a tile of a given shape.
+    """
+
+    name: str
+    argument: str
+    chain: tuple[str, ...]
+    made_shape: Callable[[VaeFamily, Any, Sequence[int]], tuple[int, ...]]
+
+
+DIRECTIONS = (
+    Direction(
+        name="decode",
+        argument="z",
+        chain=("post_quant_conv", "decoder"),
+        made_shape=lambda family, vae, shape: (
+            shape[0],
+            vae.config.out_channels,
+            *family.sample_size(vae, shape[2:]),
+        ),
+    ),
+    Direction(
+        name="encode",
+        argument="x",
+        chain=("encoder", "quant_conv"),
+        made_shape=lambda family, vae, shape: (
+            shape[0],
+            2 * vae.config.latent_channels,
+            *family.latent_size(vae, shape[2:]),
+        ),
+    ),
+)
+
+
+def parallelize_vae(
+    vae: Any, *, mesh: DeviceMesh | dist.ProcessGroup | None = None, timeout: float = 120.0
+) -> ParallelVae:
+    """Let all ranks of a group decode and encode together. Every rank must call this, and then decode the same latents.
+
+    Tiles are computed by the ranks in parallel, balanced by their size; each is sent to all others by the rank that
+    made it, while that computes its next one; and every rank ends with the whole result. That is bit for bit what
+    `vae.enable_tiling()` and `vae.decode(z)` give in one process (GPUs of one kind and, as is torch's default, no
+    `cudnn.benchmark`). Tiling is on for the duration of the call: where it had been off, the result differs slightly
+    from the untiled one. An input no larger than a tile is one tile, with nothing to share out.
+
+    Each rank holds, beyond what diffusers' tiled code holds anyway, at most four tiles per rank: 6.7 MB each in a 720p
+    HunyuanVideo in bfloat16, that is 0.2 GB on 8 ranks. Inference only. Works on the instance alone; called again it
+    re-tunes. `vae.tiled_decode` and the like, called directly, stay as they are.
+
+    Args:
+        vae: an `AutoencoderKLHunyuanVideo` or `AutoencoderKL`, with the same weights and settings on every rank.
+        mesh: the ranks, a one-dimensional `DeviceMesh` (`mesh._flatten()` makes one) or a process group; None for all.
+        timeout: seconds without a tile from a rank after which it counts as lost; more than one tile takes.
+
+    Returns:
+        The handle of the installation: `work()`, `summary()`, `remove()`. The same one every time until it is removed.
+
+    Raises:
+        ValueError: an argument is not allowed; the VAE is then as it was. From `decode` and `encode`: ranks differ in
+            what they are given or how they are set, found before the first tile.
+        PeerError: from `decode` and `encode`: another rank failed, died or never arrived. It names the rank.
+    """
+    vae = getattr(vae, "_orig_mod", vae)
+    family = _family(vae)
+    if isinstance(timeout, bool) or not isinstance(timeout, Real) or not timeout > 0:
+        raise ValueError(f"timeout: got {timeout!r}, must be a number of seconds > 0")
+    group = _group(mesh)
+    handle = ParallelVae.on(vae)
+    if handle is None:
+        _check_own_methods(vae)
+        handle = ParallelVae(vae, family)
+    handle._install(Peers(group, float(timeout)))
+    return handle
+
+
+def _family(vae: Any) -> VaeFamily:
+    names = {cls.__name__ for cls in type(vae).__mro__}
+    for family in FAMILIES:
+        if family.name in names:
+            return family
+    raise ValueError(f"vae: got a {type(vae).__name__}, supported: {', '.join(family.name for family in FAMILIES)}")
+
+
+def _group(mesh: Any) -> dist.ProcessGroup:
+    if not dist.is_initialized():
+        raise ValueError(f"mesh: got {mesh!r}, but torch.distributed is not initialized; run under torchrun")
+    if mesh is None:
+        mesh = dist.group.WORLD
+    if isinstance(mesh, DeviceMesh):
+        if mesh.ndim != 1:
+            raise ValueError(f"mesh: got {mesh.ndim} dimensions, must be 1; pass mesh._flatten()")
+        if mesh.get_coordinate() is None:
+            raise ValueError(f"mesh: got one without this process, which is rank {dist.get_rank()}")
+        mesh = mesh.get_group()
+    if not isinstance(mesh, dist.ProcessGroup):
+        raise ValueError(
+            f"mesh: got {mesh!r}, allowed is a DeviceMesh or ProcessGroup with this process in it, or None"
+        )
+    if dist.get_rank(mesh) < 0:
+        raise ValueError(f"mesh: got a group without this process, which is rank {dist.get_rank()}")
+    return mesh
+
+
+def _check_own_methods(vae: Any) -> None:
+    for direction in DIRECTIONS:
+        if direction.name in vae.__dict__:
+            raise ValueError(
+                f"vae: its {direction.name!r} has been replaced on the instance, allowed is the class's own; to"
+                " compile, compile vae.decoder and vae.encoder instead"
+            )
+
+
+@dataclass(frozen=True)
+class RankWork:
+    """What one rank did in a call: how many tiles it computed, and the seconds its device spent on them."""
+
+    rank: int
+    tiles: int
+    seconds: float
+
+
+class ParallelVae:
+    """The installation on one VAE, made by `parallelize_vae`: its `decode` and `encode`, as attributes of the instance.
+
+    The submodules are replaced only while one of the two runs, and what runs then are the real ones: hooks, offloading
+    and `torch.compile` of `vae.decoder` work as ever.
+    """
+
+    def __init__(self, vae: Any, family: VaeFamily) -> None:
+        self._vae = vae
+        self._family = family
+        self._entries: dict[str, Callable[..., Any]] = {}
+        self._peers: Peers | None = None
+        self._last: str | None = None
+
+    @staticmethod
+    def on(vae: Any) -> ParallelVae | None:
+        """The handle that is installed on `vae`; None if there is none."""
+        for direction in DIRECTIONS:
+            entry = vae.__dict__.get(direction.name)
+            if (handle := getattr(entry, "parallel_vae", None)) is not None and handle.installed:
+                return handle
+        return None
+
+    # --- for the user -----------------------------------------------------------------------------------------------
+
+    @property
+    def vae(self) -> Any:
+        """The VAE that this is about."""
+        return self._vae
+
+    @property
+    def installed(self) -> bool:
+        """False after `remove`."""
+        return bool(self._entries)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that share the work, as the world counts them; empty after `remove`."""
+        return tuple(self._peers.ranks) if self._peers else ()
+
+    def work(self) -> tuple[RankWork, ...]:
+        """What each rank did in the last call, in rank order; empty before the first. Waits for ranks still at it.
+
+        Raises:
+            PeerError: a rank did not finish the call.
+        """
+        if self._last is None or self._peers is None:
+            return ()
+        told = self._peers.told("work", f"end of {self._last}")
+        return tuple(RankWork(rank, **json.loads(text)) for rank, text in zip(self._peers.ranks, told, strict=True))
+
+    def summary(self) -> str:
+        """What is installed and what the last call did, in plain text."""
+        lines = [f"{type(self._vae).__name__}, tiles on {len(self.ranks)} rank(s)" if self.installed else "removed"]
+        if work := self.work():
+            lines.append(f"last call: {self._last}, {sum(row.tiles for row in work)} tile(s)")
+            lines += [f"  rank {row.rank}: {row.tiles:4d} tile(s), {row.seconds:8.3f} s" for row in work]
+        return "\n".join(lines)
+
+    def remove(self) -> None:
+        """Take everything off again. A second time does nothing."""
+        for name, entry in self._entries.items():
+            if self._vae.__dict__.get(name) is entry:  # else somebody wrapped it, and it just passes calls on
+                del self._vae.__dict__[name]
+        self._entries = {}
+        self._peers = self._last = None
+
+    # --- installation -----------------------------------------------------------------------------------------------
+
+    def _install(self, peers: Peers) -> None:
+        self._peers, self._last = peers, None
+        for direction in DIRECTIONS:
+            if direction.name not in self._entries:
+                self._entries[direction.name] = self._vae.__dict__[direction.name] = self._entry(direction)
+
+    def _entry(self, direction: Direction) -> Callable[..., Any]:
+        original = getattr(type(self._vae), direction.name).__get__(self._vae)
+
+        @functools.wraps(original)
+        def entry(*args: Any, **kwargs: Any) -> Any:
+            if not self.installed:
+                return original(*args, **kwargs)
+            return self._call(direction, functools.partial(original, *args, **kwargs))
+
+        entry.parallel_vae = self  # type: ignore[attr-defined]
+        return entry
+
+    # --- a call -----------------------------------------------------------------------------------------------------
+
+    def _call(self, direction: Direction, original: functools.partial[Any]) -> Any:
+        peers = self._peers
+        assert peers is not None
+        self._last = None
+        peers.begin_call()
+        try:
+            given = _given(direction, original)
+            check_inference(**{direction.argument: given})
+            _check_backend(direction, given, peers)
+            with torch.no_grad(), ExitStack() as undo:
+                _set_for_now(undo, self._vae, "use_tiling", True)
+                output, exchange = self._share_out(direction, original, given, peers)
+            peers.tell("work", json.dumps({"tiles": exchange.own, "seconds": exchange.seconds()}))
+        except BaseException as error:
+            peers.give_up(error)
+            raise
+        self._last = direction.name
+        return output
+
+    def _share_out(
+        self, direction: Direction, original: Callable[[], Any], given: Tensor, peers: Peers
+    ) -> tuple[Any, TileExchange]:
+        chain = list(_chain(self._vae, direction).values())
+        dtype = _made_dtype(chain, given)
+        tiles = self._recorded(direction, original, dtype)
+        _check_agreement(direction, peers, self._facts(direction, given, dtype, chain))
+        peers.forget_last_call()
+        exchange = TileExchange(tiles, nn.Sequential(*chain), dtype, peers, direction.name)
+        with _stand_ins(self._vae, direction, exchange.take):
+            output = original()
+        if not exchange.done:
+            raise RuntimeError(f"{direction.name}: diffusers asks for fewer tiles the second time; please report this")
+        return output, exchange
+
+    def _recorded(self, direction: Direction, original: Callable[[], Any], dtype: torch.dtype) -> list[Tile]:
+        """The tiles of the call, in the order in which diffusers makes them; nothing is computed."""
+        tiles: list[Tile] = []
+
+        def record(source: Tensor) -> Tensor:
+            tiles.append(Tile(source, direction.made_shape(self._family, self._vae, source.shape)))
+            return torch.empty(tiles[-1].shape, dtype=dtype, device="meta")
+
+        with ExitStack() as undo:
+            for blend in self._family.blends:
+                _set_for_now(undo, self._vae, blend, lambda first, second, extent: second)
+            undo.enter_context(_stand_ins(self._vae, direction, record))
+            original()
+        return tiles
+
+    def _facts(
+        self, direction: Direction, given: Tensor, dtype: torch.dtype, chain: Sequence[nn.Module]
+    ) -> dict[str, Any]:
+        """What must be equal on all ranks, by the name that it has in messages."""
+        weights = [tensor for module in chain for tensor in module.state_dict().values()]
+        return {
+            "method": direction.name,
+            "class of the vae": type(self._vae).__name__,
+            f"shape of {direction.argument}": list(given.shape),
+            f"dtype of {direction.argument}": str(given.dtype),
+            "dtype of the result": str(dtype),
+            **{f"vae.{name}": getattr(self._vae, name) for name in self._family.settings},
+            "checksum of the weights": checksum(weights),
+            f"checksum of {direction.argument}": checksum([given]),
+        }
+
+
+def _given(direction: Direction, original: functools.partial[Any]) -> Tensor:
+    """The tensor, first or by name; older diffusers' wrappers of the methods do not tell their signature."""
+    given = original.args[0] if original.args else original.keywords.get(direction.argument)
+    if not isinstance(given, Tensor):
+        raise ValueError(f"{direction.argument}: got a {type(given).__name__}, must be a tensor")
+    return given
+
+
+def _check_backend(direction: Direction, given: Tensor, peers: Peers) -> None:
+    backends = dist.get_backend_config(peers.group)  # such as "cpu:gloo,cuda:nccl"
+    devices = [pair.split(":")[0] for pair in backends.split(",")]
+    if given.device.type not in devices and peers.world > 1:
+        raise ValueError(
+            f"{direction.argument}: got device {given.device}, but the group's backends are {backends}; allowed are"
+            f" {' and '.join(devices)}"
+        )
+
+
+def _check_agreement(direction: Direction, peers: Peers, facts: dict[str, Any]) -> None:
+    """All ranks raise the same error if they differ, and name those that are not as most are."""
+    told = peers.exchange("plan", json.dumps(facts), f"{direction.name} call")
+    plans = [json.loads(text) for text in told]
+    for name in plans[0]:
+        values = [json.dumps(plan.get(name)) for plan in plans]
+        usual, count = Counter(values).most_common(1)[0]
+        if count < len(values):
+            odd = "; ".join(
+                f"rank {rank} has {value}" for rank, value in zip(peers.ranks, values, strict=True) if value != usual
+            )
+            raise ValueError(f"{direction.argument}: ranks differ in the {name}: {odd}; the others have {usual}")
+
+
+def _made_dtype(chain: Sequence[nn.Module], given: Tensor) -> torch.dtype:
+    """What the chain's last convolution returns: weights are in a dtype to compute in, or are cast from one to keep."""
+    if torch.is_autocast_enabled(given.device.type):
+        return torch.get_autocast_dtype(given.device.type)
+    dtype = list(chain[-1].parameters())[-1].dtype
+    return dtype if dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) else given.dtype
+
+
+def checksum(tensors: Sequence[Tensor]) -> str:
+    """Of all bits of the tensors and, row by row, their order; one pass over the data and one host read."""
+    total: Tensor | None = None
+    for tensor in tensors:
+        if tensor.device.type == "meta":  # offloaded, to be loaded when it is used
+            continue
+        rows = tensor.detach().view(_BITS[tensor.element_size()]).sum(-1, dtype=torch.int64).flatten()
+        mixed = (rows * torch.arange(1, rows.numel() + 1, device=rows.device)).sum()
+        total = mixed if total is None else total * 31 + mixed.to(total.device)
+    return f"{0 if total is None else int(total) % 2**64:016x}"
+
+
+def _set_for_now(undo: ExitStack, vae: Any, name: str, value: Any) -> None:
+    """Set an attribute of the instance; closing `undo` restores it, or takes it away if there was none."""
+    attributes = vae.__dict__
+    if name in attributes:
+        undo.callback(attributes.__setitem__, name, attributes[name])
+    else:
+        undo.callback(attributes.pop, name, None)
+    attributes[name] = value
+
+
+@contextmanager
+def _stand_ins(vae: Any, direction: Direction, make: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within, the first submodule of the chain is `make`, and the others return what they are given."""
+    real = _chain(vae, direction)
+    calls = [make, *[_as_it_is] * (len(real) - 1)]
+    try:
+        for (name, module), call in zip(real.items(), calls, strict=True):
+            vae._modules[name] = _StandIn(module, call)
+        yield
+    finally:
+        vae._modules.update(real)
+
+
+def _chain(vae: Any, direction: Direction) -> dict[str, nn.Module]:
+    """The submodules that there are, in order. Some VAEs have None instead of a convolution."""
+    return {name: module for name in direction.chain if (module := vae._modules.get(name)) is not None}
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+class _StandIn(nn.Module):
+    """Stands where `real` stood, which stays below it: whoever moves the VAE now, such as CPU offload, moves it too."""
+
+    def __init__(self, real: nn.Module, call: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.real = real
+        self._call = call
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        return self._call(tensor)
