@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import attention, hopper_attention
+from . import attention, hopper_attention, hopper_ring_attention, ring_attention
 
 _HOPPER = (9, 0)
 
@@ -32,6 +32,31 @@ def attention_forward(
     )
 
 
+def ring_attention_forward(
+    q: torch.Tensor,
+    pieces: ring_attention.Pieces,
+    keys: int,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q_lens: torch.Tensor | None,
+    kv_lens: torch.Tensor | None,
+    scale: float,
+    *,
+    kv_heads: int,
+    own_start: int,
+    capability: tuple[int, int],
+) -> None:
+    """Launch a kernel; arguments and contract are those of `ring_attention.ring_attention_forward`, and `keys` is the
+    length of the whole sequence."""
+    if capability == _HOPPER and hopper_ring_attention.hopper_ring_attention_forward(
+        q, pieces, keys, out, lse, q_lens, kv_lens, scale, kv_heads=kv_heads, own_start=own_start
+    ):
+        return
+    ring_attention.ring_attention_forward(
+        q, pieces, out, lse, q_lens, kv_lens, scale, kv_heads=kv_heads, own_start=own_start, capability=capability
+    )
+
+
 def kernel_name(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> str:
     """What runs for tensors whose strides the copy engine can follow."""
     if capability == _HOPPER and hopper_attention.takes(dtype, head_dim):
@@ -41,4 +66,5 @@ def kernel_name(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) 
 
 def compile_count() -> int:
     """How many variants of the kernels this process holds, over all devices: new lengths must not add any."""
-    return attention.compile_count() + hopper_attention.compile_count()
+    kernels = (attention, hopper_attention, ring_attention, hopper_ring_attention)
+    return sum(kernel.compile_count() for kernel in kernels)

@@ -645,34 +645,59 @@ class _Choice(NamedTuple):
 _BLOCKS_OF_A_PROGRAM = 512
 
 
-def _choose(
-    head_dim: int, max_q: int, keys: int, heads: int, samples: int, processors: int, *, uneven: bool = False
-) -> _Choice:
+class _Problem(NamedTuple):
+    """What the choice depends on."""
+
+    head_dim: int
+    max_q: int
+    keys: int
+    heads: int
+    samples: int
+    processors: int
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.keys // _KEYS.value)
+
+    def rounds(self, choice: _Choice) -> int:
+        return -(-choice.tiles(self.max_q, self.heads, self.samples) // self.processors)
+
+
+def _microseconds_of_rows(problem: _Problem, uneven: bool) -> dict[_Choice, float]:
+    """What the variant of three consumers should take with tiles of 192 and of 128 rows."""
+    large = _CONFIGS[problem.head_dim]
+    stays = problem.blocks <= _BLOCKS_OF_A_PROGRAM and not uneven
+    rows_192, rows_128 = _Choice(large, 3, stays), _Choice(large, 2, stays)
+    return {
+        rows_192: 5.0 + problem.rounds(rows_192) * (5.0 + 0.85 * problem.blocks),
+        rows_128: 4.0 + problem.rounds(rows_128) * (3.8 + 0.65 * problem.blocks),
+    }
+
+
+def _fastest(microseconds: dict[_Choice, float]) -> _Choice:
+    return min(microseconds, key=microseconds.__getitem__)
+
+
+def _choose_rows(*problem: int, uneven: bool) -> _Choice:
+    """As `_choose`, among the tiles of the variant of three consumers alone."""
+    return _fastest(_microseconds_of_rows(_Problem(*problem), uneven))
+
+
+def _choose(*problem: int, uneven: bool = False) -> _Choice:
     """The choice that should take the fewest microseconds: a start, then rounds of a tile's cost and its blocks'.
 
-    Samples of `uneven` lengths make tiles that take more and less time: there, too, the hardware hands them out.
+    `problem`: the fields of `_Problem`. Samples of `uneven` lengths make tiles that take more and less time: there, as
+    for long sequences, the hardware hands out the tiles.
 
     The constants give the fastest choice at each of the 16 shapes of `python -m benchmarks.gpu_tune --only hopper`
     (H100, D = 128, 24 heads), whose times they follow within about 15 %.
     """
-    large, small = _CONFIGS[head_dim], _CONFIGS_SMALL[head_dim]
-    blocks = -(-keys // _KEYS.value)
-    stays = blocks <= _BLOCKS_OF_A_PROGRAM and not uneven
-    rows_192 = _Choice(large, 3, stays)
-    rows_128 = _Choice(large, 2, stays)
-    rows_64 = _Choice(small, 1, False)
-
-    def rounds(choice: _Choice) -> int:
-        return -(-choice.tiles(max_q, heads, samples) // processors)
-
+    of = _Problem(*problem)
+    rows_64 = _Choice(_CONFIGS_SMALL[of.head_dim], 1, False)
     # Two of the small programs share a multiprocessor; one alone is faster than one of two.
-    shared, alone = divmod(rounds(rows_64), 2)
-    microseconds = {
-        rows_192: 5.0 + rounds(rows_192) * (5.0 + 0.85 * blocks),
-        rows_128: 4.0 + rounds(rows_128) * (3.8 + 0.65 * blocks),
-        rows_64: 1.0 + (shared + 0.6 * alone) * (4.5 + 0.7 * blocks),
-    }
-    return min(microseconds, key=microseconds.__getitem__)
+    shared, alone = divmod(of.rounds(rows_64), 2)
+    small = {rows_64: 1.0 + (shared + 0.6 * alone) * (4.5 + 0.7 * of.blocks)}
+    return _fastest(_microseconds_of_rows(of, uneven) | small)
 
 
 class _Plan(NamedTuple):

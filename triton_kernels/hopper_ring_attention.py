@@ -31,7 +31,6 @@ from .hopper_attention import (
     _FLAGS,
     _HAS_KV_LENS,
     _HAS_Q_LENS,
-    _HEADS,
     _HEADS_PER_KV,
     _K,
     _KEYS,
@@ -45,6 +44,7 @@ from .hopper_attention import (
     _async_load,
     _attend_blocks,
     _attend_window,
+    _choose_rows,
     _descriptor,
     _integer,
     _keep_last_rows,
@@ -68,8 +68,8 @@ from .hopper_attention import (
     _write_rows,
     takes,
 )
-from .launch import Launcher
-from .ring_attention import _LOOKS_PER_SECOND, Pieces, _signed
+from .launch import Launcher, MakeDescriptor
+from .ring_attention import Pieces, _looks, _signed
 
 # Parameters behind those of the other kernel.
 _TABLE = gl.constexpr(16)
@@ -396,3 +396,102 @@ def _hopper_ring_attention(
         [4, 4, 4],
         [160, 160, 160],
     )  # fmt: skip
+
+
+# --- the launch -------------------------------------------------------------------------------------------------------
+
+
+class _Plan(NamedTuple):
+    """What a launch needs besides its tensors and what the pieces tell."""
+
+    launcher: Launcher
+    grid: tuple[int, int, int]
+    q_map: tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
+    integers: tuple[int, ...]
+
+
+def _make_piece_descriptor(head_dim: int, dtype: torch.dtype) -> MakeDescriptor:
+    block = [_KEYS.value, head_dim]
+    layout = gl.NVMMASharedLayout.get_default_for(block, _DTYPES[dtype])
+    return functools.partial(TensorDescriptor, block_shape=block, layout=layout)
+
+
+@functools.cache
+def _launcher(device: torch.device, dtype: torch.dtype, head_dim: int) -> Launcher:
+    config = _CONFIGS[head_dim]
+    descriptors = {
+        "q": _make_descriptor(_ROWS.value, head_dim, dtype),
+        "memory": _make_piece_descriptor(head_dim, dtype),
+    }
+    return Launcher(
+        _hopper_ring_attention, device, descriptors, CONSUMERS=config.consumers, D=head_dim, STAGES=config.stages,
+        Q_STAGES=config.query_stages, ONLINE=dtype == torch.float16, num_warps=4, maxnreg=config.max_registers,
+    )  # fmt: skip
+
+
+# Nothing but shapes, strides and types goes in, so that a call like an earlier one finds its launch ready.
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    q_shape: tuple[int, ...],
+    q_stride: tuple[int, ...],
+    keys: int,
+    kv_heads: int,
+    flags: int,
+    own_start: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _Plan | None:
+    batches, rows_q, heads, head_dim = q_shape
+    if not takes(dtype, head_dim) or 0 in q_shape:
+        return None
+    q_map = _descriptor(q_shape, q_stride)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    choice = _choose_rows(head_dim, rows_q, keys, heads, batches, processors, uneven=batches > 1 and flags != 0)
+    tiles = choice.tiles(rows_q, heads, batches)
+    if q_map is None or tiles >= 2**31:
+        return None
+    programs = min(tiles, processors) if choice.stays else tiles
+    blocks = -(-rows_q // (choice.active * _ROWS.value))
+    integers = (heads // kv_heads, rows_q, flags, heads, blocks, tiles, choice.active, own_start)
+    return _Plan(_launcher(device, dtype, head_dim), (programs, 1, 1), q_map, integers)
+
+
+def hopper_ring_attention_forward(
+    q: torch.Tensor,
+    pieces: Pieces,
+    keys: int,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q_lens: torch.Tensor | None,
+    kv_lens: torch.Tensor | None,
+    scale: float,
+    *,
+    kv_heads: int,
+    own_start: int,
+) -> bool:
+    """Launch the kernel, with the arguments of `ring_attention_forward`; False, and nothing is launched, where it
+    cannot. `keys` is the length of the whole sequence.
+
+    It takes what `hopper_attention_forward` takes: bfloat16 and float16 with D = 64 and 128, q starting at a multiple
+    of 16 bytes and with strides that are multiples of 16 bytes.
+    """
+    flags = (q_lens is not None) * _HAS_Q_LENS.value | (kv_lens is not None) * _HAS_KV_LENS.value
+    plan = _plan(q.shape, q.stride(), keys, kv_heads, flags, own_start, q.dtype, q.device)
+    if plan is None or q.data_ptr() % 16:
+        return False
+    launcher, grid, q_map, integers = plan
+    memory = pieces.memory
+    # A pointer that is not followed stands in for lengths that are not given: None would be another compiled variant.
+    unused = out.view(torch.int32) if q_lens is None or kv_lens is None else None
+    launcher(
+        grid, (q, *q_map), (memory, tuple(memory.shape), (memory.shape[1], 1)), out, lse,
+        unused if q_lens is None else q_lens, unused if kv_lens is None else kv_lens, pieces.table, pieces.flags,
+        pieces.error, scale * _LOG2_E, *integers, pieces.table.shape[0], _signed(pieces.epoch), _looks(pieces.timeout),
+        pieces.heads_per_flag, pieces.flags.stride(0), q.shape[0],
+    )  # fmt: skip
+    return True
+
+
+def compile_count() -> int:
+    """How many variants of the kernel this process holds, over all devices: one for each type and head dim."""
+    return sum(len(caches[0]) for caches in _hopper_ring_attention.device_caches.values())

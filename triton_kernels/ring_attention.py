@@ -281,12 +281,15 @@ def ring_attention_forward(
     if grid[0] == 0:
         return
     memory = pieces.memory
-    looks = min(int(pieces.timeout * _LOOKS_PER_SECOND), 2**31 - 1)
     launcher(
         grid, q, (memory, tuple(memory.shape), (memory.shape[1], 1)) if tma else memory, out, lse, q_lens, kv_lens,
         pieces.table, pieces.flags, pieces.error, scale * _LOG2_E.value, pieces.table.shape[0], _signed(pieces.epoch),
-        looks, pieces.heads_per_flag, pieces.flags.stride(0), own_start, *integers,
+        _looks(pieces.timeout), pieces.heads_per_flag, pieces.flags.stride(0), own_start, *integers,
     )  # fmt: skip
+
+
+def _looks(seconds: float) -> int:
+    return min(int(seconds * _LOOKS_PER_SECOND), 2**31 - 1)
 
 
 def _signed(word: int) -> int:

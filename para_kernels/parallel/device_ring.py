@@ -199,8 +199,8 @@ class DeviceRing(ABC):
         scale: float | None,
     ) -> None:
         shape = layout.place.shape
-        kernels = ops._triton().ring_attention
-        pieces = kernels.Pieces(
+        kernels = ops._triton()
+        pieces = kernels.ring_attention.Pieces(
             layout.memory,
             layout.tables[slot],
             layout.flags,
@@ -209,9 +209,9 @@ class DeviceRing(ABC):
             self._error,
             current_timeout(),
         )
-        kernels.ring_attention_forward(
-            q, pieces, out, lse, q_lens, kv_lens, softmax_scale(scale, q.shape[3]), kv_heads=shape.heads,
-            own_start=sum(shape.lengths[: self.rank]), capability=ops._capability(self.device),
+        kernels.dispatch.ring_attention_forward(
+            q, pieces, sum(shape.lengths), out, lse, q_lens, kv_lens, softmax_scale(scale, q.shape[3]),
+            kv_heads=shape.heads, own_start=sum(shape.lengths[: self.rank]), capability=ops._capability(self.device),
         )  # fmt: skip
 
     def _pack(self, k: Tensor, v: Tensor, memory: Tensor, first_row: int) -> None:
