@@ -6,6 +6,7 @@ What a command needs is imported after parsing: a mistyped option is answered be
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ examples:
   para-kernels generate "a handwritten 7 moving to the left"
   para-kernels generate "a 3 moving up" "a handwritten 8 moving to the right" --cache 0.1 --output digits.mp4
   para-kernels generate "a cat walks on the grass, realistic" --model hunyuanvideo-community/HunyuanVideo --cache auto
+  torchrun --nproc-per-node 2 -m para_kernels generate "a handwritten 7 moving to the left"
   para-kernels demo --out demo-output
   para-kernels doctor
 """
@@ -50,6 +52,8 @@ examples:
       the real model, from the Hugging Face hub or from a directory
   para-kernels generate "a 7 moving to the left" --attention stock
       diffusers' own attention, to compare with
+  torchrun --nproc-per-node 2 -m para_kernels generate "a 7 moving to the left"
+      the same video on two GPUs, or two processes; --ring, --ulysses and --batch say how it is split
 
 --cache THRESHOLD: a step is reused while the first block's output changed by less than THRESHOLD (relative) since the
 last computed step. Higher is faster and further from the uncached video; 0 never reuses; auto is the model's default.
@@ -81,12 +85,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except (ValueError, ImportError, OSError) as error:
-        print(f"para-kernels {options.command}: error: {_one_line(error)}", file=sys.stderr)
+        print(f"{_rank()}para-kernels {options.command}: error: {_one_line(error)}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _rank() -> str:
+    """Under torchrun, which rank speaks."""
+    return f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ else ""
 
 
 def _one_line(error: Exception) -> str:
@@ -145,6 +154,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         default="exact",
         help="this package's attention or diffusers' own (default: exact)",
     )
+    _add_parallel(parser)
     parser.add_argument("--one-by-one", action="store_true", help="a call per prompt instead of one batch")
     _add_video(parser)
     parser.add_argument("--output", type=Path, default=Path("video.mp4"), help="mp4 to write (default: video.mp4)")
@@ -196,6 +206,22 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_parallel(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("under torchrun", "how the work is split; ring x ulysses x batch is all ranks")
+    group.add_argument("--parallel", choices=("auto",), help="chosen from the model and the video's size (the default)")
+    group.add_argument("--ring", type=int, metavar="N", help="N ranks share a sequence, keys and values go round")
+    group.add_argument("--ulysses", type=int, metavar="N", help="N ranks share a sequence, by exchanging heads for rows")
+    group.add_argument("--batch", type=int, metavar="N", help="N groups of ranks share out the prompts of a batch")
+    group.add_argument(
+        "--transport",
+        choices=("auto", "peer", "host", "collective"),
+        help="how keys and values travel (default: auto, the fastest there is)",
+    )
+    group.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="of waiting for another rank before all end (default: 120)"
+    )
+
+
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: toy 30, others 50)")
     parser.add_argument("--height", type=int, metavar="PIXELS", help="multiple of 16 (default: toy 64, others 720)")
@@ -224,11 +250,14 @@ def _cache(text: str) -> float | bool | None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from . import generate
+    from . import generate, processes
     from .loading import defaults_for, resolve_device, resolve_dtype
 
     defaults = defaults_for(options.model)
-    device = resolve_device(options.device)
+    parallel = processes.parallel_options(
+        options.parallel, options.batch, options.ring, options.ulysses, options.transport, options.timeout
+    )
+    device = processes.own_device(resolve_device(options.device))
     generate.run(
         generate.GenerateJob(
             model=options.model,
@@ -251,6 +280,7 @@ def _generate(options: argparse.Namespace) -> None:
                 cache=options.cache,
                 warmup_steps=options.warmup_steps,
                 max_consecutive_hits=options.max_consecutive_hits,
+                parallel=parallel,
             ),
             batched=not options.one_by_one,
             output=options.output,

@@ -1,0 +1,143 @@
+"""What the ranks of a parallel pipeline share: pieces of tensors, the same inputs, the same noise, one progress bar."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from para_kernels.parallel.failure import check_agreement, exchange, global_rank, wait
+
+SAMPLED = 64  # elements of each tensor that are compared: two noises or two prompts never agree in all of them
+SAME = 0.05  # of the largest sampled element: far above the rounding of one kernel or another, far below other noise
+
+
+def gathered(piece: Tensor, sizes: Sequence[int], group: ProcessGroup, dim: int, what: str) -> Tensor:
+    """The pieces of all ranks of `group`, concatenated along `dim` in rank order, on every rank.
+
+    Args:
+        piece: this rank's; of shape `sizes[rank]` along `dim`, 0 allowed, elsewhere alike on all ranks.
+        sizes: of every rank.
+        what: is waited for, for the message of a failure.
+
+    Raises:
+        RankFailure: if a rank does not come.
+    """
+    if len(sizes) == 1:
+        return piece
+    rows = piece.movedim(dim, 0)
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+    padded[: rows.shape[0]] = rows
+    everyone = stacked(padded, group, what)
+    return torch.cat([rows[:size] for rows, size in zip(everyone, sizes, strict=True)]).movedim(0, dim)
+
+
+def stacked(piece: Tensor, group: ProcessGroup, what: str) -> Tensor:
+    """Tensors of one shape of all ranks of `group`, behind each other in a new first dimension, on every rank."""
+    pieces = piece.new_empty(group.size(), *piece.shape)
+    if pieces.numel():
+        work = dist.all_gather_into_tensor(pieces.flatten(0, 1), piece, group=group, async_op=True)
+        wait(work, group, what)
+    return pieces
+
+
+def agree(group: ProcessGroup, settings: Mapping[str, str], tensors: Mapping[str, Tensor | None]) -> None:
+    """Find out whether all ranks of `group` have the same settings and were given the same tensors.
+
+    Shapes and dtypes are compared exactly, values by a sample of them and loosely: other hardware rounds otherwise.
+    Between hosts, with one read of the device for each tensor: meant for once per call.
+
+    Raises:
+        ValueError: on every rank, if anything differs; it names what, on which rank, and what it is there.
+        RankFailure: if a rank does not come.
+    """
+    layouts = {name: _layout(tensor) for name, tensor in tensors.items()}
+    check_agreement(group, dict(settings) | layouts, "settings and inputs")
+    values = {name: _sample(tensor) for name, tensor in tensors.items() if tensor is not None}
+    first, *others = exchange(group, values, "inputs")
+    for rank, theirs in enumerate(others, start=1):
+        for name, expected in first.items():
+            if not _alike(expected, theirs[name]):
+                raise ValueError(
+                    f"{name}: got other values on rank {global_rank(group, rank)} than on rank {global_rank(group, 0)};"
+                    " every rank must be given the same prompts, generator or latents, and arguments"
+                )
+
+
+def _layout(tensor: Tensor | None) -> str:
+    return "None" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
+
+
+def _sample(tensor: Tensor) -> list[float]:
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].float().tolist()
+
+
+def _alike(expected: Sequence[float], got: Sequence[float]) -> bool:
+    """Close; values that are not finite have to be the same."""
+    allowed = SAME * max((abs(value) for value in expected if math.isfinite(value)), default=0.0)
+    return all(
+        abs(a - b) <= allowed if math.isfinite(a) and math.isfinite(b) else str(a) == str(b)
+        for a, b in zip(expected, got, strict=True)
+    )
+
+
+def share_noise(undo: ExitStack, pipe: Any, from_first_rank: Callable[[Tensor, str], Tensor]) -> None:
+    """Let every rank start from rank 0's noise: whatever generator, seed or latents it was given, or none.
+
+    The noise itself is sent, once per call, not a seed: the pipeline draws from the generator that the user gave or
+    from the global one, and neither is touched.
+    """
+    known, own = weakref.ref(pipe), pipe.__dict__.get("prepare_latents")
+    function = type(pipe).prepare_latents
+
+    @wraps(function)
+    def prepare_latents(*args: Any, **kwargs: Any) -> Tensor:
+        latents = own(*args, **kwargs) if own is not None else function(known(), *args, **kwargs)
+        return from_first_rank(latents, "latents")
+
+    _set(undo, pipe, "prepare_latents", prepare_latents)
+
+
+def from_first(tensor: Tensor, name: str, group: ProcessGroup) -> Tensor:
+    """The tensor that the first rank of `group` has.
+
+    Raises:
+        ValueError: on every rank, if its shape or dtype differs between ranks.
+        RankFailure: if a rank does not come.
+    """
+    check_agreement(group, {name: _layout(tensor)}, name)
+    tensor = tensor.clone(memory_format=torch.contiguous_format)  # The user may have given it.
+    wait(dist.broadcast(tensor, group_src=0, group=group, async_op=True), group, f"the {name} of rank 0")
+    return tensor
+
+
+def quiet_progress(undo: ExitStack, pipe: Any) -> None:
+    """No progress bar, whatever else the user has configured for it."""
+    config = dict(getattr(pipe, "_progress_bar_config", {}))
+    _set(undo, pipe, "_progress_bar_config", config | {"disable": True})
+
+
+def _set(undo: ExitStack, pipe: Any, name: str, value: Any) -> None:
+    """Set an attribute of this one pipe; closing `undo` gives back what was there, unless somebody has set another."""
+    had, before = name in pipe.__dict__, pipe.__dict__.get(name)
+    setattr(pipe, name, value)
+    undo.callback(_give_back, weakref.ref(pipe), name, value, had, before)
+
+
+def _give_back(known: Callable[[], Any], name: str, ours: Any, had: bool, before: Any) -> None:
+    pipe = known()
+    if pipe is None or pipe.__dict__.get(name) is not ours:
+        return
+    if had:
+        setattr(pipe, name, before)
+    else:
+        delattr(pipe, name)

@@ -1,0 +1,131 @@
+"""The mesh that a forward runs on: the one given, the one of the sizes asked for, or one chosen for its shapes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from para_kernels import ContextParallel
+from para_kernels.parallel.mesh import build_mesh, check_mesh, mesh_groups, node_size, world_size
+from para_kernels.parallel.transport import selection
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A mesh, where this rank stands in it, and why it is this one.
+
+    Attributes:
+        mesh: with the dims "ring" and "ulysses", and perhaps "batch".
+        batch, batch_rank, batch_group: ranks that share out the samples.
+        pieces, piece, sequence_group: ranks that share out the joint sequence of the same samples, in its order.
+        why: a sentence.
+    """
+
+    mesh: DeviceMesh
+    batch: int
+    batch_rank: int
+    batch_group: ProcessGroup | None
+    pieces: int
+    piece: int
+    sequence_group: ProcessGroup
+    why: str
+
+    @staticmethod
+    def on(mesh: DeviceMesh, why: str) -> Place:
+        """This rank's place. The first call for a mesh is collective."""
+        groups = mesh_groups(mesh)
+        return Place(
+            mesh=mesh,
+            batch=1 if groups.batch is None else groups.batch.size(),
+            batch_rank=0 if groups.batch is None else groups.batch.rank(),
+            batch_group=groups.batch,
+            pieces=groups.pieces,
+            piece=groups.piece,
+            sequence_group=groups.sequence,
+            why=why,
+        )
+
+    def transport(self, device: torch.device, wanted: str) -> str:
+        """How keys and values travel here, and why; to be asked after they have."""
+        groups = mesh_groups(self.mesh)
+        if groups.ring.size() == 1:
+            return "all-to-all of torch.distributed: the ranks exchange heads, nothing goes round"
+        chosen = selection(groups.ring, device, wanted)
+        return f"{chosen.transport.name}; {chosen.reason}"
+
+    def __str__(self) -> str:
+        """As in "batch 1 x ring 2 x ulysses 2"."""
+        names = self.mesh.mesh_dim_names or ()
+        return " x ".join(f"{name} {size}" for name, size in zip(names, self.mesh.shape, strict=True))
+
+
+class Places:
+    """Where the forwards of one transformer run.
+
+    Args:
+        wanted: what was asked for; its transport and timeout hold also for a mesh that was given.
+        mesh: a mesh that was given.
+
+    Raises:
+        ValueError: if the sizes do not make up the world, the mesh has other dims, or torch.distributed is not
+            initialised.
+    """
+
+    def __init__(self, wanted: ContextParallel, mesh: DeviceMesh | None = None) -> None:
+        self.wanted = wanted
+        self.mesh = mesh
+        world = world_size()
+        if mesh is not None:
+            check_mesh(mesh, "mesh")
+            self.fixed = Place.on(mesh, "the mesh was given")
+        elif wanted.split == AUTO:
+            if world % wanted.batch:
+                raise ValueError(f"parallel: got batch {wanted.batch}, must divide the {world} ranks")
+            self.fixed = None
+        else:
+            self.fixed = Place.on(_mesh(wanted.batch, wanted.ring, wanted.ulysses), "the sizes were given")
+        self.everyone = _world() if self.fixed is None else _all_of(self.fixed.mesh)
+
+    def of(self, samples: int, tokens: int, heads: int, head_dim: int) -> Place:
+        """The place for a forward of so many samples, each a joint sequence of so many tokens. Collective where it is
+        new.
+        """
+        if self.fixed is not None:
+            return self.fixed
+        batch = self.wanted.batch
+        if batch == 1:  # Samples need nothing from each other: as many groups as share them out evenly.
+            batch = math.gcd(samples, world_size())
+        chosen = choose_split(heads, tokens, world_size() // batch, node_size(), head_dim=head_dim)
+        why = f"{chosen.why}" if batch == 1 else f"{samples} samples share out evenly over {batch}; {chosen.why}"
+        return Place.on(_mesh(batch, chosen.ring, chosen.ulysses), why)
+
+
+_meshes: dict[tuple[ProcessGroup, int, int, int], DeviceMesh] = {}
+
+
+def _mesh(batch: int, ring: int, ulysses: int) -> DeviceMesh:
+    """One mesh for each split of the world: process groups are dear and never freed."""
+    key = (_world(), batch, ring, ulysses)
+    if key not in _meshes:
+        _meshes[key] = build_mesh(batch, ring, ulysses)
+    return _meshes[key]
+
+
+def _world() -> ProcessGroup:
+    world = dist.group.WORLD
+    assert world is not None
+    return world
+
+
+def _all_of(mesh: DeviceMesh) -> ProcessGroup:
+    """The group of all ranks of a mesh."""
+    if mesh.size() == _world().size():
+        return _world()
+    return mesh._flatten().get_group()
