@@ -98,16 +98,8 @@ def flash_attention(
         outputs = _checked_attention(q, k, v, kv_lens, q_lens, scale)
         if outputs is not None:
             return outputs if return_lse else outputs[0]
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check_dims(name, tensor, "B, S, H, D")
-    _, max_k, kv_heads, _ = k.shape
-    check_shape("k", k, (q.shape[0], max_k, kv_heads, q.shape[3]), "B, Sk, Hk, D of q and k")
-    _check_qkv(q, k, v)
-    if kv_lens is not None:
-        _check_lens("kv_lens", kv_lens, q.shape[0], q.device, "B")
-    if q_lens is not None:
-        _check_lens("q_lens", q_lens, q.shape[0], q.device, "B")
-    out, lse = _flash_attention(q, k, v, kv_lens, q_lens, _scale(scale, q.shape[3]))
+    check_attention(q, k, v, kv_lens, q_lens)
+    out, lse = _flash_attention(q, k, v, kv_lens, q_lens, softmax_scale(scale, q.shape[3]))
     return (out, lse) if return_lse else out
 
 
@@ -187,7 +179,7 @@ def flash_attention_varlen(
         if not isinstance(longest, (int, torch.SymInt)) or longest < 0:
             raise ValueError(f"{name}: got {longest!r}, must be an integer, at least 0")
     out, lse = _flash_attention_varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, _scale(scale, q.shape[2])
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale(scale, q.shape[2])
     )
     return (out, lse) if return_lse else out
 
@@ -244,7 +236,21 @@ def selected_kernel(device: torch.device | str, dtype: torch.dtype, head_dim: in
     return kernel_name(torch.cuda.get_device_capability(device), dtype, head_dim)
 
 
-def _scale(scale: float | None, head_dim: int) -> float:
+def check_attention(q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, q_lens: Tensor | None) -> None:
+    """Raise a ValueError unless `flash_attention` takes these tensors; the values of lengths are not looked at."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_dims(name, tensor, "B, S, H, D")
+    _, max_k, kv_heads, _ = k.shape
+    check_shape("k", k, (q.shape[0], max_k, kv_heads, q.shape[3]), "B, Sk, Hk, D of q and k")
+    _check_qkv(q, k, v)
+    if kv_lens is not None:
+        _check_lens("kv_lens", kv_lens, q.shape[0], q.device, "B")
+    if q_lens is not None:
+        _check_lens("q_lens", q_lens, q.shape[0], q.device, "B")
+
+
+def softmax_scale(scale: float | None, head_dim: int) -> float:
+    """The factor on the scores: D ** -0.5 where none is given; a ValueError for one that is negative or not finite."""
     if scale is None:
         return 1.0 / math.sqrt(head_dim) if head_dim else 1.0
     if not 0 <= scale < math.inf:

@@ -1,0 +1,356 @@
+"""Attention over a sequence that is spread over ranks: ring, ulysses, and both at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, overload
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from para_kernels.attention import check_attention, flash_attention, softmax_scale
+from para_kernels.parallel.failure import check_agreement
+from para_kernels.parallel.mesh import MeshGroups, group_of, mesh_groups
+from para_kernels.parallel.sharding import Shards
+from para_kernels.parallel.transport import select_transport
+from para_kernels.parallel.ulysses import heads_for_rows, rows_for_heads
+
+
+@overload
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mesh: DeviceMesh | ProcessGroup,
+    lengths: Sequence[int] | None = None,
+    kv_lens: Tensor | None = None,
+    q_lens: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    transport: str = "auto",
+) -> Tensor: ...
+@overload
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mesh: DeviceMesh | ProcessGroup,
+    lengths: Sequence[int] | None = None,
+    kv_lens: Tensor | None = None,
+    q_lens: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    transport: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mesh: DeviceMesh | ProcessGroup,
+    lengths: Sequence[int] | None = None,
+    kv_lens: Tensor | None = None,
+    q_lens: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    transport: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`flash_attention` over a sequence in pieces, one to a rank: keys and values go round, queries stay.
+
+    Method: Liu et al. 2023, Ring Attention, arXiv 2310.01889; partial results are weighed by their log-sum-exp. Exact,
+    for any lengths; the next piece travels while one is attended. To be called by all ranks of `mesh` alike.
+
+    Args:
+        q: (B, S_r, H, D), this rank's rows: the `lengths[r]` rows of the whole sequence that follow those of the ranks
+            before it; 0 rows are allowed. dtypes and strides as for `flash_attention`.
+        k, v: (B, S_r, Hk, D).
+        mesh: the ranks, in the order of their pieces: a DeviceMesh of one dim, or a ProcessGroup.
+        lengths: rows of every rank, the same on all. None: they are asked for at every call, between the hosts.
+        kv_lens: int32 (B,) of the *whole* sequence, the same on every rank: keys at or past kv_lens[b] do not exist.
+            None: there are none of these. Range as for `flash_attention`, 0 ... sum(lengths).
+        q_lens: int32 (B,) of the whole sequence: rows at or past q_lens[b] come back as zeros, with an lse of -inf.
+        scale: factor on the scores, at least 0, default D ** -0.5.
+        return_lse: also return the log-sum-exp of the scaled scores.
+        transport: "auto", "peer", "host" or "collective" (`select_transport`).
+
+    Returns:
+        out (B, S_r, H, D): this rank's rows of `flash_attention` over the gathered sequence, contiguous, in q's dtype;
+        with `return_lse` also lse (B, H, S_r), float32, natural logarithm.
+
+    Raises:
+        ValueError: for what `flash_attention` refuses, other rows than `lengths` says, or settings that differ between
+            ranks: on every rank, naming what differs where.
+        RankFailure: if a rank does not come in time, naming it and the layer.
+    """
+    group = group_of(mesh)
+    shards = _agree("ring", group, q, k, v, lengths, kv_lens, q_lens, scale, transport)
+    out, lse = _ring(q, k, v, group, shards, kv_lens, q_lens, scale, transport)
+    return _returned(out, lse, return_lse)
+
+
+@overload
+def ulysses_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mesh: DeviceMesh | ProcessGroup,
+    lengths: Sequence[int] | None = None,
+    kv_lens: Tensor | None = None,
+    q_lens: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def ulysses_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mesh: DeviceMesh | ProcessGroup,
+    lengths: Sequence[int] | None = None,
+    kv_lens: Tensor | None = None,
+    q_lens: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def ulysses_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mesh: DeviceMesh | ProcessGroup,
+    lengths: Sequence[int] | None = None,
+    kv_lens: Tensor | None = None,
+    q_lens: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`flash_attention` over a sequence in pieces: ranks exchange rows for heads, attend, and exchange back.
+
+    Method: Jacobs et al. 2023, DeepSpeed Ulysses, arXiv 2309.14509. Heads need not divide: their numbers differ by at
+    most one, and ranks past the number of heads attend none. Arguments, result and errors as for `ring_attention`.
+    """
+    group = group_of(mesh)
+    shards = _agree("ulysses", group, q, k, v, lengths, kv_lens, q_lens, scale, "")
+    joint = heads_for_rows(q, k, v, shards, group)
+    out, lse = _attend(*joint, kv_lens, q_lens, scale)
+    out, lse = _back(out, lse if return_lse else None, q, k, shards, group)
+    return _returned(out, lse, return_lse)
+
+
+@overload
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mesh: DeviceMesh,
+    lengths: Sequence[int] | None = None,
+    kv_lens: Tensor | None = None,
+    q_lens: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    transport: str = "auto",
+) -> Tensor: ...
+@overload
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mesh: DeviceMesh,
+    lengths: Sequence[int] | None = None,
+    kv_lens: Tensor | None = None,
+    q_lens: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    transport: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mesh: DeviceMesh,
+    lengths: Sequence[int] | None = None,
+    kv_lens: Tensor | None = None,
+    q_lens: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    transport: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Ring and ulysses at once: heads are exchanged inside a ulysses group, keys and values go round between them.
+
+    Method: Fang and Zhao 2024, USP, arXiv 2405.07719. Arguments, result and errors as for `ring_attention`, except for:
+
+    Args:
+        mesh: a DeviceMesh with dims "ring" and "ulysses", and perhaps "batch" before them, which takes no part. Piece
+            ring_rank * ulysses + ulysses_rank of the sequence belongs to a rank.
+        lengths: rows of every piece, in this order.
+    """
+    groups = mesh_groups(mesh)
+    shards = _agree("context_parallel", groups.sequence, q, k, v, lengths, kv_lens, q_lens, scale, transport)
+    out, lse = _hybrid(q, k, v, groups, shards, kv_lens, q_lens, scale, transport, return_lse)
+    return _returned(out, lse, return_lse)
+
+
+# --- the parts --------------------------------------------------------------------------------------------------------
+
+
+def _ring(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    group: ProcessGroup,
+    shards: Shards,
+    kv_lens: Tensor | None,
+    q_lens: Tensor | None,
+    scale: float | None,
+    transport: str,
+) -> tuple[Tensor, Tensor]:
+    chosen = select_transport(group, q.device, transport)
+    return chosen.ring(q, k, v, lengths=shards.sizes, kv_lens=kv_lens, q_lens=q_lens, scale=scale)
+
+
+def _hybrid(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    groups: MeshGroups,
+    shards: Shards,
+    kv_lens: Tensor | None,
+    q_lens: Tensor | None,
+    scale: float | None,
+    transport: str,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    width = groups.ulysses.size()
+    if width == 1:
+        return _ring(q, k, v, groups.ring, shards, kv_lens, q_lens, scale, transport)
+    first = groups.ring.rank() * width
+    neighbours = Shards(shards.sizes[first : first + width])
+    queries, keys, values = heads_for_rows(q, k, v, neighbours, groups.ulysses)
+    if groups.ring.size() == 1 or not queries.shape[2]:  # Without heads here there are none at the ring's other ranks.
+        out, lse = _attend(queries, keys, values, kv_lens, q_lens, scale)
+    else:
+        out, lse = _ring(queries, keys, values, groups.ring, shards.merged(width), kv_lens, q_lens, scale, transport)
+    return _back(out, lse if return_lse else None, q, k, neighbours, groups.ulysses)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, q_lens: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """`flash_attention`; a rank may hold no heads."""
+    if q.shape[2]:
+        return flash_attention(q, k, v, kv_lens=kv_lens, q_lens=q_lens, scale=scale, return_lse=True)
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], 0, q.shape[1]), dtype=torch.float32)
+
+
+def _back(
+    out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, shards: Shards, group: ProcessGroup
+) -> tuple[Tensor, Tensor | None]:
+    """From rows of this rank's heads to this rank's rows of all heads."""
+    heads, kv_heads = q.shape[2], k.shape[2]
+    rows = rows_for_heads(out, heads, kv_heads, shards, group)
+    if lse is None:
+        return rows, None
+    return rows, rows_for_heads(lse.transpose(1, 2), heads, kv_heads, shards, group).transpose(1, 2).contiguous()
+
+
+def _returned(out: Tensor, lse: Tensor | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+_agreed: WeakKeyDictionary[ProcessGroup, set[tuple]] = WeakKeyDictionary()
+
+
+def _agree(
+    function: str,
+    group: ProcessGroup,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int] | None,
+    kv_lens: Tensor | None,
+    q_lens: Tensor | None,
+    scale: float | None,
+    transport: str,
+) -> Shards:
+    """Check the arguments here and against the other ranks, who all learn of what is wrong; the rows of every rank.
+
+    Ranks talk at the first call with new settings, or if `lengths` are to be asked for.
+    """
+    sizes = None if lengths is None else tuple(lengths)
+    dims = (q.shape[0], *q.shape[2:], *k.shape[2:]) if q.dim() == k.dim() == 4 else (*q.shape, *k.shape)
+    settings = (function, dims, str(q.dtype), sizes, scale, kv_lens is None, q_lens is None, transport)
+    problem = _problem(q, k, v, sizes, kv_lens, q_lens, scale, group)
+    known = _agreed.setdefault(group, set())
+    if sizes is None:
+        sizes = _asked_lengths(group, q, settings, problem)
+    elif problem is not None or settings not in known:
+        check_agreement(group, dict(zip(_NAMES, settings, strict=True)), problem=problem, what="settings of attention")
+        known.add(settings)
+    shards = Shards(sizes)
+    if q.device.type == "cpu":
+        for name, lens in (("kv_lens", kv_lens), ("q_lens", q_lens)):
+            _check_range(name, lens, shards.total)
+    return shards
+
+
+_NAMES = ("function", "B, H, D, Hk, D", "dtype", "lengths", "scale", "kv_lens is None", "q_lens is None", "transport")
+
+
+def _problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[int, ...] | None,
+    kv_lens: Tensor | None,
+    q_lens: Tensor | None,
+    scale: float | None,
+    group: ProcessGroup,
+) -> str | None:
+    """What is wrong with this rank's arguments."""
+    try:
+        check_attention(q, k, v, kv_lens, q_lens)
+        softmax_scale(scale, q.shape[3])
+        if k.shape[1] != q.shape[1]:
+            raise ValueError(f"k: got {k.shape[1]} rows, must be the {q.shape[1]} of q")
+        if lengths is not None:
+            _check_lengths(Shards(lengths), q, group)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _check_lengths(shards: Shards, q: Tensor, group: ProcessGroup) -> None:
+    if shards.world != group.size():
+        raise ValueError(f"lengths: got {shards.world} of them, must be one for each of {group.size()} ranks")
+    if shards.sizes[group.rank()] != q.shape[1]:
+        raise ValueError(
+            f"q: got {q.shape[1]} rows, must be {shards.sizes[group.rank()]}, what lengths says of this rank"
+        )
+
+
+def _asked_lengths(group: ProcessGroup, q: Tensor, settings: tuple, problem: str | None) -> tuple[int, ...]:
+    everyone = check_agreement(
+        group, dict(zip(_NAMES, settings, strict=True)), problem=problem, own=q.shape[1], what="lengths of attention"
+    )
+    return tuple(everyone)
+
+
+def _check_range(name: str, lens: Tensor | None, total: int) -> None:
+    values = [] if lens is None else lens.tolist()
+    if any(not 0 <= value <= total for value in values):
+        raise ValueError(f"{name}: got {values}, every length must lie in 0 ... {total}, the rows of all ranks")

@@ -1,0 +1,244 @@
+"""Communication by torch.distributed: the ring everywhere, the exchange of heads for rows, gathering of uneven rows.
+
+NCCL between GPUs, gloo between CPU processes. Nothing is read from a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from para_kernels.attention import flash_attention, merge_states
+from para_kernels.parallel.failure import global_rank, wait, watch_progress
+from para_kernels.parallel.sharding import Shards
+
+# --- attention in parts -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Attention over some of the keys: out (B, S, H, D) in q's dtype or float32, lse (B, H, S) float32."""
+
+    out: Tensor
+    lse: Tensor
+
+
+def merged(total: Partial | None, part: Partial, *, last: bool) -> Partial:
+    """`total` with the keys of `part`: kept in float32 until the last merge, so that each part is rounded once.
+
+    Where the last merge is also the first it takes both outputs as they are: it is in float32 inside.
+    """
+    if total is None:
+        return part
+    a, b = total.out, part.out
+    if not (last and a.dtype == b.dtype):
+        a, b = a.float(), b.float()
+    return Partial(*merge_states(a, total.lse, b, part.lse))
+
+
+def result(total: Partial | None, q: Tensor) -> tuple[Tensor, Tensor]:
+    """out and lse for `q`; zeros and -inf where there were no keys."""
+    if total is not None:
+        return total.out.to(q.dtype), total.lse
+    batch, rows, heads, _ = q.shape
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_full((batch, heads, rows), float("-inf"), dtype=torch.float32)
+
+
+# --- the ring ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One owner's (2, B, S, Hk, D), keys and values, there once what is received has come."""
+
+    owner: int
+    kv: Tensor
+    receiving: Sequence[dist.Work]
+
+
+class CollectiveTransport:
+    """Ring attention by sends and receives of torch.distributed; the next piece travels while one is attended.
+
+    Every rank takes its own piece first, then those of the ranks after it, each straight from its owner: what a rank
+    sends is always its own piece, and nothing is passed on. Two receive buffers, whatever the number of ranks. Parts
+    are summed up in float32.
+    """
+
+    name = "collective"
+
+    def __init__(self, group: ProcessGroup, device: torch.device) -> None:
+        self.group = group
+        self.rank, self.world = group.rank(), group.size()
+        if device.type == "cuda" and self.world > 1:
+            # NCCL wants all ranks in the first call of a group, and later a rank without rows may have nothing to send.
+            dist.all_reduce(torch.zeros(1, device=device), group=group)
+
+    def close(self) -> None:
+        """Nothing outlives a call."""
+
+    def ring(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        lengths: Sequence[int],
+        kv_lens: Tensor | None,
+        q_lens: Tensor | None,
+        scale: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `Transport.ring`."""
+        shards = Shards(tuple(lengths))
+        own_q_lens = None if q_lens is None else shards.local_lens(q_lens, self.rank)
+        total: Partial | None = None
+        left = sum(size > 0 for size in shards.sizes)
+        for owner, keys, values in self._pieces(k, v, shards):
+            if not keys.shape[1]:
+                continue
+            left -= 1
+            if not q.shape[1]:
+                continue
+            their_kv_lens = None if kv_lens is None else shards.local_lens(kv_lens, owner)
+            part = flash_attention(
+                q, keys, values, kv_lens=their_kv_lens, q_lens=own_q_lens, scale=scale, return_lse=True
+            )
+            total = merged(total, Partial(*part), last=left == 0)
+        return result(total, q)
+
+    def _pieces(self, k: Tensor, v: Tensor, shards: Shards) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(owner, keys, values), this rank's first; while one is used the next is on its way."""
+        if self.world == 1:
+            yield self.rank, k, v
+            return
+        own = torch.stack((k, v))
+        buffers = [own.new_empty(_numel(own, max(shards.sizes))) for _ in range(min(2, self.world - 1))]
+        sending: list[tuple[int, dist.Work]] = []
+        arriving = self._post(1, own, buffers[0], shards, sending)
+        yield self.rank, own[0], own[1]
+        for step in range(1, self.world):
+            piece = arriving
+            self._await(piece)
+            if step + 1 < self.world:
+                # Into the buffer whose piece has been used up; on CUDA the transfer starts after that use.
+                arriving = self._post(step + 1, own, buffers[step % 2], shards, sending)
+            yield piece.owner, piece.kv[0], piece.kv[1]
+        for to, work in sending:
+            wait(work, self.group, f"rank {global_rank(self.group, to)} to take its K and V", [to])
+
+    def _post(
+        self, step: int, own: Tensor, buffer: Tensor, shards: Shards, sending: list[tuple[int, dist.Work]]
+    ) -> _Piece:
+        """Start to receive from the rank `step` places after this one, and to send to the one as far before it."""
+        owner, to = (self.rank + step) % self.world, (self.rank - step) % self.world
+        _, batch, _, heads, dim = own.shape
+        rows = shards.sizes[owner]
+        kv = buffer[: _numel(own, rows)].view(2, batch, rows, heads, dim)
+        transfers = []
+        if kv.numel():
+            transfers.append(dist.P2POp(dist.irecv, kv, group=self.group, group_peer=owner))
+        if own.numel():
+            transfers.append(dist.P2POp(dist.isend, own, group=self.group, group_peer=to))
+        works = dist.batch_isend_irecv(transfers) if transfers else []
+        if len(works) == len(transfers) and own.numel() and works:
+            *receiving, send = works
+            sending.append((to, send))
+            return _Piece(owner, kv, receiving)
+        # NCCL gives one handle for both directions.
+        return _Piece(owner, kv, works)
+
+    def _await(self, piece: _Piece) -> None:
+        what = f"K and V of rank {global_rank(self.group, piece.owner)}"
+        for work in piece.receiving:
+            wait(work, self.group, what, [piece.owner])
+        if piece.kv.is_cuda:
+            watch_progress(self.group, what)
+
+
+def _numel(kv: Tensor, rows: int) -> int:
+    """Elements of a (2, B, rows, Hk, D)."""
+    return kv.shape[0] * kv.shape[1] * rows * kv.shape[3] * kv.shape[4]
+
+
+# --- other collectives ------------------------------------------------------------------------------------------------
+
+
+def gather_rows(local: Tensor, shards: Shards, group: ProcessGroup, *, dim: int = 1, what: str = "rows") -> Tensor:
+    """The whole sequence from every rank's rows: uneven pieces, also empty ones, by one collective.
+
+    Args:
+        local: this rank's rows along `dim`.
+        shards: rows of every rank of `group`.
+        what: what is gathered, for messages.
+
+    Returns:
+        A tensor like `local` with `shards.total` rows along `dim`, contiguous, the same on every rank.
+
+    Raises:
+        ValueError: if `local` has not the rows that `shards` says.
+        RankFailure: if a rank does not come.
+    """
+    rows = shards.sizes[group.rank()]
+    if shards.world != group.size() or local.shape[dim] != rows:
+        raise ValueError(
+            f"local: got {local.shape[dim]} rows in dimension {dim} of {tuple(local.shape)},"
+            f" must be {rows} of {shards.world} ranks"
+        )
+    if shards.world == 1 or shards.total == 0:
+        return local.contiguous()
+    moved = local.movedim(dim, 0)
+    longest = max(shards.sizes)
+    padded = moved.new_empty((longest, *moved.shape[1:]))
+    padded[:rows] = moved
+    pieces = moved.new_empty((shards.world * longest, *moved.shape[1:]))
+    await_collective(dist.all_gather_into_tensor(pieces, padded, group=group, async_op=True), group, what)
+    parts = [pieces[rank * longest : rank * longest + size] for rank, size in enumerate(shards.sizes)]
+    return torch.cat(parts).movedim(0, dim).contiguous()
+
+
+def sum_over_ranks(local: Tensor, group: ProcessGroup, *, what: str = "sums") -> Tensor:
+    """`local` summed over the ranks of `group`, in place and still on its device: one collective.
+
+    Raises:
+        RankFailure: if a rank does not come.
+    """
+    if group.size() > 1:
+        await_collective(dist.all_reduce(local, group=group, async_op=True), group, what)
+    return local
+
+
+def broadcast(tensor: Tensor, group: ProcessGroup, *, source: int = 0, what: str = "values") -> Tensor:
+    """`tensor` of rank `source` of `group` on all its ranks, in place.
+
+    Raises:
+        RankFailure: if a rank does not come.
+    """
+    if group.size() > 1:
+        await_collective(dist.broadcast(tensor, group=group, group_src=source, async_op=True), group, what)
+    return tensor
+
+
+def all_to_all(local: Tensor, sends: Sequence[int], receives: Sequence[int], group: ProcessGroup, what: str) -> Tensor:
+    """Exchange the parts of a flat tensor: `sends[r]` elements go to rank r, `receives[r]` come from it, in order.
+
+    Raises:
+        RankFailure: if a rank does not come.
+    """
+    received = local.new_empty(sum(receives))
+    work = dist.all_to_all_single(received, local, list(receives), list(sends), group=group, async_op=True)
+    await_collective(work, group, what)
+    return received
+
+
+def await_collective(work: dist.Work | None, group: ProcessGroup, what: str) -> None:
+    """Wait as `failure.wait` does, for what all ranks of `group` take part in."""
+    others = [global_rank(group, rank) for rank in range(group.size()) if rank != group.rank()]
+    named = f"{what} of rank{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
+    wait(work, group, named)
+    if torch.cuda.is_available() and "nccl" in dist.get_backend(group):
+        watch_progress(group, named)
