@@ -60,7 +60,7 @@ def agree(group: ProcessGroup, settings: Mapping[str, str], tensors: Mapping[str
         RankFailure: if a rank does not come.
     """
     layouts = {name: _layout(tensor) for name, tensor in tensors.items()}
-    check_agreement(group, dict(settings) | layouts, "settings and inputs")
+    check_agreement(group, dict(settings) | layouts, what="settings and inputs")
     values = {name: _sample(tensor) for name, tensor in tensors.items() if tensor is not None}
     first, *others = exchange(group, values, "inputs")
     for rank, theirs in enumerate(others, start=1):
@@ -114,7 +114,7 @@ def from_first(tensor: Tensor, name: str, group: ProcessGroup) -> Tensor:
         ValueError: on every rank, if its shape or dtype differs between ranks.
         RankFailure: if a rank does not come.
     """
-    check_agreement(group, {name: _layout(tensor)}, name)
+    check_agreement(group, {name: _layout(tensor)}, what=name)
     tensor = tensor.clone(memory_format=torch.contiguous_format)  # The user may have given it.
     wait(dist.broadcast(tensor, group_src=0, group=group, async_op=True), group, f"the {name} of rank 0")
     return tensor

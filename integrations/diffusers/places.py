@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from para_kernels import ContextParallel
-from para_kernels.parallel.mesh import build_mesh, check_mesh, mesh_groups, node_size, world_size
+from para_kernels.parallel.mesh import build_mesh, check_mesh, mesh_groups, mesh_sizes, node_size, world_size
 from para_kernels.parallel.transport import selection
 
 AUTO = "auto"
@@ -102,9 +102,15 @@ class Places:
         batch = self.wanted.batch
         if batch == 1:  # Samples need nothing from each other: as many groups as share them out evenly.
             batch = math.gcd(samples, world_size())
-        chosen = choose_split(heads, tokens, world_size() // batch, node_size(), head_dim=head_dim)
-        why = f"{chosen.why}" if batch == 1 else f"{samples} samples share out evenly over {batch}; {chosen.why}"
-        return Place.on(_mesh(batch, chosen.ring, chosen.ulysses), why)
+        ring, ulysses, why = _split(heads, head_dim, tokens, world_size() // batch)
+        if batch > 1:
+            why = f"{samples} samples share out over {batch} groups; {why}"
+        return Place.on(_mesh(batch, ring, ulysses), why)
+
+
+def _split(heads: int, head_dim: int, tokens: int, world: int) -> tuple[int, int, str]:
+    _, ring, ulysses = mesh_sizes(world, min(node_size(), world), None, None, None)
+    return ring, ulysses, "ulysses inside a node"
 
 
 _meshes: dict[tuple[ProcessGroup, int, int, int], DeviceMesh] = {}
