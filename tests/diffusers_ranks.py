@@ -339,11 +339,11 @@ def toy() -> SEEN:
     pipe = load_pipeline(str(TOY_PIPELINE), torch.device("cpu"), torch.float32)
     pipe.set_progress_bar_config(disable=True)
     request = Request(("a handwritten 7 moving to the left", "seven, up"), 64, 64, 9, 5, 6.0)
-    alone = Acceleration(cache=0.2).install(pipe)
+    alone = Acceleration(cache=0.6).install(pipe)
     expected = generate(pipe, request).videos
     reused = decisions(alone.records)
     alone.remove()
-    handle = Acceleration(cache=0.2, parallel=ContextParallel(ring=2, timeout=TIMEOUT)).install(pipe)
+    handle = Acceleration(cache=0.6, parallel=ContextParallel(ring=2, timeout=TIMEOUT)).install(pipe)
     got = generate(pipe, request).videos
     return {
         "difference": float(abs(got - expected).max()),
