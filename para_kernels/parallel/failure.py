@@ -14,9 +14,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from datetime import timedelta
-from numbers import Real
+from queue import Empty, SimpleQueue
 
 import torch
 import torch.distributed as dist
@@ -37,7 +37,7 @@ class RankFailure(RuntimeError):  # noqa: N818 - a failure of a rank, not of the
 
 def check_timeout(timeout: object) -> None:
     """Raise a ValueError unless `timeout` is a finite number of seconds above 0."""
-    if isinstance(timeout, bool) or not isinstance(timeout, Real) or not 0 < timeout < math.inf:
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
         raise ValueError(f"timeout: got {timeout!r}, must be a finite number of seconds > 0")
 
 
@@ -139,15 +139,20 @@ def exchange(group: ProcessGroup, value: object, what: str = "settings") -> list
     Raises:
         RankFailure: if a rank does not come within the current timeout, naming all that did not.
     """
-    rank, size = group.rank(), group.size()
-    if size == 1:
+    if group.size() == 1:
         return [json.loads(json.dumps(value))]
+    message = json.dumps(value)
+    return _bounded(lambda: _exchange(group, message, what), group, f"the store, to exchange {what}")
+
+
+def _exchange(group: ProcessGroup, message: str, what: str) -> list:
+    rank = group.rank()
     store = dist.PrefixStore("para_kernels", group.get_group_store())
     name = f"{group.group_name}:{','.join(str(r) for r in dist.get_process_group_ranks(group))}"
     turn = _rounds[name] = _rounds.get(name, -1) + 1
-    keys = [f"{name}:{turn}:{r}" for r in range(size)]
+    keys = [f"{name}:{turn}:{r}" for r in range(group.size())]
     try:
-        store.set(keys[rank], json.dumps(value))
+        store.set(keys[rank], message)
         _await_keys(store, keys, group, what)
         values = [json.loads(store.get(key)) for key in keys]
         # All ranks have written this turn, so all have read the one before.
@@ -156,6 +161,27 @@ def exchange(group: ProcessGroup, value: object, what: str = "settings") -> list
     except dist.DistError as error:
         raise RankFailure(_message(group, f"the {what} of the other ranks", 0.0, timed_out=False)) from error
     return values
+
+
+def _bounded(work: Callable[[], list], group: ProcessGroup, what: str) -> list:
+    """`work()` in a thread that is given up when it does not end: a store whose host has stopped never answers."""
+    outcome: SimpleQueue[list | BaseException] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcome.put(work())
+        except BaseException as error:
+            outcome.put(error)
+
+    threading.Thread(target=copy_context().run, args=(run,), name="para_kernels exchange", daemon=True).start()
+    limit = current_timeout() * 1.1 + 1.0  # `work` bounds itself and names more.
+    try:
+        result = outcome.get(timeout=limit)
+    except Empty:
+        raise RankFailure(_message(group, what, limit, timed_out=True)) from None
+    if isinstance(result, BaseException):
+        raise result
+    return result
 
 
 def _await_keys(store: dist.Store, keys: list[str], group: ProcessGroup, what: str) -> None:

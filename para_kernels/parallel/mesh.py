@@ -69,9 +69,9 @@ class ContextParallel:
         """The number of ranks; errors as for `sizes`."""
         return math.prod(self.sizes)
 
-    def resolved(self, *, ring: int, ulysses: int) -> ContextParallel:
-        """The same settings with the sizes that "auto" has been resolved to."""
-        return replace(self, split=None, ring=ring, ulysses=ulysses)
+    def resolved(self, *, batch: int, ring: int, ulysses: int) -> ContextParallel:
+        """The same settings with the sizes that "auto" has been resolved to (`split.resolve_split`)."""
+        return replace(self, split=None, batch=batch, ring=ring, ulysses=ulysses)
 
     def mesh(self, device_type: str | None = None) -> DeviceMesh:
         """The mesh of these sizes over all ranks.
