@@ -1,4 +1,4 @@
-"""What the ranks of a parallel pipeline share: pieces of tensors, the same inputs, the same noise, one progress bar."""
+"""What the ranks of a parallel pipeline have in common: inputs and settings, the noise, one progress bar."""
 
 from __future__ import annotations
 
@@ -10,43 +10,14 @@ from functools import wraps
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from para_kernels.parallel.failure import check_agreement, exchange, global_rank, wait
+from para_kernels.parallel.collective import broadcast
+from para_kernels.parallel.failure import check_agreement, exchange, global_rank
 
 SAMPLED = 64  # elements of each tensor that are compared: two noises or two prompts never agree in all of them
 SAME = 0.05  # of the largest sampled element: far above the rounding of one kernel or another, far below other noise
-
-
-def gathered(piece: Tensor, sizes: Sequence[int], group: ProcessGroup, dim: int, what: str) -> Tensor:
-    """The pieces of all ranks of `group`, concatenated along `dim` in rank order, on every rank.
-
-    Args:
-        piece: this rank's; of shape `sizes[rank]` along `dim`, 0 allowed, elsewhere alike on all ranks.
-        sizes: of every rank.
-        what: is waited for, for the message of a failure.
-
-    Raises:
-        RankFailure: if a rank does not come.
-    """
-    if len(sizes) == 1:
-        return piece
-    rows = piece.movedim(dim, 0)
-    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
-    padded[: rows.shape[0]] = rows
-    everyone = stacked(padded, group, what)
-    return torch.cat([rows[:size] for rows, size in zip(everyone, sizes, strict=True)]).movedim(0, dim)
-
-
-def stacked(piece: Tensor, group: ProcessGroup, what: str) -> Tensor:
-    """Tensors of one shape of all ranks of `group`, behind each other in a new first dimension, on every rank."""
-    pieces = piece.new_empty(group.size(), *piece.shape)
-    if pieces.numel():
-        work = dist.all_gather_into_tensor(pieces.flatten(0, 1), piece, group=group, async_op=True)
-        wait(work, group, what)
-    return pieces
 
 
 def agree(group: ProcessGroup, settings: Mapping[str, str], tensors: Mapping[str, Tensor | None]) -> None:
@@ -115,9 +86,8 @@ def from_first(tensor: Tensor, name: str, group: ProcessGroup) -> Tensor:
         RankFailure: if a rank does not come.
     """
     check_agreement(group, {name: _layout(tensor)}, what=name)
-    tensor = tensor.clone(memory_format=torch.contiguous_format)  # The user may have given it.
-    wait(dist.broadcast(tensor, group_src=0, group=group, async_op=True), group, f"the {name} of rank 0")
-    return tensor
+    own = tensor.clone(memory_format=torch.contiguous_format)  # What was given may be the user's.
+    return broadcast(own, group, what=name)
 
 
 def quiet_progress(undo: ExitStack, pipe: Any) -> None:

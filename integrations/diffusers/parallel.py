@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from para_kernels import flash_attention
 from para_kernels.parallel.attention import context_parallel_attention
+from para_kernels.parallel.collective import gather_rows
 from para_kernels.parallel.failure import deadline, raise_on_failure, set_layer
 from para_kernels.parallel.sharding import Shards
 
-from .agreement import agree, from_first, gathered, stacked
+from .agreement import agree, from_first
 from .attention import AttentionLengths, Shard
 from .hooks import Argument
 from .models import Family
@@ -40,8 +41,11 @@ class _Forward:
     samples: Shards
     shards: Shards | None = None
     layers: int = 0
-    rows: dict[str, int] = field(default_factory=dict)
-    parts: dict[str, list[slice]] = field(default_factory=dict)
+    streams: dict[str, Shards] = field(default_factory=dict)
+
+    def own(self, stream: str) -> slice:
+        """Which of a stream's rows are here."""
+        return self.streams[stream].piece(self.place.piece)
 
 
 class Spread:
@@ -120,7 +124,8 @@ class Spread:
             agree(self.places.everyone, {"parallel": str(self.places.wanted), "cache": cache}, inputs)
             self._agreed.add(branch)
         latents, text = inputs[self._plan.samples[0]], self._text.get(args, kwargs)
-        place = self.places.of(latents.shape[0], self._video_tokens(latents) + text.shape[1], *self._heads())
+        tokens = self._video_tokens(latents) + text.shape[1]
+        place = self.places.of(latents.shape[0], tokens, *self._heads(), like=text)
         if latents.shape[0] < place.batch:
             raise ValueError(
                 f"parallel: the mesh splits a batch over {place.batch} groups of ranks, but the batch has"
@@ -144,7 +149,8 @@ class Spread:
             set_layer(None)
             if forward is None or output is None or forward.place.batch_group is None:
                 return output
-            samples = gathered(output[0], forward.samples.sizes, forward.place.batch_group, 0, "the samples' outputs")
+            group = forward.place.batch_group
+            samples = gather_rows(output[0], forward.samples, group, dim=0, what="what the samples have become")
         if isinstance(output, dict):  # diffusers' outputs are dictionaries; a tuple has the values alone.
             return type(output)(**{**output, self._plan.output: samples})
         return (samples, *output[1:])
@@ -167,19 +173,14 @@ class Spread:
         if forward is None:
             return None
         streams = {name: argument.get(args, kwargs) for name, argument in self._streams.items()}
-        forward.rows = {name: stream.shape[1] for name, stream in streams.items()}
-        forward.shards = Shards.of(sum(forward.rows.values()), forward.place.pieces)
+        forward.shards = Shards.of(sum(stream.shape[1] for stream in streams.values()), forward.place.pieces)
         start = 0
-        for name, rows in forward.rows.items():
-            forward.parts[name] = [
-                forward.shards.part_of_stream(start, rows, rank) for rank in range(forward.place.pieces)
-            ]
-            start += rows
-            here = forward.parts[name][forward.place.piece]
-            args, kwargs = self._streams[name].replaced(args, kwargs, streams[name][:, here])
+        for name, stream in streams.items():
+            forward.streams[name] = forward.shards.stream(start, stream.shape[1])
+            start += stream.shape[1]
+            args, kwargs = self._streams[name].replaced(args, kwargs, stream[:, forward.own(name)])
         video = self._plan.sequence[0]
-        here = forward.parts[video][forward.place.piece]
-        self._lengths.shard = Shard(forward.rows[video], here, self._attend)
+        self._lengths.shard = Shard(forward.streams[video].total, forward.own(video), self._attend)
         return args, kwargs
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None) -> Tensor:
@@ -214,13 +215,13 @@ class Spread:
         name, the cache and the last projection, must find it there.
         """
         forward = self._forward
-        if forward is None or not forward.parts:
+        if forward is None or forward.shards is None:
             return streams
-        own = {name: _rows(parts[forward.place.piece]) for name, parts in forward.parts.items()}
-        if all(streams[name].shape[1] == rows for name, rows in own.items()):
+        rows = {name: shards.sizes[forward.place.piece] for name, shards in forward.streams.items()}
+        if all(streams[name].shape[1] == count for name, count in rows.items()):
             return streams
-        joint = torch.cat([streams[name] for name in own], dim=1)
-        return streams | dict(zip(own, joint.split(list(own.values()), dim=1), strict=True))
+        joint = torch.cat([streams[name] for name in rows], dim=1)
+        return streams | dict(zip(rows, joint.split(list(rows.values()), dim=1), strict=True))
 
     def _after_last_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Before anything after the blocks looks at the video."""
@@ -234,8 +235,8 @@ class Spread:
         forward = self._forward
         if forward is None:
             return None
-        sizes = [_rows(part) for part in forward.parts[self._plan.sequence[0]]]
-        return gathered(output, sizes, forward.place.sequence_group, 1, "the rows' outputs")
+        rows = forward.streams[self._plan.sequence[0]]
+        return gather_rows(output, rows, forward.place.sequence_group, what="what the rows have become")
 
     # --- for the cache ----------------------------------------------------------------------------------------------
 
@@ -243,13 +244,13 @@ class Spread:
     def first_token(self) -> int:
         """Where this rank's part of the video begins."""
         forward = self._forward
-        return 0 if forward is None else forward.parts[self._plan.sequence[0]][forward.place.piece].start
+        return 0 if forward is None else forward.own(self._plan.sequence[0]).start
 
     @property
     def whole(self) -> tuple[int, ...] | None:
         """What is equal on all ranks and fixes the shapes on each: samples, rows of every stream."""
         forward = self._forward
-        return None if forward is None else (sum(forward.samples.sizes), *forward.rows.values())
+        return None if forward is None else (forward.samples.total, *(rows.total for rows in forward.streams.values()))
 
     def reduce(self, sums: Tensor) -> Tensor:
         """The cache's sums (2,) of all ranks, in one collective, and to the bit the same on all of them.
@@ -260,9 +261,6 @@ class Spread:
         """
         if self._forward is None:
             return sums
-        everyone = stacked(sums, self.places.everyone, "the cache's sums")
-        return everyone.double().sum(dim=0).to(sums.dtype)
-
-
-def _rows(part: slice) -> int:
-    return part.stop - part.start
+        everyone = self.places.everyone
+        pieces = gather_rows(sums, Shards((2,) * everyone.size()), everyone, dim=0, what="sums of the cache")
+        return pieces.view(-1, 2).double().sum(dim=0).to(sums.dtype)

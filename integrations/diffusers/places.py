@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from para_kernels import ContextParallel
-from para_kernels.parallel.mesh import build_mesh, check_mesh, mesh_groups, mesh_sizes, node_size, world_size
+from para_kernels.parallel.mesh import check_mesh, mesh_groups, node_size, world_size
+from para_kernels.parallel.split import Links, Workload, assumed_flops, measure_links, resolve_split
 from para_kernels.parallel.transport import selection
 
 AUTO = "auto"
@@ -81,6 +82,7 @@ class Places:
     def __init__(self, wanted: ContextParallel, mesh: DeviceMesh | None = None) -> None:
         self.wanted = wanted
         self.mesh = mesh
+        self._chosen: dict[tuple[object, ...], Place] = {}
         world = world_size()
         if mesh is not None:
             check_mesh(mesh, "mesh")
@@ -90,37 +92,49 @@ class Places:
                 raise ValueError(f"parallel: got batch {wanted.batch}, must divide the {world} ranks")
             self.fixed = None
         else:
-            self.fixed = Place.on(_mesh(wanted.batch, wanted.ring, wanted.ulysses), "the sizes were given")
+            self.fixed = Place.on(_mesh(wanted), "the sizes were given")
         self.everyone = _world() if self.fixed is None else _all_of(self.fixed.mesh)
 
-    def of(self, samples: int, tokens: int, heads: int, head_dim: int) -> Place:
+    def of(self, samples: int, tokens: int, heads: int, head_dim: int, like: Tensor) -> Place:
         """The place for a forward of so many samples, each a joint sequence of so many tokens. Collective where it is
         new.
+
+        Args:
+            heads, head_dim: of the model's attention.
+            like: a tensor of the device and dtype that attention will see.
         """
         if self.fixed is not None:
             return self.fixed
-        batch = self.wanted.batch
-        if batch == 1:  # Samples need nothing from each other: as many groups as share them out evenly.
-            batch = math.gcd(samples, world_size())
-        ring, ulysses, why = _split(heads, head_dim, tokens, world_size() // batch)
-        if batch > 1:
-            why = f"{samples} samples share out over {batch} groups; {why}"
-        return Place.on(_mesh(batch, ring, ulysses), why)
+        shape = (samples, tokens, like.device, like.dtype)
+        if shape not in self._chosen:
+            world, node = world_size(), node_size()
+            work = Workload(
+                heads, heads, head_dim, tokens, samples, like.element_size(), flops=assumed_flops(like.device)
+            )
+            parallel, why = resolve_split(self.wanted, work, world, node, _links(like.device, node), samples)
+            self._chosen[shape] = Place.on(_mesh(parallel), why)
+        return self._chosen[shape]
 
 
-def _split(heads: int, head_dim: int, tokens: int, world: int) -> tuple[int, int, str]:
-    _, ring, ulysses = mesh_sizes(world, min(node_size(), world), None, None, None)
-    return ring, ulysses, "ulysses inside a node"
+_measured: dict[tuple[ProcessGroup, torch.device], Links] = {}
+
+
+def _links(device: torch.device, node: int) -> Links:
+    """Measured once."""
+    key = (_world(), device)
+    if key not in _measured:
+        _measured[key] = measure_links(_world(), device, node)
+    return _measured[key]
 
 
 _meshes: dict[tuple[ProcessGroup, int, int, int], DeviceMesh] = {}
 
 
-def _mesh(batch: int, ring: int, ulysses: int) -> DeviceMesh:
+def _mesh(parallel: ContextParallel) -> DeviceMesh:
     """One mesh for each split of the world: process groups are dear and never freed."""
-    key = (_world(), batch, ring, ulysses)
+    key = (_world(), parallel.batch, parallel.ring, parallel.ulysses)
     if key not in _meshes:
-        _meshes[key] = build_mesh(batch, ring, ulysses)
+        _meshes[key] = parallel.mesh()
     return _meshes[key]
 
 

@@ -62,7 +62,9 @@ def parallel_options(
     if world == 1:
         options = {"parallel": split, **sizes, "transport": transport, "timeout": timeout}
         if asked := [f"--{name}" for name, value in options.items() if value is not None]:
-            raise ValueError(f"{', '.join(asked)}: one process has nobody to share with; start the command with torchrun")
+            raise ValueError(
+                f"{', '.join(asked)}: one process has nobody to share with; start the command with torchrun"
+            )
         return None
     how = {"transport": transport or AUTO, "timeout": DEFAULT_TIMEOUT if timeout is None else timeout}
     if sizes and split is not None:
