@@ -310,13 +310,13 @@ def message_of(call: Callable[[], Any]) -> str:
     return "nothing was refused"
 
 
-def offload() -> SEEN:
+def after_failure() -> SEEN:
     """A second pipe on the same transformer, and a forward that fails in the middle, leave nothing behind."""
     pipe = tiny_pipeline()
     expected = generate(pipe, PROMPTS[:2])
     handle = parallelize_pipe(pipe, timeout=TIMEOUT)
+    hook = pipe.transformer.single_transformer_blocks[1].register_forward_pre_hook(fail)
     with suppress(KeyError):
-        hook = pipe.transformer.single_transformer_blocks[1].register_forward_pre_hook(fail)
         generate(pipe, PROMPTS[:2])
     hook.remove()
     twin = type(pipe)(**pipe.components)
@@ -372,7 +372,7 @@ def death() -> SEEN:
 
 
 OTHERS: dict[int, list[Callable[[], SEEN]]] = {
-    2: [straddle, remove, retune, noise, progress, refused, offload, toy, death],
+    2: [straddle, remove, retune, noise, progress, refused, after_failure, toy, death],
     3: [straddle, shapes, noise],
     4: [remove, shapes],
 }

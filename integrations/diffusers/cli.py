@@ -95,9 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _rank() -> str:
     """Under torchrun, which rank speaks."""
-    return (
-        f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ else ""
-    )
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return f"[rank {os.environ.get('RANK', '?')}] " if several else ""
 
 
 def _one_line(error: Exception) -> str:
@@ -212,9 +211,7 @@ def _add_parallel(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("under torchrun", "how the work is split; ring x ulysses x batch is all ranks")
     group.add_argument("--parallel", choices=("auto",), help="chosen from the model and the video's size (the default)")
     group.add_argument("--ring", type=int, metavar="N", help="N ranks share a sequence, keys and values go round")
-    group.add_argument(
-        "--ulysses", type=int, metavar="N", help="N ranks share a sequence, by exchanging heads for rows"
-    )
+    group.add_argument("--ulysses", type=int, metavar="N", help="N ranks share a sequence and exchange heads for rows")
     group.add_argument("--batch", type=int, metavar="N", help="N groups of ranks share out the prompts of a batch")
     group.add_argument(
         "--transport",

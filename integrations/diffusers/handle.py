@@ -27,8 +27,12 @@ STOCK = "stock"
 
 @dataclass(frozen=True)
 class Settings:
-    """What is wanted: `attention` is `"exact"` or `"stock"`, diffusers' own; `cache` is None without a cache, `parallel`
-    on one rank; with it attention is `"exact"`.
+    """What is wanted.
+
+    Attributes:
+        attention: `"exact"` or `"stock"`, diffusers' own.
+        cache: None without one.
+        parallel: where forwards run, None in one process; needs `"exact"`.
     """
 
     attention: str = STOCK
@@ -39,10 +43,10 @@ class Settings:
 class Handle:
     """The installation on one transformer, made by `accelerate`, `apply_cache_on_pipe` and `parallelize_pipe`.
 
-    It has four parts, each put on and taken off as a whole: the listeners (which call, which branch, what length,
-    how long), the attention processors, the spreading over ranks, the cache. What must run around the transformer's forward is a hook of
-    torch's own: those stay on the module when CPU offload unwraps and wraps `forward` anew after every call, which
-    loses any hook of diffusers' that wraps the same `forward`.
+    It has four parts, each put on and taken off as a whole: the listeners (which call, which branch, what length, how
+    long), the attention processors, the spreading over ranks, the cache. What must run around the transformer's forward
+    is a hook of torch's own: those stay on the module when CPU offload unwraps and wraps `forward` anew after every
+    call, which loses any hook of diffusers' that wraps the same `forward`.
     """
 
     def __init__(self, transformer: Any, family: Family) -> None:

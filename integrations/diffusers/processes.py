@@ -1,4 +1,4 @@
-"""Running as one of several processes, as torchrun starts them: who am I, on which device, and how to meet the others."""
+"""Running as one of the processes that torchrun starts: which one, on which device, and how to meet the others."""
 
 from __future__ import annotations
 
@@ -62,9 +62,7 @@ def parallel_options(
     if world == 1:
         options = {"parallel": split, **sizes, "transport": transport, "timeout": timeout}
         if asked := [f"--{name}" for name, value in options.items() if value is not None]:
-            raise ValueError(
-                f"{', '.join(asked)}: one process has nobody to share with; start the command with torchrun"
-            )
+            raise ValueError(f"{', '.join(asked)}: has no effect in one process; start the command with torchrun")
         return None
     how = {"transport": transport or AUTO, "timeout": DEFAULT_TIMEOUT if timeout is None else timeout}
     if sizes and split is not None:
