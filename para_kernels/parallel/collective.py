@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from para_kernels.attention import flash_attention, merge_states
-from para_kernels.parallel.failure import global_rank, wait, watch_progress
+from para_kernels.parallel.failure import global_rank, named, other_ranks, stream_ordered, wait, watch_progress
 from para_kernels.parallel.sharding import Shards
 
 # --- attention in parts -----------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ class CollectiveTransport:
                 arriving = self._post(step + 1, own, buffers[step % 2], shards, sending)
             yield piece.owner, piece.kv[0], piece.kv[1]
         for to, work in sending:
-            wait(work, self.group, f"rank {global_rank(self.group, to)} to take its K and V", [to])
+            wait(work, self.group, f"rank {global_rank(self.group, to)} to take its K and V", own.device, [to])
 
     def _post(
         self, step: int, own: Tensor, buffer: Tensor, shards: Shards, sending: list[tuple[int, dist.Work]]
@@ -155,7 +155,7 @@ class CollectiveTransport:
     def _await(self, piece: _Piece) -> None:
         what = f"K and V of rank {global_rank(self.group, piece.owner)}"
         for work in piece.receiving:
-            wait(work, self.group, what, [piece.owner])
+            wait(work, self.group, what, piece.kv.device, [piece.owner])
         if piece.kv.is_cuda:
             watch_progress(self.group, what)
 
@@ -196,7 +196,7 @@ def gather_rows(local: Tensor, shards: Shards, group: ProcessGroup, *, dim: int 
     padded = moved.new_empty((longest, *moved.shape[1:]))
     padded[:rows] = moved
     pieces = moved.new_empty((shards.world * longest, *moved.shape[1:]))
-    await_collective(dist.all_gather_into_tensor(pieces, padded, group=group, async_op=True), group, what)
+    await_collective(dist.all_gather_into_tensor(pieces, padded, group=group, async_op=True), group, what, local.device)
     parts = [pieces[rank * longest : rank * longest + size] for rank, size in enumerate(shards.sizes)]
     return torch.cat(parts).movedim(0, dim).contiguous()
 
@@ -208,7 +208,7 @@ def sum_over_ranks(local: Tensor, group: ProcessGroup, *, what: str = "sums") ->
         RankFailure: if a rank does not come.
     """
     if group.size() > 1:
-        await_collective(dist.all_reduce(local, group=group, async_op=True), group, what)
+        await_collective(dist.all_reduce(local, group=group, async_op=True), group, what, local.device)
     return local
 
 
@@ -219,7 +219,9 @@ def broadcast(tensor: Tensor, group: ProcessGroup, *, source: int = 0, what: str
         RankFailure: if a rank does not come.
     """
     if group.size() > 1:
-        await_collective(dist.broadcast(tensor, group=group, group_src=source, async_op=True), group, what)
+        await_collective(
+            dist.broadcast(tensor, group=group, group_src=source, async_op=True), group, what, tensor.device
+        )
     return tensor
 
 
@@ -231,14 +233,13 @@ def all_to_all(local: Tensor, sends: Sequence[int], receives: Sequence[int], gro
     """
     received = local.new_empty(sum(receives))
     work = dist.all_to_all_single(received, local, list(receives), list(sends), group=group, async_op=True)
-    await_collective(work, group, what)
+    await_collective(work, group, what, local.device)
     return received
 
 
-def await_collective(work: dist.Work | None, group: ProcessGroup, what: str) -> None:
+def await_collective(work: dist.Work | None, group: ProcessGroup, what: str, device: torch.device) -> None:
     """Wait as `failure.wait` does, for what all ranks of `group` take part in."""
-    others = [global_rank(group, rank) for rank in range(group.size()) if rank != group.rank()]
-    named = f"{what} of rank{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
-    wait(work, group, named)
-    if torch.cuda.is_available() and "nccl" in dist.get_backend(group):
-        watch_progress(group, named)
+    what = f"{what} of {named(other_ranks(group))}"
+    wait(work, group, what, device)
+    if stream_ordered(group, device):
+        watch_progress(group, what)

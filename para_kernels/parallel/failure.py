@@ -17,12 +17,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar, copy_context
 from datetime import timedelta
 from queue import Empty, SimpleQueue
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 DEFAULT_TIMEOUT = 120.0
+
+Result = TypeVar("Result")
 
 _timeout: ContextVar[float] = ContextVar("para_kernels_timeout", default=DEFAULT_TIMEOUT)
 _layer: ContextVar[int | str | None] = ContextVar("para_kernels_layer", default=None)
@@ -71,7 +74,8 @@ def _where() -> str:
     return "" if layer is None else f" in layer {layer}"
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def named(ranks: Sequence[int]) -> str:
+    """Ranks of the world as a message names them."""
     names = [str(rank) for rank in ranks]
     return f"rank {names[0]}" if len(names) == 1 else f"ranks {', '.join(names[:-1])} and {names[-1]}"
 
@@ -81,22 +85,30 @@ def global_rank(group: ProcessGroup, rank: int) -> int:
     return dist.get_global_rank(group, rank)
 
 
+def other_ranks(group: ProcessGroup) -> list[int]:
+    """The ranks in the world of all others of `group`."""
+    return [rank for rank in dist.get_process_group_ranks(group) if rank != global_rank(group, group.rank())]
+
+
 # --- waiting ----------------------------------------------------------------------------------------------------------
 
 
-def wait(work: dist.Work | None, group: ProcessGroup, what: str, ranks: Sequence[int] | None = None) -> None:
+def wait(
+    work: dist.Work | None, group: ProcessGroup, what: str, device: torch.device, ranks: Sequence[int] | None = None
+) -> None:
     """Wait for a transfer: on the CPU for at most the current timeout, on CUDA by ordering the stream only.
 
     Args:
         what: names it, as in "K and V of rank 0".
+        device: of what is transferred.
         ranks: ranks of `group` that it depends on, None for all others.
 
     Raises:
-        RankFailure: if it did not come, naming this rank, `what`, the layer, and the ranks it depends on.
+        RankFailure: if it did not come, naming this rank, `what`, the layer, and the ranks that do not answer.
     """
     if work is None:
         return
-    if _stream_ordered(group):
+    if stream_ordered(group, device):
         work.wait()
         return
     timeout, started = current_timeout(), time.monotonic()
@@ -104,24 +116,76 @@ def wait(work: dist.Work | None, group: ProcessGroup, what: str, ranks: Sequence
         work.wait(timedelta(seconds=timeout))
     except RuntimeError as error:
         waited = time.monotonic() - started
-        raise RankFailure(_message(group, what, waited, timed_out=waited >= 0.9 * timeout, ranks=ranks)) from error
+        text = _late(group, what, waited) if waited >= 0.9 * timeout else _lost(group, what, ranks)
+        raise RankFailure(text + roll_call()) from error
 
 
-def _message(
-    group: ProcessGroup, what: str, waited: float, *, timed_out: bool, ranks: Sequence[int] | None = None
-) -> str:
-    me = global_rank(group, group.rank())
-    if timed_out:
-        return f"rank {me} waited {waited:.3g} s for {what}{_where()}"
-    others = [rank for rank in range(group.size()) if rank != group.rank()] if ranks is None else ranks
-    names = _ranks([global_rank(group, rank) for rank in others])
+def stream_ordered(group: ProcessGroup, device: torch.device) -> bool:
+    """True where a wait only orders streams; gloo blocks the host, which then has to bound the wait."""
+    return device.type == "cuda" and "nccl" in dist.get_backend(group)
+
+
+def _late(group: ProcessGroup, what: str, waited: float) -> str:
+    return f"rank {global_rank(group, group.rank())} waited {waited:.3g} s for {what}{_where()}"
+
+
+def _lost(group: ProcessGroup, what: str, ranks: Sequence[int] | None = None) -> str:
+    others = other_ranks(group) if ranks is None else [global_rank(group, rank) for rank in ranks]
     one_of = "" if len(others) == 1 else "one of "
-    return f"rank {me} lost {one_of}{names} while it waited for {what}{_where()}: the connection is closed"
+    return (
+        f"rank {global_rank(group, group.rank())} lost the connection to {one_of}{named(others)}"
+        f" while it waited for {what}{_where()}"
+    )
 
 
-def _stream_ordered(group: ProcessGroup) -> bool:
-    """True where a wait only orders streams; a gloo group blocks the host, which then has to bound the wait."""
-    return "nccl" in dist.get_backend(group)
+def roll_call() -> str:
+    """Called by a rank that has failed: which ranks are not failing too, as the end of a message.
+
+    Who waits for whom makes a chain or a knot that says little about where it began. All ranks that still run come
+    here at about the same time; the one that does not is the one to look at. Takes a quarter of the timeout, at most
+    5 s; empty where the store does not answer.
+    """
+    try:
+        absent = _in_thread(_absent_ranks, current_timeout())
+    except (RuntimeError, TimeoutError):
+        return ""
+    return f"; no sign of {named(absent)}" if absent else ""
+
+
+def _absent_ranks() -> list[int]:
+    group = dist.group.WORLD
+    assert group is not None
+    store = dist.PrefixStore("para_kernels/roll_call", group.get_group_store())
+    store.set(str(group.rank()), "here")
+    keys = [str(rank) for rank in range(group.size())]
+    end = time.monotonic() + min(5.0, current_timeout() / 4)
+    while time.monotonic() < end and not store.check(keys):
+        time.sleep(0.02)
+    return [rank for rank, key in enumerate(keys) if not store.check([key])]
+
+
+def _in_thread(work: Callable[[], Result], limit: float) -> Result:
+    """`work()` in a thread that is given up after `limit` seconds: a store whose host has stopped never answers.
+
+    Raises:
+        TimeoutError: if it was given up.
+    """
+    outcome: SimpleQueue[tuple[Result | None, BaseException | None]] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcome.put((work(), None))
+        except BaseException as error:
+            outcome.put((None, error))
+
+    threading.Thread(target=copy_context().run, args=(run,), name="para_kernels exchange", daemon=True).start()
+    try:
+        result, error = outcome.get(timeout=limit)
+    except Empty:
+        raise TimeoutError(f"nothing within {limit} s") from None
+    if error is not None:
+        raise error
+    return result  # pyright: ignore[reportReturnType] - without an error there is a result
 
 
 # --- agreement --------------------------------------------------------------------------------------------------------
@@ -142,7 +206,15 @@ def exchange(group: ProcessGroup, value: object, what: str = "settings") -> list
     if group.size() == 1:
         return [json.loads(json.dumps(value))]
     message = json.dumps(value)
-    return _bounded(lambda: _exchange(group, message, what), group, f"the store, to exchange {what}")
+    # The thread bounds itself, by all but a store that stopped, and can name who is missing.
+    limit = current_timeout() + 1.0
+    try:
+        return _in_thread(lambda: _exchange(group, message, what), limit)
+    except TimeoutError:
+        text = _late(group, f"the store, for the {what} of {named(other_ranks(group))}", limit)
+    except dist.DistError:
+        text = _lost(group, f"the {what} of {named(other_ranks(group))}")
+    raise RankFailure(text + roll_call())
 
 
 def _exchange(group: ProcessGroup, message: str, what: str) -> list:
@@ -151,37 +223,13 @@ def _exchange(group: ProcessGroup, message: str, what: str) -> list:
     name = f"{group.group_name}:{','.join(str(r) for r in dist.get_process_group_ranks(group))}"
     turn = _rounds[name] = _rounds.get(name, -1) + 1
     keys = [f"{name}:{turn}:{r}" for r in range(group.size())]
-    try:
-        store.set(keys[rank], message)
-        _await_keys(store, keys, group, what)
-        values = [json.loads(store.get(key)) for key in keys]
-        # All ranks have written this turn, so all have read the one before.
-        if turn:
-            store.delete_key(f"{name}:{turn - 1}:{rank}")
-    except dist.DistError as error:
-        raise RankFailure(_message(group, f"the {what} of the other ranks", 0.0, timed_out=False)) from error
+    store.set(keys[rank], message)
+    _await_keys(store, keys, group, what)
+    values = [json.loads(store.get(key)) for key in keys]
+    # All ranks have written this turn, so all have read the one before.
+    if turn:
+        store.delete_key(f"{name}:{turn - 1}:{rank}")
     return values
-
-
-def _bounded(work: Callable[[], list], group: ProcessGroup, what: str) -> list:
-    """`work()` in a thread that is given up when it does not end: a store whose host has stopped never answers."""
-    outcome: SimpleQueue[list | BaseException] = SimpleQueue()
-
-    def run() -> None:
-        try:
-            outcome.put(work())
-        except BaseException as error:
-            outcome.put(error)
-
-    threading.Thread(target=copy_context().run, args=(run,), name="para_kernels exchange", daemon=True).start()
-    limit = current_timeout() * 1.1 + 1.0  # `work` bounds itself and names more.
-    try:
-        result = outcome.get(timeout=limit)
-    except Empty:
-        raise RankFailure(_message(group, what, limit, timed_out=True)) from None
-    if isinstance(result, BaseException):
-        raise result
-    return result
 
 
 def _await_keys(store: dist.Store, keys: list[str], group: ProcessGroup, what: str) -> None:
@@ -189,10 +237,10 @@ def _await_keys(store: dist.Store, keys: list[str], group: ProcessGroup, what: s
     timeout, started, pause = current_timeout(), time.monotonic(), 1e-4
     while not store.check(keys):
         waited = time.monotonic() - started
-        if waited > timeout:
-            absent = [global_rank(group, rank) for rank, key in enumerate(keys) if not store.check([key])]
-            if absent:
-                raise RankFailure(_message(group, f"the {what} of {_ranks(absent)}", waited, timed_out=True))
+        absent = [] if waited < timeout else [rank for rank, key in enumerate(keys) if not store.check([key])]
+        if absent:
+            names = named([global_rank(group, rank) for rank in absent])
+            raise RankFailure(_late(group, f"the {what} of {names}", waited) + roll_call())
         time.sleep(pause)
         pause = min(2 * pause, 0.02)
 
@@ -313,8 +361,7 @@ def watch_progress(group: ProcessGroup, what: str) -> None:
     event = torch.cuda.Event()
     event.record()
     timeout = current_timeout()
-    message = _message(group, what, timeout, timed_out=True)
-    _watches[group.group_name].mark(event.query, message, timeout)
+    _watches[group.group_name].mark(event.query, _late(group, what, timeout), timeout)
 
 
 def raise_on_failure() -> None:
@@ -329,6 +376,6 @@ def raise_on_failure() -> None:
 
 
 def _end_group(group: ProcessGroup, message: str) -> None:
-    print(f"para_kernels: {message}", file=sys.stderr, flush=True)
+    print(f"para_kernels: {message}{roll_call()}", file=sys.stderr, flush=True)
     with contextlib.suppress(Exception):
         group.abort()

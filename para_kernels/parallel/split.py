@@ -199,7 +199,7 @@ def measure_links(group: ProcessGroup, device: torch.device, node: int, size: in
 
 def _exchange_seconds(group: ProcessGroup, buffer: Tensor, source: int, target: int) -> float:
     """Seconds to receive buffer[1] from rank `source` while buffer[0] goes to rank `target`."""
-    await_collective(dist.barrier(group, async_op=True), group, "speed of links")
+    await_collective(dist.barrier(group, async_op=True), group, "the speed of links", buffer.device)
     _synchronize(buffer)
     started = time.perf_counter()
     transfers = [
@@ -207,7 +207,7 @@ def _exchange_seconds(group: ProcessGroup, buffer: Tensor, source: int, target: 
         dist.P2POp(dist.isend, buffer[0], group=group, group_peer=target),
     ]
     for work in dist.batch_isend_irecv(transfers):
-        wait(work, group, "speed of links", [source, target])
+        wait(work, group, "the speed of links", buffer.device, [source, target])
     _synchronize(buffer)
     return time.perf_counter() - started
 

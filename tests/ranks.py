@@ -1,0 +1,90 @@
+"""Real processes that talk over gloo: started once for a number of ranks, they run many cases."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Processes are forked from one that has imported what all need, and has started no thread.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["torch", "torch.distributed.device_mesh", "para_kernels.parallel", "reference"])
+
+
+class DeadError(RuntimeError):
+    """A rank that ended without a result."""
+
+
+def launch(
+    world: int,
+    target: Callable[..., Any],
+    *arguments: object,
+    timeout: float = 60.0,
+    lost: int | None = None,
+    host: int | None = None,
+) -> list[Any]:
+    """`target(rank, world, *arguments)` in `world` processes of one gloo group: what each returned, or raised.
+
+    The parent hosts the store, as torchrun does. A rank that ended without a result counts as `DeadError`; one that has
+    not ended after `timeout` seconds is killed, and a TimeoutError raised. Nobody waits for the rank `lost`.
+    Where `host` is a rank, it hosts the store.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pipes = [_processes.Pipe(duplex=False) for _ in range(world)]
+    started = [
+        _processes.Process(target=_run, args=(rank, world, store.port, host, pipe, target, arguments), daemon=True)
+        for rank, (_, pipe) in enumerate(pipes)
+    ]
+    for process, (_, pipe) in zip(started, pipes, strict=True):
+        process.start()
+        pipe.close()
+    end = time.monotonic() + timeout
+    try:
+        results = []
+        for rank, (process, (pipe, _)) in enumerate(zip(started, pipes, strict=True)):
+            results.append(None if rank == lost else _result(process, pipe, end))
+        return results
+    finally:
+        for process in started:
+            process.kill()
+            process.join()
+
+
+def _result(process: Any, pipe: Any, end: float) -> Any:
+    if not pipe.poll(max(0.0, end - time.monotonic())):
+        raise TimeoutError(f"{process.name} has not ended")
+    try:
+        return pipe.recv()
+    except EOFError:
+        return DeadError(f"{process.name} ended without a result")
+
+
+def _hosted(first: dist.TCPStore, is_host: bool) -> dist.TCPStore:
+    """A store of a rank's own, whose port the others learn from the first one."""
+    if is_host:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        first.set("port", str(store.port))
+        return store
+    return dist.TCPStore("127.0.0.1", int(first.get("port")), is_master=False)
+
+
+def _run(
+    rank: int, world: int, port: int, host: int | None, pipe: Any, target: Callable[..., Any], arguments: tuple
+) -> None:
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
+    if host is not None:
+        store = _hosted(store, rank == host)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    try:
+        result = target(rank, world, *arguments)
+    except Exception as error:
+        error.add_note(traceback.format_exc()) if hasattr(error, "add_note") else None
+        result = error
+    pipe.send(result)

@@ -1,0 +1,150 @@
+"""Ring, ulysses and both at once in real processes, against float64 on the whole sequence; refusals and failures."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import parallel_cases
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from parallel_cases import CASES, Case
+from ranks import DeadError, launch
+from reference import TOLERANCES
+
+from para_kernels.parallel.collective import Partial, merged, result
+from para_kernels.parallel.ulysses import head_shards
+
+WORLDS = [2, 3, 4]
+# As for attention in one piece: scores of a few units.
+LSE_TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 2e-3, torch.float16: 2e-3}
+
+
+@functools.cache
+def results(world: int, target: str) -> list[Any]:
+    found = launch(world, getattr(parallel_cases, target))
+    for outcome in found:
+        if isinstance(outcome, Exception):
+            raise outcome
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_way_equals_attention_over_the_whole(world: int, case: Case) -> None:
+    ways = 0
+    for rank, found in enumerate(results(world, "attention_cases")):
+        for (way, name), (out_error, lse_error, wrong) in found.items():
+            if name == case.name:
+                ways += 1
+                assert not wrong, f"{way}, rank {rank}"
+                assert out_error <= TOLERANCES[case.dtype], f"{way}, rank {rank}"
+                assert lse_error <= LSE_TOLERANCES[case.dtype], f"{way}, rank {rank}"
+    assert ways == world * {2: 4, 3: 4, 4: 5}[world]
+
+
+def test_pieces_are_summed_up_in_float32() -> None:
+    for ring, whole in results(4, "rounding_case"):
+        # Each piece is rounded once, the sum once more; rounding at every merge would pile up.
+        assert ring <= 1.45 * whole
+
+
+def test_merges_of_many_parts_round_once() -> None:
+    torch.manual_seed(0)
+    q = torch.zeros(1, 64, 2, 32, dtype=torch.bfloat16)
+    parts = [Partial(torch.randn(q.shape).bfloat16(), torch.randn(1, 2, 64)) for _ in range(8)]
+    total = None
+    for index, part in enumerate(parts):
+        total = merged(total, part, last=index == 7)
+    out, lse = result(total, q)
+    weights = torch.stack([part.lse for part in parts]).double().softmax(0).transpose(-1, -2).unsqueeze(-1)
+    exact = (torch.stack([part.out for part in parts]).double() * weights).sum(0)
+    assert torch.equal(out, exact.to(torch.bfloat16)) or (out.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+    assert (out != exact.to(torch.bfloat16)).float().mean() < 1e-2
+    assert torch.allclose(lse.double(), torch.stack([part.lse for part in parts]).double().logsumexp(0), atol=1e-5)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+REFUSALS = {
+    "dtype": 'dtype: got "torch.bfloat16" on rank 1, must be "torch.float32"',
+    "heads": "B, H, D, Hk, D: got [1, 1, 8, 1, 8] on rank 1, must be [1, 2, 8, 2, 8]",
+    "samples": "B, H, D, Hk, D: got [2, 2, 8, 2, 8] on rank 1",
+    "scale": "scale: got 0.5 on rank 1, must be 0.25",
+    "lengths": "lengths: got [4, 3",
+    "kv_lens": "kv_lens is None: got false on rank 1, must be true",
+    "rows": "q: got 3 rows, must be 4",
+    "rows of k": "k: got 3 rows, must be the 4 of q",
+    "too few lengths": "lengths: got 2 of them, must be one for each of 3 ranks",
+    "asked dtype": 'dtype: got "torch.bfloat16" on rank 1',
+    "float64": "q: got dtype torch.float64",
+    "grad": "q: requires grad",
+    "range": "kv_lens: got [13], every length must lie in 0 ... 12",
+    "mesh": "mesh: got 'all', must be a ProcessGroup or a DeviceMesh of one dim",
+    "mesh of two dims": "mesh: got a DeviceMesh of 3 dims",
+    "hybrid without dims": "mesh: got dims ('ulysses',)",
+    "function": 'function: got "ulysses" on rank 1, must be "ring"',
+    "transport": "transport: got 'tcp' by the argument transport",
+    "afterwards": "no ValueError",
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_differs_is_told_to_every_rank(name: str) -> None:
+    for found in results(3, "refusals"):
+        assert REFUSALS[name] in found[name]
+
+
+@pytest.mark.parametrize("name", ["rows", "rows of k", "float64", "grad"])
+def test_the_others_learn_where_the_problem_is(name: str) -> None:
+    first, second, third = (found[name] for found in results(3, "refusals"))
+    assert first == third == f"{second} (on rank 1)"
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["ring", "ulysses", "exchange"])
+@pytest.mark.parametrize("how", ["dies", "stops", "sleeps"])
+def test_a_lost_rank_ends_the_others_in_time(way: str, how: str) -> None:
+    seconds = 1.0
+    first, _, third = launch(3, parallel_cases.failing, way, how, seconds, timeout=20.0, lost=1)
+    for rank, (message, waited) in ((0, first), (2, third)):
+        assert message.startswith(f"rank {rank} "), message
+        assert " in layer 3" in message, message
+        assert message.endswith("; no sign of rank 1"), message
+        assert waited < 2 * seconds + 5
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("stops", "rank 0 waited 2 s for the store, for the settings of rank 1 in layer 3"),
+        ("dies", "rank 0 lost the connection to rank 1 while it waited for the settings of rank 1 in layer 3"),
+    ],
+)
+def test_a_lost_rank_that_hosted_the_store_ends_the_others_in_time(how: str, message: str) -> None:
+    (said, waited), _ = launch(2, parallel_cases.failing, "exchange", how, 1.0, timeout=20.0, lost=1, host=1)
+    assert said == message
+    assert waited < 7
+
+
+def test_a_rank_without_result_is_seen() -> None:
+    assert isinstance(launch(2, parallel_cases.leave_at_once)[1], DeadError)
+
+
+# --- heads ------------------------------------------------------------------------------------------------------------
+
+
+@given(group=st.integers(1, 6), kv_heads=st.integers(1, 12), world=st.integers(1, 9))
+def test_heads_are_shared_out_once_with_the_keys_that_they_read(group: int, kv_heads: int, world: int) -> None:
+    shards = head_shards(group * kv_heads, kv_heads, world)
+    assert [head for one in shards for head in range(one.q.start, one.q.stop)] == list(range(group * kv_heads))
+    assert max(one.q_heads for one in shards) - min(one.q_heads for one in shards) <= 1
+    for one in shards:
+        local_kv = one.kv.stop - one.kv.start
+        for place, head in enumerate(range(one.q.start, one.q.stop)):
+            read = one.repeats[place] if one.repeats else place // (one.q_heads // local_kv)
+            assert one.kv.start + read == head // group
