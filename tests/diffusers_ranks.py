@@ -283,6 +283,7 @@ def refused() -> SEEN:
     handle = accelerate(pipe, parallel=ContextParallel(batch=world, timeout=TIMEOUT))
     late: dict[str, Callable[[], Any]] = {
         "too few samples": lambda: generate(pipe, PROMPTS[:1]),
+        "stochastic": lambda: generate(stochastic(pipe), [PROMPTS[0]] * world),
         "other prompts": lambda: generate(pipe, [PROMPTS[rank % 2]] * world),
         "other shapes": lambda: generate(pipe, [PROMPTS[0]] * world, height=48 + 16 * rank),
         "other cache": lambda: (accelerate(pipe, cache=0.1 * (rank + 1)), generate(pipe, [PROMPTS[0]] * world)),
@@ -293,6 +294,15 @@ def refused() -> SEEN:
     works = digest(generate(pipe, prompts))
     handle.remove()
     return {"messages": messages, "unchanged": unchanged, "works": works, "same": traces(pipe) == before}
+
+
+def stochastic(pipe: Any) -> Any:
+    """Another pipe of the same parts, but for the scheduler."""
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, stochastic_sampling=True)
+    other = type(pipe)(**(pipe.components | {"scheduler": scheduler}))
+    other.set_progress_bar_config(disable=True)
+    accelerate(other)
+    return other
 
 
 def message_of(call: Callable[[], Any]) -> str:

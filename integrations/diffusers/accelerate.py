@@ -12,7 +12,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from para_kernels import ContextParallel
 from para_kernels.cache import FirstBlockCache, check_threshold
 from para_kernels.parallel.failure import DEFAULT_TIMEOUT
-from para_kernels.parallel.mesh import init_context_parallel_mesh
 
 from .handle import Handle, Settings
 from .models import FAMILIES, Family
@@ -107,7 +106,7 @@ def parallelize_pipe(
     Args:
         pipe: as for `accelerate`, before or after which it may be called.
         mesh: with the dims ("batch", "ring", "ulysses") or ("ring", "ulysses"), as `init_context_parallel_mesh` makes
-            it; None for what that makes of all ranks.
+            it; None for all ranks, split as suits each call: `ContextParallel("auto")`.
         transport: `"auto"`, `"peer"`, `"host"` or `"collective"`: how keys and values travel.
         timeout: seconds that a rank waits for another before all end with an error.
 
@@ -119,9 +118,9 @@ def parallelize_pipe(
             The pipe is then as it was.
     """
     family, transformer = _recognised(pipe)
-    wanted = ContextParallel(transport=transport, timeout=timeout)
+    wanted = ContextParallel("auto" if mesh is None else None, transport=transport, timeout=timeout)
     handle = _handle(transformer, family)
-    places = Places(wanted, init_context_parallel_mesh() if mesh is None else mesh)
+    places = _places(wanted, handle) if mesh is None else Places(wanted, mesh)
     return _configured(handle, pipe, Settings("exact", handle.settings.cache, places))
 
 

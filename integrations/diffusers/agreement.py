@@ -61,21 +61,34 @@ def _alike(expected: Sequence[float], got: Sequence[float]) -> bool:
     )
 
 
-def share_noise(undo: ExitStack, pipe: Any, from_first_rank: Callable[[Tensor, str], Tensor]) -> None:
+def share_noise(
+    undo: ExitStack, pipe: Any, method: str, from_first_rank: Callable[[Tensor, str], Tensor]
+) -> None:
     """Let every rank start from rank 0's noise: whatever generator, seed or latents it was given, or none.
 
     The noise itself is sent, once per call, not a seed: the pipeline draws from the generator that the user gave or
     from the global one, and neither is touched.
+
+    Args:
+        method: name of the pipe's method that returns the noise.
+        from_first_rank: takes a tensor and its name, returns what rank 0 has.
     """
-    known, own = weakref.ref(pipe), pipe.__dict__.get("prepare_latents")
-    function = type(pipe).prepare_latents
+    known, own = weakref.ref(pipe), pipe.__dict__.get(method)
+    function = getattr(type(pipe), method)
 
     @wraps(function)
-    def prepare_latents(*args: Any, **kwargs: Any) -> Tensor:
+    def noise(*args: Any, **kwargs: Any) -> Tensor:
+        _check_scheduler(known())
         latents = own(*args, **kwargs) if own is not None else function(known(), *args, **kwargs)
         return from_first_rank(latents, "latents")
 
-    _set(undo, pipe, "prepare_latents", prepare_latents)
+    _set(undo, pipe, method, noise)
+
+
+def _check_scheduler(pipe: Any) -> None:
+    """A scheduler that draws noise of its own at every step would draw another on every rank."""
+    if getattr(pipe.scheduler.config, "stochastic_sampling", False):
+        raise ValueError("pipe: its scheduler has stochastic_sampling=True, allowed over several ranks is False")
 
 
 def from_first(tensor: Tensor, name: str, group: ProcessGroup) -> Tensor:

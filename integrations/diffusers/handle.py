@@ -230,7 +230,7 @@ class Handle:
             return
         assert self._spread is not None
         self._shared.append(weakref.ref(pipe))
-        share_noise(undo, pipe, self._spread.from_first)
+        share_noise(undo, pipe, self.family.shards.noise, self._spread.from_first)
         if self._spread.places.everyone.rank() != 0:
             quiet_progress(undo, pipe)
 

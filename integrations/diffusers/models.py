@@ -21,6 +21,7 @@ class ShardPlan:
             may stand at the end of the last one only. This joint sequence is what the ranks share out.
         gathered_at: path of the submodule, called once after the last block with the first stream alone, whose output
             (B, rows, ...) is gathered: the later, the less there is to send.
+        noise: name of the pipeline's method that returns the latents that a call starts from.
     """
 
     samples: tuple[str, ...]
@@ -30,6 +31,7 @@ class ShardPlan:
     heads: str
     sequence: tuple[str, ...]
     gathered_at: str
+    noise: str
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ HUNYUAN_VIDEO = Family(
         heads="num_attention_heads",
         sequence=("hidden_states", "encoder_hidden_states"),
         gathered_at="proj_out",
+        noise="prepare_latents",
     ),
 )
 

@@ -131,7 +131,8 @@ class Spread:
                 f"parallel: the mesh splits a batch over {place.batch} groups of ranks, but the batch has"
                 f" {latents.shape[0]} sample(s), allowed is batch <= samples"
             )
-        self.last_place = place
+        if place is not self.last_place:
+            self.last_place, self.transport = place, NOT_YET
         self._forward = _Forward(place, Shards.of(latents.shape[0], place.batch))
         rows = self._forward.samples.piece(place.batch_rank)
         for argument in self._samples:

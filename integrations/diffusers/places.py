@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from para_kernels import ContextParallel
+from para_kernels.parallel.failure import check_agreement, deadline
 from para_kernels.parallel.mesh import check_mesh, mesh_groups, node_size, world_size
 from para_kernels.parallel.split import Links, Workload, assumed_flops, measure_links, resolve_split
 from para_kernels.parallel.transport import selection
@@ -84,6 +85,9 @@ class Places:
         self.mesh = mesh
         self._chosen: dict[tuple[object, ...], Place] = {}
         world = world_size()
+        if mesh is None:  # Groups are made by all ranks alike: first make sure that they will be.
+            with deadline(wanted.timeout):
+                check_agreement(_world(), {"parallel": str(wanted)}, what="parallel settings")
         if mesh is not None:
             check_mesh(mesh, "mesh")
             self.fixed = Place.on(mesh, "the mesh was given")
