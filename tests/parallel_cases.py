@@ -168,6 +168,23 @@ def rounding_case(rank: int, world: int) -> tuple[float, float]:
     return error(whole, ref), error(flash_attention(q, k, v), ref)
 
 
+def compiled_case(rank: int, world: int) -> tuple[bool, int]:
+    """Under torch.compile: whether the result is the same, and how many graphs there are."""
+    q = torch.randn(1, 8, 2, 8)
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    def function(q: Tensor) -> Tensor:
+        return 2 * ring_attention(q + 1, q, q, mesh=dist.group.WORLD, lengths=[8] * world)
+
+    with torch.no_grad():
+        same = torch.equal(torch.compile(function, backend=backend)(q), function(q))
+    return same, len(graphs)
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -267,12 +284,13 @@ def failing(rank: int, world: int, way: str, how: str, seconds: float) -> tuple[
     q = torch.randn(2, 5, 4, 8)
     started = time.monotonic()
     try:
-        with deadline(seconds), torch.no_grad():
-            for layer in range(6):
-                set_layer(layer)
-                if layer == 3 and rank == 1:
-                    leave(how)
-                started = time.monotonic()
+        for layer in range(6):
+            set_layer(layer)
+            if layer == 3 and rank == 1:
+                leave(how)
+            started = time.monotonic()
+            # The first layer also waits for processes to start.
+            with deadline(seconds if layer else 30.0), torch.no_grad():
                 if way == "exchange":
                     exchange(dist.group.WORLD, layer)
                 else:
@@ -283,6 +301,7 @@ def failing(rank: int, world: int, way: str, how: str, seconds: float) -> tuple[
 
 
 def leave(how: str) -> None:
+    time.sleep(0.3)  # Others may still be reading what this rank has written.
     if how == "sleeps":
         time.sleep(60)
     os.kill(os.getpid(), {"dies": signal.SIGKILL, "stops": signal.SIGSTOP}[how])
@@ -292,3 +311,8 @@ def leave(how: str) -> None:
 def leave_at_once(rank: int, world: int) -> None:
     if rank == 1:
         leave("dies")
+
+
+def refused_by_the_host(rank: int, world: int) -> str:
+    """Rank 0, which hosts the store, ends as soon as it is refused."""
+    return told(lambda: check_agreement(dist.group.WORLD, {"a": rank}))

@@ -66,6 +66,12 @@ def test_merges_of_many_parts_round_once() -> None:
     assert torch.allclose(lse.double(), torch.stack([part.lse for part in parts]).double().logsumexp(0), atol=1e-5)
 
 
+def test_compiled_code_breaks_once() -> None:
+    for same, graphs in results(2, "compiled_case"):
+        assert same
+        assert graphs == 2
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 REFUSALS = {
@@ -109,26 +115,31 @@ def test_the_others_learn_where_the_problem_is(name: str) -> None:
 @pytest.mark.parametrize("way", ["ring", "ulysses", "exchange"])
 @pytest.mark.parametrize("how", ["dies", "stops", "sleeps"])
 def test_a_lost_rank_ends_the_others_in_time(way: str, how: str) -> None:
-    seconds = 1.0
-    first, _, third = launch(3, parallel_cases.failing, way, how, seconds, timeout=20.0, lost=1)
+    first, _, third = launch(3, parallel_cases.failing, way, how, 1.0, timeout=20.0, lost=1)
     for rank, (message, waited) in ((0, first), (2, third)):
         assert message.startswith(f"rank {rank} "), message
         assert " in layer 3" in message, message
         assert message.endswith("; no sign of rank 1"), message
-        assert waited < 2 * seconds + 5
+        assert waited < 12
 
 
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("stops", "rank 0 waited 2 s for the store, for the settings of rank 1 in layer 3"),
+        ("stops", "rank 0 waited 3 s for the store, for the settings of rank 1 in layer 3"),
         ("dies", "rank 0 lost the connection to rank 1 while it waited for the settings of rank 1 in layer 3"),
     ],
 )
 def test_a_lost_rank_that_hosted_the_store_ends_the_others_in_time(how: str, message: str) -> None:
     (said, waited), _ = launch(2, parallel_cases.failing, "exchange", how, 1.0, timeout=20.0, lost=1, host=1)
     assert said == message
-    assert waited < 7
+    assert waited < 12
+
+
+def test_all_are_told_although_the_host_of_the_store_ends_first() -> None:
+    for _ in range(3):
+        told = launch(3, parallel_cases.refused_by_the_host, host=0)
+        assert told == ["a: got 1 on rank 1, 2 on rank 2, must be 0 as on the other ranks"] * 3
 
 
 def test_a_rank_without_result_is_seen() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, overload
 from weakref import WeakKeyDictionary
 
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from para_kernels.attention import check_attention, flash_attention, softmax_scale
 from para_kernels.parallel.failure import check_agreement
-from para_kernels.parallel.mesh import MeshGroups, group_of, mesh_groups
+from para_kernels.parallel.mesh import group_of, mesh_groups
 from para_kernels.parallel.sharding import Shards
 from para_kernels.parallel.transport import select_transport
 from para_kernels.parallel.ulysses import heads_for_rows, rows_for_heads
@@ -88,8 +89,8 @@ def ring_attention(
         RankFailure: if a rank does not come in time, naming it and the layer.
     """
     group = group_of(mesh)
-    shards = _agree("ring", group, q, k, v, lengths, kv_lens, q_lens, scale, transport)
-    out, lse = _ring(q, k, v, group, shards, kv_lens, q_lens, scale, transport)
+    call = _Call(q, k, v, lengths, kv_lens, q_lens, scale, transport)
+    out, lse = _attention("ring", call, group, group, None, return_lse)
     return _returned(out, lse, return_lse)
 
 
@@ -137,10 +138,8 @@ def ulysses_attention(
     most one, and ranks past the number of heads attend none. Arguments, result and errors as for `ring_attention`.
     """
     group = group_of(mesh)
-    shards = _agree("ulysses", group, q, k, v, lengths, kv_lens, q_lens, scale, "")
-    joint = heads_for_rows(q, k, v, shards, group)
-    out, lse = _attend(*joint, kv_lens, q_lens, scale)
-    out, lse = _back(out, lse if return_lse else None, q, k, shards, group)
+    call = _Call(q, k, v, lengths, kv_lens, q_lens, scale, "auto")
+    out, lse = _attention("ulysses", call, group, None, group, return_lse)
     return _returned(out, lse, return_lse)
 
 
@@ -195,72 +194,69 @@ def context_parallel_attention(
         lengths: rows of every piece, in this order.
     """
     groups = mesh_groups(mesh)
-    shards = _agree("context_parallel", groups.sequence, q, k, v, lengths, kv_lens, q_lens, scale, transport)
-    out, lse = _hybrid(q, k, v, groups, shards, kv_lens, q_lens, scale, transport, return_lse)
+    call = _Call(q, k, v, lengths, kv_lens, q_lens, scale, transport)
+    out, lse = _attention("context_parallel", call, groups.sequence, groups.ring, groups.ulysses, return_lse)
     return _returned(out, lse, return_lse)
 
 
 # --- the parts --------------------------------------------------------------------------------------------------------
 
 
-def _ring(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    group: ProcessGroup,
-    shards: Shards,
-    kv_lens: Tensor | None,
-    q_lens: Tensor | None,
-    scale: float | None,
-    transport: str,
-) -> tuple[Tensor, Tensor]:
-    chosen = select_transport(group, q.device, transport)
-    return chosen.ring(q, k, v, lengths=shards.sizes, kv_lens=kv_lens, q_lens=q_lens, scale=scale)
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of this rank."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lengths: Sequence[int] | None
+    kv_lens: Tensor | None
+    q_lens: Tensor | None
+    scale: float | None
+    transport: str
 
 
-def _hybrid(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    groups: MeshGroups,
-    shards: Shards,
-    kv_lens: Tensor | None,
-    q_lens: Tensor | None,
-    scale: float | None,
-    transport: str,
+def _attention(
+    function: str,
+    call: _Call,
+    everyone: ProcessGroup,
+    ring: ProcessGroup | None,
+    ulysses: ProcessGroup | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    width = groups.ulysses.size()
-    if width == 1:
-        return _ring(q, k, v, groups.ring, shards, kv_lens, q_lens, scale, transport)
-    first = groups.ring.rank() * width
+    """Attention over the pieces of `everyone`: of the groups that it is made of, None stands for one rank."""
+    if torch.compiler.is_compiling():
+        return _untraced_attention(function, call, everyone, ring, ulysses, return_lse)
+    shards = _agree(function, everyone, call)
+    if ulysses is None or ulysses.size() == 1:
+        return _attend(call, ring, shards)
+    width = ulysses.size()
+    first = 0 if ring is None else ring.rank() * width
     neighbours = Shards(shards.sizes[first : first + width])
-    queries, keys, values = heads_for_rows(q, k, v, neighbours, groups.ulysses)
-    if groups.ring.size() == 1 or not queries.shape[2]:  # Without heads here there are none at the ring's other ranks.
-        out, lse = _attend(queries, keys, values, kv_lens, q_lens, scale)
-    else:
-        out, lse = _ring(queries, keys, values, groups.ring, shards.merged(width), kv_lens, q_lens, scale, transport)
-    return _back(out, lse if return_lse else None, q, k, neighbours, groups.ulysses)
+    q, k, v = heads_for_rows(call.q, call.k, call.v, neighbours, ulysses)
+    out, lse = _attend(replace(call, q=q, k=k, v=v), ring, shards.merged(width))
+    heads, kv_heads = call.q.shape[2], call.k.shape[2]
+    out = rows_for_heads(out, heads, kv_heads, neighbours, ulysses)
+    if not return_lse:
+        return out, None
+    lse = rows_for_heads(lse.transpose(1, 2), heads, kv_heads, neighbours, ulysses)
+    return out, lse.transpose(1, 2).contiguous()
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, q_lens: Tensor | None, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    """`flash_attention`; a rank may hold no heads."""
-    if q.shape[2]:
-        return flash_attention(q, k, v, kv_lens=kv_lens, q_lens=q_lens, scale=scale, return_lse=True)
-    return q.new_empty(q.shape), q.new_empty((q.shape[0], 0, q.shape[1]), dtype=torch.float32)
+# Compiled code breaks once, here, rather than at each of the calls inside. torch.compiler.disable would import the
+# compiler for everybody, some seconds in which other ranks would wait.
+_untraced_attention = torch._disable_dynamo(_attention)
 
 
-def _back(
-    out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, shards: Shards, group: ProcessGroup
-) -> tuple[Tensor, Tensor | None]:
-    """From rows of this rank's heads to this rank's rows of all heads."""
-    heads, kv_heads = q.shape[2], k.shape[2]
-    rows = rows_for_heads(out, heads, kv_heads, shards, group)
-    if lse is None:
-        return rows, None
-    return rows, rows_for_heads(lse.transpose(1, 2), heads, kv_heads, shards, group).transpose(1, 2).contiguous()
+def _attend(call: _Call, ring: ProcessGroup | None, shards: Shards) -> tuple[Tensor, Tensor]:
+    """Around the ring, or at once where it is of one rank; a rank may hold no heads, and then its ring holds none."""
+    q, k, v, lens = call.q, call.k, call.v, {"kv_lens": call.kv_lens, "q_lens": call.q_lens}
+    if not q.shape[2]:
+        return q.new_empty(q.shape), q.new_empty((q.shape[0], 0, q.shape[1]), dtype=torch.float32)
+    if ring is None or ring.size() == 1:
+        return flash_attention(q, k, v, scale=call.scale, return_lse=True, **lens)
+    transport = select_transport(ring, q.device, call.transport)
+    return transport.ring(q, k, v, lengths=shards.sizes, scale=call.scale, **lens)
 
 
 def _returned(out: Tensor, lse: Tensor | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
@@ -275,56 +271,40 @@ def _returned(out: Tensor, lse: Tensor | None, return_lse: bool) -> Tensor | tup
 _agreed: WeakKeyDictionary[ProcessGroup, set[tuple]] = WeakKeyDictionary()
 
 
-def _agree(
-    function: str,
-    group: ProcessGroup,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Sequence[int] | None,
-    kv_lens: Tensor | None,
-    q_lens: Tensor | None,
-    scale: float | None,
-    transport: str,
-) -> Shards:
+def _agree(function: str, group: ProcessGroup, call: _Call) -> Shards:
     """Check the arguments here and against the other ranks, who all learn of what is wrong; the rows of every rank.
 
-    Ranks talk at the first call with new settings, or if `lengths` are to be asked for.
+    Ranks talk at the first call with new settings, or if lengths are to be asked for.
     """
-    sizes = None if lengths is None else tuple(lengths)
+    q, k = call.q, call.k
+    sizes = None if call.lengths is None else tuple(call.lengths)
     dims = (q.shape[0], *q.shape[2:], *k.shape[2:]) if q.dim() == k.dim() == 4 else (*q.shape, *k.shape)
-    settings = (function, dims, str(q.dtype), sizes, scale, kv_lens is None, q_lens is None, transport)
-    problem = _problem(q, k, v, sizes, kv_lens, q_lens, scale, group)
+    given = (call.kv_lens is None, call.q_lens is None)
+    settings = (function, dims, str(q.dtype), sizes, call.scale, *given, call.transport)
+    problem = _problem(call, sizes, group)
     known = _agreed.setdefault(group, set())
-    if sizes is None:
-        sizes = _asked_lengths(group, q, settings, problem)
-    elif problem is not None or settings not in known:
-        check_agreement(group, dict(zip(_NAMES, settings, strict=True)), problem=problem, what="settings of attention")
+    if sizes is None or problem is not None or settings not in known:
+        rows = q.shape[1] if q.dim() == 4 else 0
+        named: dict[str, object] = dict(zip(_NAMES, settings, strict=True))
+        asked = check_agreement(group, named, problem=problem, own=rows, what="settings of attention")
         known.add(settings)
+        sizes = tuple(asked) if sizes is None else sizes
     shards = Shards(sizes)
     if q.device.type == "cpu":
-        for name, lens in (("kv_lens", kv_lens), ("q_lens", q_lens)):
-            _check_range(name, lens, shards.total)
+        _check_range("kv_lens", call.kv_lens, shards.total)
+        _check_range("q_lens", call.q_lens, shards.total)
     return shards
 
 
 _NAMES = ("function", "B, H, D, Hk, D", "dtype", "lengths", "scale", "kv_lens is None", "q_lens is None", "transport")
 
 
-def _problem(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: tuple[int, ...] | None,
-    kv_lens: Tensor | None,
-    q_lens: Tensor | None,
-    scale: float | None,
-    group: ProcessGroup,
-) -> str | None:
+def _problem(call: _Call, lengths: tuple[int, ...] | None, group: ProcessGroup) -> str | None:
     """What is wrong with this rank's arguments."""
+    q, k = call.q, call.k
     try:
-        check_attention(q, k, v, kv_lens, q_lens)
-        softmax_scale(scale, q.shape[3])
+        check_attention(q, k, call.v, call.kv_lens, call.q_lens)
+        softmax_scale(call.scale, q.shape[3])
         if k.shape[1] != q.shape[1]:
             raise ValueError(f"k: got {k.shape[1]} rows, must be the {q.shape[1]} of q")
         if lengths is not None:
@@ -341,13 +321,6 @@ def _check_lengths(shards: Shards, q: Tensor, group: ProcessGroup) -> None:
         raise ValueError(
             f"q: got {q.shape[1]} rows, must be {shards.sizes[group.rank()]}, what lengths says of this rank"
         )
-
-
-def _asked_lengths(group: ProcessGroup, q: Tensor, settings: tuple, problem: str | None) -> tuple[int, ...]:
-    everyone = check_agreement(
-        group, dict(zip(_NAMES, settings, strict=True)), problem=problem, own=q.shape[1], what="lengths of attention"
-    )
-    return tuple(everyone)
 
 
 def _check_range(name: str, lens: Tensor | None, total: int) -> None:

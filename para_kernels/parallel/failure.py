@@ -142,14 +142,19 @@ def roll_call() -> str:
     """Called by a rank that has failed: which ranks are not failing too, as the end of a message.
 
     Who waits for whom makes a chain or a knot that says little about where it began. All ranks that still run come
-    here at about the same time; the one that does not is the one to look at. Takes a quarter of the timeout, at most
-    5 s; empty where the store does not answer.
+    here at about the same time; the one that does not is the one to look at. Takes 1 ... 5 s; empty where the store
+    does not answer.
     """
     try:
-        absent = _in_thread(_absent_ranks, current_timeout())
+        absent = _in_thread(_absent_ranks, _grace() + 1.0)
     except (RuntimeError, TimeoutError):
         return ""
     return f"; no sign of {named(absent)}" if absent else ""
+
+
+def _grace() -> float:
+    """Seconds that ranks get to be seen, once one has failed: those that fail too do so at about the same time."""
+    return min(5.0, max(1.0, current_timeout() / 4))
 
 
 def _absent_ranks() -> list[int]:
@@ -158,7 +163,7 @@ def _absent_ranks() -> list[int]:
     store = dist.PrefixStore("para_kernels/roll_call", group.get_group_store())
     store.set(str(group.rank()), "here")
     keys = [str(rank) for rank in range(group.size())]
-    end = time.monotonic() + min(5.0, current_timeout() / 4)
+    end = time.monotonic() + _grace()
     while time.monotonic() < end and not store.check(keys):
         time.sleep(0.02)
     return [rank for rank, key in enumerate(keys) if not store.check([key])]
@@ -207,7 +212,7 @@ def exchange(group: ProcessGroup, value: object, what: str = "settings") -> list
         return [json.loads(json.dumps(value))]
     message = json.dumps(value)
     # The thread bounds itself, by all but a store that stopped, and can name who is missing.
-    limit = current_timeout() + 1.0
+    limit = current_timeout() + _grace() + 1.0
     try:
         return _in_thread(lambda: _exchange(group, message, what), limit)
     except TimeoutError:
@@ -228,7 +233,8 @@ def _exchange(group: ProcessGroup, message: str, what: str) -> list:
     values = [json.loads(store.get(key)) for key in keys]
     # All ranks have written this turn, so all have read the one before.
     if turn:
-        store.delete_key(f"{name}:{turn - 1}:{rank}")
+        with contextlib.suppress(dist.DistError):  # Whoever hosts the store may have gone, this turn is complete.
+            store.delete_key(f"{name}:{turn - 1}:{rank}")
     return values
 
 
@@ -268,8 +274,14 @@ def check_agreement(
         RankFailure: if a rank does not come.
     """
     everyone = exchange(group, [dict(settings), problem, own], what)
-    _raise_problems(group, [theirs for _, theirs, _ in everyone])
-    _raise_differences(group, [theirs for theirs, _, _ in everyone])
+    try:
+        _raise_problems(group, [theirs for _, theirs, _ in everyone])
+        _raise_differences(group, [theirs for theirs, _, _ in everyone])
+    except ValueError:
+        # A rank that ends now may host the store that others are still to read the reason from.
+        with contextlib.suppress(RankFailure), deadline(min(5.0, current_timeout())):
+            exchange(group, None, what)
+        raise
     return [theirs for _, _, theirs in everyone]
 
 
