@@ -61,9 +61,7 @@ def _alike(expected: Sequence[float], got: Sequence[float]) -> bool:
     )
 
 
-def share_noise(
-    undo: ExitStack, pipe: Any, method: str, from_first_rank: Callable[[Tensor, str], Tensor]
-) -> None:
+def share_noise(undo: ExitStack, pipe: Any, method: str, from_first_rank: Callable[[Tensor, str], Tensor]) -> None:
     """Let every rank start from rank 0's noise: whatever generator, seed or latents it was given, or none.
 
     The noise itself is sent, once per call, not a seed: the pipeline draws from the generator that the user gave or

@@ -60,8 +60,8 @@ last computed step. Higher is faster and further from the uncached video; 0 neve
 """
 
 DEMO_DESCRIPTION = """\
-Run the same prompts, as one batch, through stock diffusers, through exact attention and with First Block Cache at
-several thresholds. Writes videos/*.mp4, contact-sheet.png, threshold.png and demo.json to --out, and prints the table
+Run the same prompts, as one batch, through stock diffusers, through exact attention, in one process and with the
+sequence shared out over two, and with First Block Cache at several thresholds. Writes videos/*.mp4, contact-sheet.png, threshold.png and demo.json to --out, and prints the table
 of seconds, speed-up, reused steps, and PSNR, SSIM and largest difference to the stock videos.
 """
 
@@ -169,6 +169,9 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--prompts", nargs="+", metavar="PROMPT", help="instead of the four that the demo brings")
     parser.add_argument("--thresholds", nargs="+", type=float, metavar="X", help="cache thresholds to compare")
     parser.add_argument("--rounds", type=int, default=1, metavar="N", help="time each setting N times (default: 1)")
+    parser.add_argument(
+        "--processes", type=int, default=2, metavar="N", help="of the row that spreads the work; 1: none (default: 2)"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="two prompts, two thresholds, 10 steps: a look, not a measure"
     )
@@ -321,6 +324,7 @@ def _demo(options: argparse.Namespace) -> None:
             out=options.out,
             fps=_given(options.fps, defaults.fps),
             zoom=_given(options.zoom, defaults.zoom),
+            processes=options.processes,
         )
     )
 

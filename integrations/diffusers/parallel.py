@@ -57,7 +57,8 @@ class Spread:
         transport: how keys and values travelled, and why.
 
     The hooks are torch's own, on the first block, the last block, and the module at whose output the rows are gathered:
-    they run around whatever other hooks stand on these modules, in whatever order all of them came.
+    they run around whatever other hooks stand on these modules, in whatever order all of them came. Compiled code breaks
+    where ranks talk.
     """
 
     def __init__(self, transformer: Any, family: Family, lengths: AttentionLengths, places: Places) -> None:
@@ -110,6 +111,7 @@ class Spread:
         self._agreed.clear()
         raise_on_failure()
 
+    @torch._disable_dynamo
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], branch: str, cache: str) -> Arguments:
         """Choose the mesh, find out before any work whether all ranks were given the same, take this rank's samples.
 
@@ -140,6 +142,7 @@ class Spread:
                 args, kwargs = argument.replaced(args, kwargs, inputs[argument.name][rows])
         return args, kwargs
 
+    @torch._disable_dynamo
     def finish(self, output: Any) -> Any:
         """The forward is over: its output with the samples of all ranks; None, of a forward that has failed, stays.
 
@@ -184,6 +187,7 @@ class Spread:
         self._lengths.shard = Shard(forward.streams[video].total, forward.own(video), self._attend)
         return args, kwargs
 
+    @torch._disable_dynamo
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None) -> Tensor:
         """This rank's rows of attention over the whole joint sequence, whose lengths are `lens`."""
         forward = self._forward
@@ -231,6 +235,7 @@ class Spread:
         streams = self.recut(dict(zip(self._returns, output, strict=True)))
         return tuple(streams[name] for name in self._returns)
 
+    @torch._disable_dynamo
     def _gather(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """After the last projection: the video's rows of all ranks."""
         forward = self._forward
@@ -253,6 +258,7 @@ class Spread:
         forward = self._forward
         return None if forward is None else (forward.samples.total, *(rows.total for rows in forward.streams.values()))
 
+    @torch._disable_dynamo
     def reduce(self, sums: Tensor) -> Tensor:
         """The cache's sums (2,) of all ranks, in one collective, and to the bit the same on all of them.
 
