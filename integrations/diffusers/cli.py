@@ -61,8 +61,9 @@ last computed step. Higher is faster and further from the uncached video; 0 neve
 
 DEMO_DESCRIPTION = """\
 Run the same prompts, as one batch, through stock diffusers, through exact attention, in one process and with the
-sequence shared out over two, and with First Block Cache at several thresholds. Writes videos/*.mp4, contact-sheet.png, threshold.png and demo.json to --out, and prints the table
-of seconds, speed-up, reused steps, and PSNR, SSIM and largest difference to the stock videos.
+sequence shared out over two, and with First Block Cache at several thresholds. Writes videos/*.mp4, contact-sheet.png,
+threshold.png and demo.json to --out, and prints the table of seconds, speed-up, reused steps, and PSNR, SSIM and
+largest difference to the stock videos.
 """
 
 DEMO_EXAMPLES = """\

@@ -1,7 +1,7 @@
-"""The main job, measured: the same prompts through stock diffusers, through exact attention, in one process and spread
-over two, and with the cache.
+"""The main job, measured: the same prompts through stock diffusers, through exact attention, and with the cache.
 
-All settings in one process share one loaded pipeline, the same noise and the same prompts of different token counts in one batch.
+All settings use the same noise and the same prompts of different token counts in one batch, and share one loaded
+pipeline; but for the row that spreads the work over processes, each of which loads its own.
 """
 
 from __future__ import annotations

@@ -57,8 +57,8 @@ class Spread:
         transport: how keys and values travelled, and why.
 
     The hooks are torch's own, on the first block, the last block, and the module at whose output the rows are gathered:
-    they run around whatever other hooks stand on these modules, in whatever order all of them came. Compiled code breaks
-    where ranks talk.
+    they run around whatever other hooks stand on these modules, in whatever order all of them came. Compiled code
+    breaks where ranks talk.
     """
 
     def __init__(self, transformer: Any, family: Family, lengths: AttentionLengths, places: Places) -> None:

@@ -1,4 +1,4 @@
-"""The demo's run on several processes of this machine, which it starts itself; a user's script is started by torchrun."""
+"""The demo's run on several processes of this machine, which it starts itself; for other runs torchrun does."""
 
 from __future__ import annotations
 
