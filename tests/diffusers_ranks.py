@@ -276,6 +276,7 @@ def refused() -> SEEN:
         "transport": lambda: parallelize_pipe(pipe, transport="pigeon"),
         "timeout": lambda: parallelize_pipe(pipe, timeout=0),
         "pipe": lambda: parallelize_pipe(object()),
+        "other sizes": lambda: accelerate(pipe, parallel=ContextParallel(**{("ring", "ulysses")[rank % 2]: world})),
     }
     messages = {name: message_of(call) for name, call in calls.items()}
     unchanged = traces(pipe) == before and torch.equal(generate(pipe), stock)

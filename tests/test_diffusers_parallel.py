@@ -170,6 +170,7 @@ REFUSED = {
     "transport": "transport: got 'pigeon', allowed are",
     "timeout": "timeout: got 0, must be",
     "pipe": "pipe: got a object",
+    "other sizes": 'parallel: got "ContextParallel(split=None, batch=1, ring=1, ulysses=2',
     "too few samples": "the batch has 1 sample(s), allowed is batch <= samples",
     "stochastic": "its scheduler has stochastic_sampling=True",
     "other prompts": "encoder_hidden_states: got other values on rank 1 than on rank 0",
