@@ -378,7 +378,7 @@ def death(rank: int, world: int) -> str:
 OTHERS: dict[int, list[Callable[[], SEEN]]] = {
     2: [straddle, remove, retune, noise, progress, refused, after_failure, toy],
     3: [straddle, shapes, noise],
-    4: [remove, shapes],
+    4: [remove],
 }
 
 

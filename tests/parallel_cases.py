@@ -19,6 +19,7 @@ from para_kernels.parallel import (
     RankFailure,
     Shards,
     check_agreement,
+    collective,
     context_parallel_attention,
     deadline,
     ring_attention,
@@ -166,6 +167,41 @@ def rounding_case(rank: int, world: int) -> tuple[float, float]:
     out = ring_attention(*(shards.shard(x, rank) for x in (q, k, v)), mesh=dist.group.WORLD, lengths=shards.sizes)
     whole = gather_rows(out, shards, dist.group.WORLD)
     return error(whole, ref), error(flash_attention(q, k, v), ref)
+
+
+def order_case(rank: int, world: int) -> list[str]:
+    """What a ring does one after the other; in this process alone the calls are noted down."""
+    noted: list[str] = []
+
+    def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **settings: Any) -> Any:
+            noted.append(name)
+            return function(*arguments, **settings)
+
+        return call
+
+    collective.dist.batch_isend_irecv = noting("post", collective.dist.batch_isend_irecv)
+    collective.flash_attention = noting("attend", collective.flash_attention)
+    q = torch.randn(1, 4, 2, 8)
+    ring_attention(q, q, q, mesh=dist.group.WORLD, lengths=[4] * world)
+    return noted
+
+
+def again_case(rank: int, world: int) -> list[bool]:
+    """A mesh of the same layout after the groups have been destroyed and made anew."""
+    same = []
+    q = torch.randn(1, 4, 2, 8, generator=torch.Generator().manual_seed(rank))
+    for turn in range(2):
+        mesh = build_mesh(1, 2, world // 2, "cpu")
+        groups = mesh_groups(mesh)
+        whole = gather_rows(q, Shards((4,) * world), dist.group.WORLD)
+        out = context_parallel_attention(q, q, q, mesh=mesh, lengths=[4] * world)
+        same.append(error(out, flash_attention(q, whole, whole)) < 1e-6 and groups.ring is mesh.get_group("ring"))
+        store = dist.group.WORLD.get_group_store().underlying_store
+        dist.destroy_process_group()
+        if not turn:
+            dist.init_process_group("gloo", store=dist.PrefixStore("again", store), rank=rank, world_size=world)
+    return same
 
 
 def compiled_case(rank: int, world: int) -> tuple[bool, int]:

@@ -66,6 +66,16 @@ def test_merges_of_many_parts_round_once() -> None:
     assert torch.allclose(lse.double(), torch.stack([part.lse for part in parts]).double().logsumexp(0), atol=1e-5)
 
 
+def test_the_next_piece_is_on_its_way_while_one_is_attended() -> None:
+    for noted in results(3, "order_case"):
+        assert noted == ["post", "attend", "post", "attend", "attend"]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_meshes_of_new_groups_after_old_ones(world: int) -> None:
+    assert results(world, "again_case") == [[True, True]] * world
+
+
 def test_compiled_code_breaks_once() -> None:
     for same, graphs in results(2, "compiled_case"):
         assert same

@@ -113,19 +113,19 @@ def mesh_groups(mesh: DeviceMesh) -> MeshGroups:
         ValueError: for a mesh without these dims, or with others or in another order.
     """
     check_mesh(mesh)
-    if mesh not in _groups:
-        names = mesh.mesh_dim_names or ()
-        _groups[mesh] = MeshGroups(
-            mesh,
-            mesh.get_group("batch") if "batch" in names else None,
-            mesh.get_group("ring"),
-            mesh.get_group("ulysses"),
-            _sequence_group(mesh),
-        )
-    return _groups[mesh]
+    known = _groups.get(mesh)
+    # A mesh equals one of the same layout, whose groups may have been destroyed.
+    if known is None or known.ring is not mesh.get_group("ring") or known.ulysses is not mesh.get_group("ulysses"):
+        known = _groups[mesh] = _make_groups(mesh)
+    return known
 
 
 _groups: dict[DeviceMesh, MeshGroups] = {}
+
+
+def _make_groups(mesh: DeviceMesh) -> MeshGroups:
+    batch = mesh.get_group("batch") if "batch" in (mesh.mesh_dim_names or ()) else None
+    return MeshGroups(mesh, batch, mesh.get_group("ring"), mesh.get_group("ulysses"), _sequence_group(mesh))
 
 
 def check_mesh(mesh: object, name: str = "mesh") -> None:
