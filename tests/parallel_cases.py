@@ -22,6 +22,7 @@ from para_kernels.parallel import (
     collective,
     context_parallel_attention,
     deadline,
+    failure,
     ring_attention,
     set_layer,
     ulysses_attention,
@@ -331,8 +332,8 @@ def failing(rank: int, world: int, way: str, how: str, seconds: float) -> tuple[
                     exchange(dist.group.WORLD, layer)
                 else:
                     context_parallel_attention(q, q, q, mesh=mesh, lengths=[5] * world)
-    except RankFailure as failure:
-        return str(failure), time.monotonic() - started
+    except RankFailure as lost:
+        return str(lost), time.monotonic() - started
     return "no failure", time.monotonic() - started
 
 
@@ -350,5 +351,12 @@ def leave_at_once(rank: int, world: int) -> None:
 
 
 def refused_by_the_host(rank: int, world: int) -> str:
-    """Rank 0, which hosts the store, ends as soon as it is refused."""
+    """Rank 0, which hosts the store, ends as soon as it is refused, and rank 2 is slow to read why."""
+    await_keys = failure._await_keys
+
+    def slowly(*arguments: Any) -> None:
+        await_keys(*arguments)
+        time.sleep(0.5 * (rank == 2))
+
+    failure._await_keys = slowly
     return told(lambda: check_agreement(dist.group.WORLD, {"a": rank}))
