@@ -12,7 +12,7 @@ what they added then is added again:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -97,11 +97,19 @@ class CacheState:
         """Forget everything: the next step is step 0."""
         self.step = 0
         self.consecutive_hits = 0
-        self._layout: tuple[torch.Size, torch.dtype, torch.device] | None = None
+        self._layout: tuple[Hashable, torch.dtype, torch.device] | None = None
         self._reference: Tensor | None = None
         self._tails: tuple[Tensor, ...] | None = None
 
-    def decide(self, hidden_in: Tensor, hidden_out: Tensor, *, reduce: Reduce | None = None) -> StepRecord:
+    def decide(
+        self,
+        hidden_in: Tensor,
+        hidden_out: Tensor,
+        *,
+        reduce: Reduce | None = None,
+        first_token: int = 0,
+        whole: Hashable | None = None,
+    ) -> StepRecord:
         """Decide whether this step reuses, from the first block's input and output (B, S, C) of the video stream.
 
         Reads the device once, and not at all on a warm-up step or when there is nothing to compare with. A tensor of
@@ -111,18 +119,22 @@ class CacheState:
         Args:
             reduce: combines the sums of several ranks that each hold a shard of the sequence, so that all of them
                 decide alike.
+            first_token: where the shard begins in the whole sequence, so that `downsample_factor` picks the same
+                tokens as on one rank.
+            whole: with `reduce`, what stands for the shape: equal on all ranks, and another one whenever the shape of
+                any rank's shard is. Ranks that reset alone would wait for each other for ever.
         """
-        layout = (hidden_out.shape, hidden_out.dtype, hidden_out.device)
+        layout = (hidden_out.shape if whole is None else whole, hidden_out.dtype, hidden_out.device)
         if self._layout not in (None, layout):
             self.reset()
         self._layout = layout
 
         step, self.step = self.step, self.step + 1
         comparable = self._tails is not None and step >= self.policy.warmup_steps
-        stride = self.policy.downsample_factor
+        tokens = slice(-first_token % self.policy.downsample_factor, None, self.policy.downsample_factor)
         with torch.no_grad():
             residual, sums = residual_diff(
-                hidden_in[:, ::stride], hidden_out[:, ::stride], self._reference if comparable else None
+                hidden_in[:, tokens], hidden_out[:, tokens], self._reference if comparable else None
             )
             diff = _ratio(sums if reduce is None else reduce(sums)) if comparable else None
 

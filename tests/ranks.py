@@ -14,7 +14,14 @@ import torch.distributed as dist
 
 # Processes are forked from one that has imported what all need, and has started no thread.
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["torch", "torch.distributed.device_mesh", "para_kernels.parallel", "reference"])
+_preloaded = ["torch", "torch.distributed.device_mesh", "para_kernels.parallel", "reference"]
+_processes.set_forkserver_preload(_preloaded)
+
+
+def preload(*modules: str) -> None:
+    """Have more modules imported before processes are forked. In vain once the first has been."""
+    _preloaded.extend(modules)
+    _processes.set_forkserver_preload(_preloaded)
 
 
 class DeadError(RuntimeError):

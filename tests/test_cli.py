@@ -294,7 +294,7 @@ def demo_folder(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_demo_writes_every_video_and_picture(demo_folder: Path) -> None:
-    settings = ("stock", "exact", "cache-1e-09", "cache-1e+09")
+    settings = ("stock", "exact", "processes-2", "cache-1e-09", "cache-1e+09")
     assert {path.name for path in (demo_folder / "videos").iterdir()} == {
         f"{name}-{i}.mp4" for name in settings for i in (1, 2)
     }
@@ -304,10 +304,12 @@ def test_demo_writes_every_video_and_picture(demo_folder: Path) -> None:
 
 def test_demo_numbers_are_those_of_the_settings(demo_folder: Path) -> None:
     report = json.loads((demo_folder / "demo.json").read_text())
-    stock, exact, never, always = report["rows"]
-    assert [row["hits"] for row in (stock, exact, never, always)] == [0, 0, 0, 2]
+    stock, exact, spread, never, always = report["rows"]
+    assert [row["hits"] for row in report["rows"]] == [0, 0, 0, 0, 2]
     assert (stock["psnr"], stock["ssim"], stock["max_abs_diff"]) == (None, 1.0, 0.0)
     assert exact["max_abs_diff"] < 1e-5
+    assert spread["setting"] == "2 processes"
+    assert spread["max_abs_diff"] < 1e-5
     # A threshold that nothing passes is the exact run; one that everything passes is another video.
     assert (never["psnr"], never["max_abs_diff"]) == (exact["psnr"], exact["max_abs_diff"])
     assert always["psnr"] < exact["psnr"]

@@ -5,9 +5,20 @@ try:
 except ImportError as error:
     raise ImportError("this needs diffusers: pip install 'para-kernels[diffusers]'") from error
 
-from .accelerate import accelerate, apply_cache_on_pipe
+from para_kernels.parallel.mesh import init_context_parallel_mesh
+
+from .accelerate import accelerate, apply_cache_on_pipe, parallelize_pipe
 from .attention import ParaAttnProcessor
 from .handle import Handle
 from .vae import ParallelVae, parallelize_vae
 
-__all__ = ["Handle", "ParaAttnProcessor", "ParallelVae", "accelerate", "apply_cache_on_pipe", "parallelize_vae"]
+__all__ = [
+    "Handle",
+    "ParaAttnProcessor",
+    "ParallelVae",
+    "accelerate",
+    "apply_cache_on_pipe",
+    "init_context_parallel_mesh",
+    "parallelize_pipe",
+    "parallelize_vae",
+]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 from numbers import Real
 from typing import Any
 
+from torch.distributed.device_mesh import DeviceMesh
+
+from para_kernels import ContextParallel
 from para_kernels.cache import FirstBlockCache, check_threshold
+from para_kernels.parallel.failure import DEFAULT_TIMEOUT
 
 from .handle import Handle, Settings
 from .models import FAMILIES, Family
+from .places import Places
 
 ATTENTION = ("exact",)
 
@@ -24,8 +30,10 @@ def accelerate(
     pipe: Any,
     cache: FirstBlockCache | float | bool | Keep | None = Keep.AS_IS,
     attention: str = "exact",
+    parallel: ContextParallel | Keep | None = Keep.AS_IS,
 ) -> Handle:
-    """Put this package's attention, and if asked for First Block Cache, under a diffusers pipeline.
+    """Put this package's attention, and if asked for First Block Cache and context parallelism, under a diffusers
+    pipeline.
 
     Works on this pipeline's transformer alone, and on its instance: pipelines that share the transformer share the
     installation, others are not touched. Called again it re-tunes what is there.
@@ -36,6 +44,8 @@ def accelerate(
             cache, which is bit for bit the uncached pipe. Not given: as it is, that is none on a pipe that has not
             been accelerated.
         attention: `"exact"`, the only kind there is.
+        parallel: spreads the work over the ranks of the running `torch.distributed` world, see `parallelize_pipe`; None
+            for no spreading. Not given: as it is.
 
     Returns:
         The handle of the installation: `summary()`, `records`, `remove()`. The same one every time until it is removed.
@@ -48,7 +58,8 @@ def accelerate(
         raise ValueError(f"attention: got {attention!r}, allowed is one of {list(ATTENTION)}")
     handle = _handle(transformer, family)
     policy = handle.settings.cache if isinstance(cache, Keep) else _policy(cache, family)
-    return _configured(handle, pipe, Settings(attention, policy))
+    places = handle.settings.parallel if isinstance(parallel, Keep) else _places(parallel, handle)
+    return _configured(handle, pipe, Settings(attention, policy, places))
 
 
 def apply_cache_on_pipe(
@@ -78,7 +89,39 @@ def apply_cache_on_pipe(
     check_threshold("residual_diff_threshold", threshold)
     policy = FirstBlockCache(threshold, warmup_steps, max_consecutive_hits, downsample_factor)
     handle = _handle(transformer, family)
-    return _configured(handle, pipe, Settings(handle.settings.attention, _unless_never(policy)))
+    return _configured(handle, pipe, replace(handle.settings, cache=_unless_never(policy)))
+
+
+def parallelize_pipe(
+    pipe: Any, *, mesh: DeviceMesh | None = None, transport: str = "auto", timeout: float = DEFAULT_TIMEOUT
+) -> Handle:
+    """Spread a diffusers pipeline's transformer over several GPUs or processes. Called again it re-tunes.
+
+    To be called on every rank, on a pipeline with the same weights, as is the pipeline then: every rank is given the
+    same prompts and returns the same output, that of one process. The joint sequence of video and text is cut into
+    contiguous pieces, one for each rank of "ring" and "ulysses"; the samples of a batch over the ranks of "batch".
+    Nothing has to divide. All ranks start from the noise of rank 0, which alone shows its progress bar. This package's
+    attention comes with it, and a cache, put on before or after, decides alike on all ranks.
+
+    Args:
+        pipe: as for `accelerate`, before or after which it may be called.
+        mesh: with the dims ("batch", "ring", "ulysses") or ("ring", "ulysses"), as `init_context_parallel_mesh` makes
+            it; None for all ranks, split as suits each call: `ContextParallel("auto")`.
+        transport: `"auto"`, `"peer"`, `"host"` or `"collective"`: how keys and values travel.
+        timeout: seconds that a rank waits for another before all end with an error.
+
+    Returns:
+        The handle of the installation, as from `accelerate`.
+
+    Raises:
+        ValueError: if the pipe is not supported, an argument is not allowed, or `torch.distributed` is not initialised.
+            The pipe is then as it was.
+    """
+    family, transformer = _recognised(pipe)
+    wanted = ContextParallel("auto" if mesh is None else None, transport=transport, timeout=timeout)
+    handle = _handle(transformer, family)
+    places = _places(wanted, handle) if mesh is None else Places(wanted, mesh)
+    return _configured(handle, pipe, Settings("exact", handle.settings.cache, places))
 
 
 def _recognised(pipe: Any) -> tuple[Family, Any]:
@@ -120,6 +163,16 @@ def _policy(cache: FirstBlockCache | float | bool | None, family: Family) -> Fir
         raise ValueError(f"cache: got {cache!r}, allowed is a FirstBlockCache, a threshold >= 0, True, False or None")
     check_threshold("cache", cache)
     return _unless_never(FirstBlockCache(cache))
+
+
+def _places(parallel: ContextParallel | None, handle: Handle) -> Places | None:
+    """What is there stays where it is what is wanted: process groups are dear."""
+    if parallel is None:
+        return None
+    if not isinstance(parallel, ContextParallel):
+        raise ValueError(f"parallel: got {parallel!r}, allowed is a ContextParallel or None")
+    there = handle.settings.parallel
+    return there if there is not None and (there.wanted, there.mesh) == (parallel, None) else Places(parallel)
 
 
 def _unless_never(policy: FirstBlockCache) -> FirstBlockCache | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,14 +16,37 @@ Rotary = tuple[Tensor, Tensor]
 """RoPE's cos and sin, each (S, D) float32; every value stands twice, for the even and the odd channel of a pair."""
 
 
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""q, k, v (B, S, H, D) and the lengths (B,) of the whole sequence, None for full ones: to out (B, S, H, D)."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of a joint sequence that is spread over ranks.
+
+    Attributes:
+        video_tokens: of the whole video, on all ranks.
+        rows: which of them are here.
+        attend: attention of the rows that are here over those of all ranks.
+    """
+
+    video_tokens: int
+    rows: slice
+    attend: Attend
+
+
 class AttentionLengths:
     """The true lengths of the running forward, int32 (B,) on the device; never read on the host.
 
     Inside `begin` ... `end` they come from the text's key mask. Outside they are derived from the mask that the model
     hands to attention, once per mask object: all blocks of a forward are given the same one.
+
+    Attributes:
+        shard: while the blocks see a part of the joint sequence only, which part it is.
     """
 
     def __init__(self) -> None:
+        self.shard: Shard | None = None
         self._text: Tensor | None = None
         self._joint: tuple[int, Tensor] | None = None
         self._mask: tuple[weakref.ref[Tensor], Tensor] | None = None
@@ -33,7 +58,7 @@ class AttentionLengths:
 
     def end(self) -> None:
         """The forward is over: what is called from here on belongs to another one."""
-        self._text = self._joint = None
+        self._text = self._joint = self.shard = None
 
     def text(self, mask: Tensor | None) -> Tensor | None:
         """Lengths of the text alone. None: every token is real."""
@@ -94,27 +119,36 @@ class ParaAttnProcessor:
             query, key, value = _projected(attn, hidden_states)
             if image_rotary_emb is not None:
                 query, key = (_rotated(x, image_rotary_emb).to(x.dtype) for x in (query, key))
-            return _video_out(attn, _attend(query, key, value, lens))
+            return _video_out(attn, _attend_here(query, key, value, lens).flatten(2))
 
-        video_tokens = hidden_states.shape[1]
-        lens = self.lengths.joint(video_tokens, attention_mask)
+        cut = hidden_states.shape[1]
+        shard = self.lengths.shard or Shard(cut, slice(cut), _attend_here)
+        lens = self.lengths.joint(shard.video_tokens, attention_mask)
+        rotary = None if image_rotary_emb is None else _rows(image_rotary_emb, shard.rows)
         streams = _single_stream if attn.add_q_proj is None else _dual_stream
-        out = _attend(*streams(attn, hidden_states, encoder_hidden_states, image_rotary_emb), lens)
-        return _video_out(attn, out[:, :video_tokens]), _text_out(attn, out[:, video_tokens:])
+        out = shard.attend(*streams(attn, hidden_states, encoder_hidden_states, rotary), lens).flatten(2)
+        return _video_out(attn, out[:, :cut]), _text_out(attn, out[:, cut:])
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None) -> Tensor:
-    """(B, S, H, D) three times to (B, S, H * D). Queries past the length are padding as much as the keys are: they
-    cost nothing.
-    """
-    return flash_attention(query, key, value, kv_lens=lens, q_lens=lens).flatten(2)
+def _attend_here(query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None) -> Tensor:
+    """Queries past the length are padding as much as the keys are: they cost nothing."""
+    return flash_attention(query, key, value, kv_lens=lens, q_lens=lens)
+
+
+def _rows(rotary: Rotary, rows: slice) -> Rotary:
+    cos, sin = rotary
+    return cos[rows], sin[rows]
 
 
 def _single_stream(attn: Any, video: Tensor, text: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
-    """One set of projections for both streams; RoPE is written over the video's rows in place."""
+    """One set of projections for both streams; RoPE is written over the video's rows in place.
+
+    The angles say which rows those are: on a rank without text the block takes the video for the text (`x[:, -0:]` is
+    all of x).
+    """
     query, key, value = _projected(attn, torch.cat([video, text], dim=1))
     if rotary is not None:
-        rows = slice(video.shape[1])
+        rows = slice(rotary[0].shape[0])
         query[:, rows] = _rotated(query[:, rows], rotary)
         key[:, rows] = _rotated(key[:, rows], rotary)
     return query, key, value

@@ -12,17 +12,23 @@ from para_kernels.cache import CacheState, FirstBlockCache, StepRecord
 
 from .hooks import Argument, BranchName, add_hook
 from .models import Family
+from .parallel import Spread
 
 _HOOK = "para_kernels.first_block_cache"
 
 
 class BlockCache:
-    """Shared by the block hooks of one transformer: the policy, a state per branch, the running forward's decision."""
+    """Shared by the block hooks of one transformer: the policy, a state per branch, the running forward's decision.
+
+    Attributes:
+        spread: where forwards are spread over ranks, None where they are not. All ranks then decide alike.
+    """
 
     def __init__(self, policy: FirstBlockCache, family: Family, branch: BranchName) -> None:
         self.policy = policy
         self.family = family
         self.branch = branch
+        self.spread: Spread | None = None
         self.states: dict[str, CacheState] = {}
         self.end_forward()
 
@@ -56,7 +62,7 @@ class BlockCache:
         """Decide; on a hit return the streams as the last block would have left them."""
         video = self.family.block_arguments[0]
         state = self._state()
-        self.decision = state.decide(hidden_in, streams[video])
+        self.decision = self._decide(state, hidden_in, streams[video])
         kept = {name: streams[name] for name in self.family.reused_streams}
         if self.decision.reused:
             return streams | dict(zip(kept, state.reuse(tuple(kept.values())), strict=True))
@@ -67,6 +73,14 @@ class BlockCache:
         """On a miss: remember what the blocks after the first one added."""
         first, self._first = self._first, {}
         self._state().remember(tuple(first.values()), tuple(streams[name] for name in first))
+
+    def _decide(self, state: CacheState, hidden_in: Tensor, hidden_out: Tensor) -> StepRecord:
+        spread = self.spread
+        if spread is None:
+            return state.decide(hidden_in, hidden_out)
+        return state.decide(
+            hidden_in, hidden_out, reduce=spread.reduce, first_token=spread.first_token, whole=spread.whole
+        )
 
     def _state(self) -> CacheState:
         name = self.branch.name
@@ -88,7 +102,8 @@ class _BlockHook(ModelHook):
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
         output = self.fn_ref.original_forward(*args, **kwargs)
         names = self._cache.family.block_returns
-        return dict(zip(names, output if isinstance(output, tuple) else (output,), strict=True))
+        streams = dict(zip(names, output if isinstance(output, tuple) else (output,), strict=True))
+        return streams if self._cache.spread is None else self._cache.spread.recut(streams)
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
         return {argument.name: argument.get(args, kwargs) for argument in self._arguments}

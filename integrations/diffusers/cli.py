@@ -6,6 +6,7 @@ What a command needs is imported after parsing: a mistyped option is answered be
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ examples:
   para-kernels generate "a handwritten 7 moving to the left"
   para-kernels generate "a 3 moving up" "a handwritten 8 moving to the right" --cache 0.1 --output digits.mp4
   para-kernels generate "a cat walks on the grass, realistic" --model hunyuanvideo-community/HunyuanVideo --cache auto
+  torchrun --nproc-per-node 2 -m para_kernels generate "a handwritten 7 moving to the left"
   para-kernels demo --out demo-output
   para-kernels doctor
 """
@@ -50,15 +52,18 @@ examples:
       the real model, from the Hugging Face hub or from a directory
   para-kernels generate "a 7 moving to the left" --attention stock
       diffusers' own attention, to compare with
+  torchrun --nproc-per-node 2 -m para_kernels generate "a 7 moving to the left"
+      the same video on two GPUs, or two processes; --ring, --ulysses and --batch say how it is split
 
 --cache THRESHOLD: a step is reused while the first block's output changed by less than THRESHOLD (relative) since the
 last computed step. Higher is faster and further from the uncached video; 0 never reuses; auto is the model's default.
 """
 
 DEMO_DESCRIPTION = """\
-Run the same prompts, as one batch, through stock diffusers, through exact attention and with First Block Cache at
-several thresholds. Writes videos/*.mp4, contact-sheet.png, threshold.png and demo.json to --out, and prints the table
-of seconds, speed-up, reused steps, and PSNR, SSIM and largest difference to the stock videos.
+Run the same prompts, as one batch, through stock diffusers, through exact attention, in one process and with the
+sequence shared out over two, and with First Block Cache at several thresholds. Writes videos/*.mp4, contact-sheet.png,
+threshold.png and demo.json to --out, and prints the table of seconds, speed-up, reused steps, and PSNR, SSIM and
+largest difference to the stock videos.
 """
 
 DEMO_EXAMPLES = """\
@@ -81,12 +86,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except (ValueError, ImportError, OSError) as error:
-        print(f"para-kernels {options.command}: error: {_one_line(error)}", file=sys.stderr)
+        print(f"{_rank()}para-kernels {options.command}: error: {_one_line(error)}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _rank() -> str:
+    """Under torchrun, which rank speaks."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return f"[rank {os.environ.get('RANK', '?')}] " if several else ""
 
 
 def _one_line(error: Exception) -> str:
@@ -145,6 +156,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         default="exact",
         help="this package's attention or diffusers' own (default: exact)",
     )
+    _add_parallel(parser)
     parser.add_argument("--one-by-one", action="store_true", help="a call per prompt instead of one batch")
     _add_video(parser)
     parser.add_argument("--output", type=Path, default=Path("video.mp4"), help="mp4 to write (default: video.mp4)")
@@ -158,6 +170,9 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--prompts", nargs="+", metavar="PROMPT", help="instead of the four that the demo brings")
     parser.add_argument("--thresholds", nargs="+", type=float, metavar="X", help="cache thresholds to compare")
     parser.add_argument("--rounds", type=int, default=1, metavar="N", help="time each setting N times (default: 1)")
+    parser.add_argument(
+        "--processes", type=int, default=2, metavar="N", help="of the row that spreads the work; 1: none (default: 2)"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="two prompts, two thresholds, 10 steps: a look, not a measure"
     )
@@ -196,6 +211,22 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_parallel(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("under torchrun", "how the work is split; ring x ulysses x batch is all ranks")
+    group.add_argument("--parallel", choices=("auto",), help="chosen from the model and the video's size (the default)")
+    group.add_argument("--ring", type=int, metavar="N", help="N ranks share a sequence, keys and values go round")
+    group.add_argument("--ulysses", type=int, metavar="N", help="N ranks share a sequence and exchange heads for rows")
+    group.add_argument("--batch", type=int, metavar="N", help="N groups of ranks share out the prompts of a batch")
+    group.add_argument(
+        "--transport",
+        choices=("auto", "peer", "host", "collective"),
+        help="how keys and values travel (default: auto, the fastest there is)",
+    )
+    group.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="of waiting for another rank before all end (default: 120)"
+    )
+
+
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: toy 30, others 50)")
     parser.add_argument("--height", type=int, metavar="PIXELS", help="multiple of 16 (default: toy 64, others 720)")
@@ -224,11 +255,14 @@ def _cache(text: str) -> float | bool | None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from . import generate
+    from . import generate, processes
     from .loading import defaults_for, resolve_device, resolve_dtype
 
     defaults = defaults_for(options.model)
-    device = resolve_device(options.device)
+    parallel = processes.parallel_options(
+        options.parallel, options.batch, options.ring, options.ulysses, options.transport, options.timeout
+    )
+    device = processes.own_device(resolve_device(options.device))
     generate.run(
         generate.GenerateJob(
             model=options.model,
@@ -251,6 +285,7 @@ def _generate(options: argparse.Namespace) -> None:
                 cache=options.cache,
                 warmup_steps=options.warmup_steps,
                 max_consecutive_hits=options.max_consecutive_hits,
+                parallel=parallel,
             ),
             batched=not options.one_by_one,
             output=options.output,
@@ -290,6 +325,7 @@ def _demo(options: argparse.Namespace) -> None:
             out=options.out,
             fps=_given(options.fps, defaults.fps),
             zoom=_given(options.zoom, defaults.zoom),
+            processes=options.processes,
         )
     )
 

@@ -1,6 +1,7 @@
 """The main job, measured: the same prompts through stock diffusers, through exact attention, and with the cache.
 
-All settings share one loaded pipeline, the same noise and the same prompts of different token counts in one batch.
+All settings use the same noise and the same prompts of different token counts in one batch, and share one loaded
+pipeline; but for the row that spreads the work over processes, each of which loads its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import diffusers
 import numpy as np
 import torch
 
+from para_kernels import ContextParallel
+
+from . import several
 from .figures import contact_sheet, threshold_plot
 from .generate import Acceleration, Request, generate
 from .loading import load_pipeline
@@ -51,6 +55,7 @@ class DemoJob:
     out: Path
     fps: int
     zoom: int
+    processes: int = 2  # of the row that spreads the work; 1 for no such row
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,8 @@ def run(job: DemoJob) -> list[Row]:
     check_video(job.out / "any.mp4", job.fps, job.zoom)
     if job.rounds < 1:
         raise ValueError(f"rounds: {job.rounds}; must be at least 1")
+    if job.processes < 1:
+        raise ValueError(f"processes: {job.processes}; must be at least 1")
     if not job.thresholds or min(job.thresholds) < 0:
         raise ValueError(f"thresholds: {list(job.thresholds)}; give at least one, none below 0")
     if len(set(job.thresholds)) < len(job.thresholds):
@@ -119,6 +126,8 @@ def run(job: DemoJob) -> list[Row]:
     pipe = load_pipeline(job.model, job.device, job.dtype, job.revision)
     pipe.set_progress_bar_config(leave=False)
     measurements = measure(pipe, job.request, settings(sorted(job.thresholds)), job.rounds)
+    if job.processes > 1:
+        measurements[2:2] = _measure_in_processes(job)
     rows = summarize(measurements)
     _write_videos(job, measurements)
     _write_figures(job, measurements, rows)
@@ -144,6 +153,34 @@ def measure(pipe: Any, request: Request, cases: Sequence[Setting], rounds: int) 
                 flush=True,
             )
     return measurements
+
+
+def _measure_in_processes(job: DemoJob) -> list[Measurement]:
+    """Exact attention with the sequence shared out over processes; nothing where there are too few GPUs."""
+    count = job.processes
+    label = f"{count} processes"
+    if not several.enough_devices(job.device, count):
+        print(f"{label}: left out, this machine has {torch.cuda.device_count()} GPU(s)")
+        return []
+    acceleration = Acceleration(parallel=ContextParallel(ring=count))
+    threads = max(1, torch.get_num_threads() // count)
+    runs = several.run(
+        several.Job(
+            model=job.model,
+            revision=job.revision,
+            device_type=job.device.type,
+            dtype=job.dtype,
+            request=job.request,
+            warm_up_steps=min(WARM_UP_STEPS, job.request.steps),
+            acceleration=acceleration,
+            rounds=job.rounds,
+            threads=threads,
+        ),
+        count,
+    )
+    print(f"{label}, {threads} thread(s) each: {min(runs.seconds):.2f} s", flush=True)
+    setting = Setting(f"processes-{count}", label, acceleration)
+    return [Measurement(setting, runs.videos, runs.seconds, hits=0, steps=job.request.steps)]
 
 
 def _call(pipe: Any, request: Request, measurement: Measurement) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from para_kernels import FirstBlockCache
+from para_kernels import ContextParallel, FirstBlockCache
 
 from .accelerate import accelerate, apply_cache_on_pipe
 from .handle import Handle
 from .loading import load_pipeline
+from .processes import is_first, joined
 from .video import check_video, make_folder, write_mp4
 
 ATTENTION = ("exact", "stock")
@@ -69,17 +70,21 @@ class Acceleration:
         cache: First Block Cache threshold; True for the model family's default, None for no cache.
         warmup_steps: steps that are always computed at the start.
         max_consecutive_hits: reused steps in a row after which one is computed; None for no limit.
+        parallel: how the work is spread over the ranks of the world; None for one process.
     """
 
     attention: str = "exact"
     cache: float | bool | None = None
     warmup_steps: int = 0
     max_consecutive_hits: int | None = None
+    parallel: ContextParallel | None = None
 
     def check(self) -> None:
         """Raise a ValueError that names the first bad field, before a model is loaded."""
         if self.attention not in ATTENTION:
             raise ValueError(f"attention: {self.attention!r}; must be one of {', '.join(ATTENTION)}")
+        if self.parallel is not None and self.attention != "exact":
+            raise ValueError(f"attention: {self.attention!r}; must be exact on several ranks")
         # True stands for a threshold that only the model's family knows; any valid one lets the others be checked.
         threshold = 0.0 if self.cache is None or self.cache is True else self.cache
         FirstBlockCache(threshold, self.warmup_steps, self.max_consecutive_hits)
@@ -92,7 +97,7 @@ class Acceleration:
         """Put the parts under `pipe`. With neither of them the handle still reports the steps."""
         self.check()
         if self.attention == "exact":
-            handle = accelerate(pipe, cache=None)
+            handle = accelerate(pipe, cache=None, parallel=self.parallel)
             if self.cache is None:
                 return handle
         return apply_cache_on_pipe(
@@ -173,21 +178,28 @@ class GenerateJob:
 
 
 def run(job: GenerateJob) -> None:
-    """Generate, write one mp4 per prompt, print what was written and the step summary."""
+    """Generate, write one mp4 per prompt, print what was written and the step summary; on rank 0 alone."""
     job.request.check()
     job.acceleration.check()
     check_video(job.output, job.fps, job.zoom)
-    make_folder(job.output.parent)
-    pipe = load_pipeline(job.model, job.device, job.dtype, job.revision)
-    handle = job.acceleration.install(pipe)
-    paths = output_paths(job.output, len(job.request.prompts))
-    for request, request_paths in _calls(job.request, paths, job.batched):
-        generation = generate(pipe, request)
-        for path, prompt, video in zip(request_paths, request.prompts, generation.videos, strict=True):
-            write_mp4(path, video, job.fps, job.zoom)
-            print(f"{path}  {prompt!r}")
-        print(f"\n{generation.seconds:.2f} s for {len(request.prompts)} video(s), {request.steps} steps\n")
-        print(handle.summary())
+    if is_first():
+        make_folder(job.output.parent)
+    with joined(job.device, job.acceleration.parallel):
+        pipe = load_pipeline(job.model, job.device, job.dtype, job.revision)
+        handle = job.acceleration.install(pipe)
+        paths = output_paths(job.output, len(job.request.prompts))
+        for request, request_paths in _calls(job.request, paths, job.batched):
+            generation = generate(pipe, request)
+            if is_first():
+                _write(job, request, generation, request_paths)
+                print(handle.summary())
+
+
+def _write(job: GenerateJob, request: Request, generation: Generation, paths: list[Path]) -> None:
+    for path, prompt, video in zip(paths, request.prompts, generation.videos, strict=True):
+        write_mp4(path, video, job.fps, job.zoom)
+        print(f"{path}  {prompt!r}")
+    print(f"\n{generation.seconds:.2f} s for {len(request.prompts)} video(s), {request.steps} steps\n")
 
 
 def output_paths(output: Path, count: int) -> list[Path]:

@@ -12,10 +12,13 @@ from torch import nn
 
 from para_kernels.cache import FirstBlockCache, StepRecord
 
+from .agreement import quiet_progress, share_noise
 from .attention import AttentionLengths, ParaAttnProcessor
 from .cache import BlockCache, add_cache_hooks, transformer_blocks
 from .hooks import Argument, BranchName, CallHook, DropArgumentHook, add_hook, forget_child_registries
 from .models import Family
+from .parallel import Spread
+from .places import Places
 from .summary import render
 from .timeline import Timeline
 
@@ -24,19 +27,26 @@ STOCK = "stock"
 
 @dataclass(frozen=True)
 class Settings:
-    """What is wanted: `attention` is `"exact"` or `"stock"`, diffusers' own; `cache` is None without a cache."""
+    """What is wanted.
+
+    Attributes:
+        attention: `"exact"` or `"stock"`, diffusers' own.
+        cache: None without one.
+        parallel: where forwards run, None in one process; needs `"exact"`.
+    """
 
     attention: str = STOCK
     cache: FirstBlockCache | None = None
+    parallel: Places | None = None
 
 
 class Handle:
-    """The installation on one transformer, made by `accelerate` and `apply_cache_on_pipe`.
+    """The installation on one transformer, made by `accelerate`, `apply_cache_on_pipe` and `parallelize_pipe`.
 
-    It has three parts, each put on and taken off as a whole: the listeners (which call, which branch, what length,
-    how long), the attention processors, the cache. What must run around the transformer's forward is a hook of
-    torch's own: those stay on the module when CPU offload unwraps and wraps `forward` anew after every call, which
-    loses any hook of diffusers' that wraps the same `forward`.
+    It has four parts, each put on and taken off as a whole: the listeners (which call, which branch, what length, how
+    long), the attention processors, the spreading over ranks, the cache. What must run around the transformer's forward
+    is a hook of torch's own: those stay on the module when CPU offload unwraps and wraps `forward` anew after every
+    call, which loses any hook of diffusers' that wraps the same `forward`.
     """
 
     def __init__(self, transformer: Any, family: Family) -> None:
@@ -45,12 +55,14 @@ class Handle:
         self._transformer = transformer
         self._parts: dict[str, ExitStack] = {}
         self._pipes: list[weakref.ref[Any]] = []
+        self._shared: list[weakref.ref[Any]] = []
         self._schedules: tuple[Any, ...] = ()
         self._call_over = True
         self._branch = BranchName()
         self._lengths = AttentionLengths()
         self._timeline = Timeline()
         self._cache: BlockCache | None = None
+        self._spread: Spread | None = None
         self._device: torch.device | None = None
 
     @staticmethod
@@ -104,6 +116,11 @@ class Handle:
         """How many attention modules have this installation's processor now."""
         return sum(self._is_ours(processor) for processor in self._transformer.attn_processors.values())
 
+    @property
+    def spread(self) -> Spread | None:
+        """How forwards are spread over ranks; None where they are not."""
+        return self._spread
+
     def configure(self, settings: Settings) -> None:
         """Put on what is missing, take off what is not wanted, re-tune the rest. A failure changes nothing.
 
@@ -112,24 +129,39 @@ class Handle:
         """
         if settings.cache is not None and self._cache is None:
             self._check_cacheable()
-        wanted = {"listeners": True, "attention": settings.attention != STOCK, "cache": settings.cache is not None}
+        wanted = {
+            "listeners": True,
+            "attention": settings.attention != STOCK,
+            "parallel": settings.parallel is not None,
+            "cache": settings.cache is not None,
+        }
         self._put_on([part for part, is_wanted in wanted.items() if is_wanted and part not in self._parts], settings)
         self._take_off([part for part, is_wanted in wanted.items() if not is_wanted and part in self._parts])
         if self._cache is not None and settings.cache is not None:
             self._cache.retune(settings.cache)
+            self._cache.spread = self._spread
+        if self._spread is not None and settings.parallel is not None:
+            self._spread.retune(settings.parallel)
         if settings != self.settings:
             self._timeline.clear()
         self.settings = settings
 
     def watch(self, pipe: Any) -> None:
-        """Learn from `pipe`'s scheduler when a call of it begins."""
+        """Learn from `pipe`'s scheduler when a call of it begins; spread over ranks, give it the same noise on all."""
         if all(known() is not pipe for known in self._pipes):
             self._pipes.append(weakref.ref(pipe))
+        if (parallel := self._parts.get("parallel")) is not None:
+            self._share(parallel, pipe)
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
     def _put_on(self, parts: list[str], settings: Settings) -> None:
-        add = {"listeners": self._add_listeners, "attention": self._add_attention, "cache": self._add_cache}
+        add = {
+            "listeners": self._add_listeners,
+            "attention": self._add_attention,
+            "parallel": self._add_parallel,
+            "cache": self._add_cache,
+        }
         added: dict[str, ExitStack] = {}
         with ExitStack() as failed:
             failed.callback(forget_child_registries, self._transformer)
@@ -176,6 +208,32 @@ class Handle:
     def _is_ours(self, processor: Any) -> bool:
         return isinstance(processor, ParaAttnProcessor) and processor.lengths is self._lengths
 
+    def _add_parallel(self, undo: ExitStack, settings: Settings) -> None:
+        assert settings.parallel is not None
+        undo.callback(self._forget_parallel)
+        self._spread = Spread(self._transformer, self.family, self._lengths, settings.parallel)
+        self._spread.add_hooks(undo)
+        for known in self._pipes:
+            if (pipe := known()) is not None:
+                self._share(undo, pipe)
+
+    def _forget_parallel(self) -> None:
+        self._spread = None
+        self._shared.clear()
+        if self._cache is not None:
+            self._cache.spread = None
+            self._cache.reset()
+
+    def _share(self, undo: ExitStack, pipe: Any) -> None:
+        """Once for each pipe: `pipe` starts from the same noise on all ranks, and shows its progress on one."""
+        if any(known() is pipe for known in self._shared):
+            return
+        assert self._spread is not None
+        self._shared.append(weakref.ref(pipe))
+        share_noise(undo, pipe, self.family.shards.noise, self._spread.from_first)
+        if self._spread.places.everyone.rank() != 0:
+            quiet_progress(undo, pipe)
+
     def _add_cache(self, undo: ExitStack, settings: Settings) -> None:
         assert settings.cache is not None
         undo.callback(self._forget_cache)
@@ -196,8 +254,12 @@ class Handle:
 
     # --- what the listeners hear ------------------------------------------------------------------------------------
 
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self._notice_new_call()
+        if self._spread is not None:
+            args, kwargs = self._spread.begin(args, kwargs, self._branch.name, str(self.settings.cache))
         text_mask = self._text_mask.get(args, kwargs)
         if self._cache is not None:
             self._cache.begin_forward()
@@ -205,15 +267,19 @@ class Handle:
             self._lengths.begin(text_mask)
         self._device = text_mask.device
         self._timeline.start(text_mask.device)
+        return args, kwargs
 
-    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         self._lengths.end()
         decision = None
         if self._cache is not None:
             decision = self._cache.decision
             self._cache.end_forward()
+        if self._spread is not None:
+            output = self._spread.finish(output)
         if output is not None:  # None: the forward has failed.
             self._timeline.stop(self._branch.name, decision)
+        return output
 
     def _notice_new_call(self) -> None:
         """Each call sets its scheduler's timesteps anew: so a new call shows even if the one before was interrupted."""
@@ -231,3 +297,5 @@ class Handle:
         self._call_over = True
         if self._cache is not None:
             self._cache.reset()
+        if self._spread is not None:
+            self._spread.end_call()

@@ -69,11 +69,13 @@ class Argument:
             return kwargs[self.name]
         return args[self.position] if self.position < len(args) else None
 
-    def without(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same arguments with this one None."""
+    def replaced(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same arguments with another value for this one."""
         if self.position < len(args):
-            return (*args[: self.position], None, *args[self.position + 1 :]), kwargs
-        return args, {**kwargs, self.name: None}
+            return (*args[: self.position], value, *args[self.position + 1 :]), kwargs
+        return args, {**kwargs, self.name: value}
 
 
 class BranchName(StateManager):
@@ -118,4 +120,4 @@ class DropArgumentHook(ModelHook):
         self._argument = argument
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return self._argument.without(args, kwargs)
+        return self._argument.replaced(args, kwargs, None)

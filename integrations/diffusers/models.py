@@ -6,6 +6,35 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class ShardPlan:
+    """How a family's forward is spread over ranks.
+
+    Attributes:
+        samples: names of the transformer's arguments whose first dimension is the batch, the latents first: what a
+            batch of prompts is split by.
+        output: name of the transformer's only output, whose first dimension is the batch.
+        text: name of the transformer argument that holds the text (B, T, ...).
+        patch: names of the config entries with the patch's extent along the last dimensions of the latents, an entry
+            for each: what turns latents into video tokens.
+        heads: name of the config entry with the number of attention heads.
+        sequence: names of the blocks' streams, (B, rows, C) each, in the order in which attention joins them. Padding
+            may stand at the end of the last one only. This joint sequence is what the ranks share out.
+        gathered_at: path of the submodule, called once after the last block with the first stream alone, whose output
+            (B, rows, ...) is gathered: the later, the less there is to send.
+        noise: name of the pipeline's method that returns the latents that a call starts from.
+    """
+
+    samples: tuple[str, ...]
+    output: str
+    text: str
+    patch: tuple[str, ...]
+    heads: str
+    sequence: tuple[str, ...]
+    gathered_at: str
+    noise: str
+
+
+@dataclass(frozen=True)
 class Family:
     """One row: how a family's pipeline and transformer are recognised, and where things stand in them.
 
@@ -24,6 +53,7 @@ class Family:
         block_returns: the same names in the order in which every block returns them.
         reused_streams: the streams that are still needed after the last block; of the others no residual is kept.
         cache_threshold: First Block Cache's default threshold.
+        shards: how the forward is spread over ranks.
     """
 
     name: str
@@ -39,6 +69,7 @@ class Family:
     block_returns: tuple[str, ...]
     reused_streams: tuple[str, ...]
     cache_threshold: float
+    shards: ShardPlan
 
 
 HUNYUAN_VIDEO = Family(
@@ -55,6 +86,23 @@ HUNYUAN_VIDEO = Family(
     block_returns=("hidden_states", "encoder_hidden_states"),
     reused_streams=("hidden_states",),
     cache_threshold=0.06,
+    shards=ShardPlan(
+        samples=(
+            "hidden_states",
+            "timestep",
+            "encoder_hidden_states",
+            "encoder_attention_mask",
+            "pooled_projections",
+            "guidance",
+        ),
+        output="sample",
+        text="encoder_hidden_states",
+        patch=("patch_size_t", "patch_size", "patch_size"),
+        heads="num_attention_heads",
+        sequence=("hidden_states", "encoder_hidden_states"),
+        gathered_at="proj_out",
+        noise="prepare_latents",
+    ),
 )
 
 FAMILIES = (HUNYUAN_VIDEO,)

@@ -11,6 +11,7 @@ from para_kernels.cache import FirstBlockCache, StepRecord
 
 if TYPE_CHECKING:
     from .handle import Handle
+    from .parallel import Spread
 
 
 def render(handle: Handle) -> str:
@@ -20,6 +21,7 @@ def render(handle: Handle) -> str:
         f"para-kernels on {handle.family.name}",
         f"attention   {_attention(handle)}",
         f"cache       {_cache(handle.settings.cache)}",
+        *_parallel(handle.spread),
     ]
     if not records:
         return "\n".join([*lines, "steps       none has run yet"])
@@ -69,6 +71,18 @@ def _cache(policy: FirstBlockCache | None) -> str:
     if policy.downsample_factor > 1:
         parts.append(f"one token in {policy.downsample_factor} compared")
     return ", ".join(parts)
+
+
+def _parallel(spread: Spread | None) -> list[str]:
+    """How the work is spread, over which transport, and why: nothing on one rank."""
+    if spread is None:
+        return []
+    everyone = spread.places.everyone
+    place = spread.last_place or spread.places.fixed
+    if place is None:
+        return [f"parallel    {everyone.size()} ranks, the split is chosen when the shapes are known"]
+    lines = [f"parallel    {everyone.size()} ranks: {place}; {place.why}"]
+    return lines if place.pieces == 1 else [*lines, f"transport   {spread.transport}"]
 
 
 def _table(branch: str, records: Sequence[StepRecord]) -> list[str]:

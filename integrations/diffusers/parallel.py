@@ -1,0 +1,273 @@
+"""Context parallelism under a transformer: who computes which rows of the joint sequence, and what is sent when.
+
+Outside attention the blocks of a diffusion transformer work on every row by itself. So the ranks cut the joint sequence
+after the embedders, run the blocks on their own rows, and gather what the last projection makes of them; only attention
+looks at the rows of the others (ring: Liu et al. 2023, arXiv 2310.01889; Ulysses: Jacobs et al. 2023, arXiv
+2309.14509). A batch can be split first: each group of ranks takes some of the samples.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from para_kernels import flash_attention
+from para_kernels.parallel.attention import context_parallel_attention
+from para_kernels.parallel.collective import gather_rows
+from para_kernels.parallel.failure import deadline, raise_on_failure, set_layer
+from para_kernels.parallel.sharding import Shards
+
+from .agreement import agree, from_first
+from .attention import AttentionLengths, Shard
+from .hooks import Argument
+from .models import Family
+from .places import Place, Places
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+NOT_YET = "chosen at the first step"
+
+
+@dataclass
+class _Forward:
+    """The running forward: where this rank stands, and from the first block on which rows are its own."""
+
+    place: Place
+    samples: Shards
+    shards: Shards | None = None
+    layers: int = 0
+    streams: dict[str, Shards] = field(default_factory=dict)
+
+    def own(self, stream: str) -> slice:
+        """Which of a stream's rows are here."""
+        return self.streams[stream].piece(self.place.piece)
+
+
+class Spread:
+    """Spreads the forwards of one transformer over ranks; every rank is given everything and returns everything.
+
+    Attributes:
+        places: where forwards run.
+        last_place: where the last one ran, None before.
+        transport: how keys and values travelled, and why.
+
+    The hooks are torch's own, on the first block, the last block, and the module at whose output the rows are gathered:
+    they run around whatever other hooks stand on these modules, in whatever order all of them came. Compiled code
+    breaks where ranks talk.
+    """
+
+    def __init__(self, transformer: Any, family: Family, lengths: AttentionLengths, places: Places) -> None:
+        self.places = places
+        self.last_place: Place | None = None
+        self.transport = NOT_YET
+        self._deadline = ExitStack()
+        self._transformer = transformer
+        self._plan = family.shards
+        self._blocks = family.block_lists
+        self._returns = family.block_returns
+        self._head_dim = family.head_dim
+        self._lengths = lengths
+        self._samples = [Argument.of(transformer, name) for name in self._plan.samples]
+        self._text = Argument.of(transformer, self._plan.text)
+        self._forward: _Forward | None = None
+        self._agreed: set[str] = set()
+
+    def retune(self, places: Places) -> None:
+        """Go on with another mesh."""
+        if places is not self.places:
+            self.last_place = None
+            self.transport = NOT_YET
+        self.places = places
+        self._agreed.clear()
+
+    def add_hooks(self, undo: ExitStack) -> None:
+        """Put the hooks on the transformer's modules; closing `undo` takes them off again."""
+        blocks = [block for name in self._blocks for block in getattr(self._transformer, name)]
+        first, last = blocks[0], blocks[-1]
+        self._streams = {name: Argument.of(first, name) for name in self._plan.sequence}
+        undo.callback(first.register_forward_pre_hook(self._cut, with_kwargs=True).remove)
+        undo.callback(last.register_forward_hook(self._after_last_block).remove)
+        gatherer = self._transformer.get_submodule(self._plan.gathered_at)
+        undo.callback(gatherer.register_forward_hook(self._gather).remove)
+
+    # --- around the transformer's forward ---------------------------------------------------------------------------
+
+    def from_first(self, tensor: Tensor, name: str) -> Tensor:
+        """The tensor as rank 0 has it: see `agreement.from_first`."""
+        with deadline(self.places.wanted.timeout):
+            return from_first(tensor, name, self.places.everyone)
+
+    def end_call(self) -> None:
+        """A call of the pipeline begins or ends: inputs have to be compared anew.
+
+        Raises:
+            RankFailure: if a device has waited for a rank in vain. What the call has computed is worthless then.
+        """
+        self._agreed.clear()
+        raise_on_failure()
+
+    @torch._disable_dynamo
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], branch: str, cache: str) -> Arguments:
+        """Choose the mesh, find out before any work whether all ranks were given the same, take this rank's samples.
+
+        Raises:
+            ValueError: on every rank, if the ranks were given different inputs or settings, or fewer samples than the
+                mesh splits a batch into.
+        """
+        raise_on_failure()
+        self._deadline.enter_context(deadline(self.places.wanted.timeout))
+        inputs = {argument.name: argument.get(args, kwargs) for argument in self._samples}
+        if branch not in self._agreed:
+            agree(self.places.everyone, {"parallel": str(self.places.wanted), "cache": cache}, inputs)
+            self._agreed.add(branch)
+        latents, text = inputs[self._plan.samples[0]], self._text.get(args, kwargs)
+        tokens = self._video_tokens(latents) + text.shape[1]
+        place = self.places.of(latents.shape[0], tokens, *self._heads(), like=text)
+        if latents.shape[0] < place.batch:
+            raise ValueError(
+                f"parallel: the mesh splits a batch over {place.batch} groups of ranks, but the batch has"
+                f" {latents.shape[0]} sample(s), allowed is batch <= samples"
+            )
+        if place is not self.last_place:
+            self.last_place, self.transport = place, NOT_YET
+        self._forward = _Forward(place, Shards.of(latents.shape[0], place.batch))
+        rows = self._forward.samples.piece(place.batch_rank)
+        for argument in self._samples:
+            if inputs[argument.name] is not None:
+                args, kwargs = argument.replaced(args, kwargs, inputs[argument.name][rows])
+        return args, kwargs
+
+    @torch._disable_dynamo
+    def finish(self, output: Any) -> Any:
+        """The forward is over: its output with the samples of all ranks; None, of a forward that has failed, stays.
+
+        A block that is called by itself from here on works on what it is given.
+        """
+        forward, self._forward = self._forward, None
+        with self._deadline.pop_all():
+            set_layer(None)
+            if forward is None or output is None or forward.place.batch_group is None:
+                return output
+            group = forward.place.batch_group
+            samples = gather_rows(output[0], forward.samples, group, dim=0, what="what the samples have become")
+        if isinstance(output, dict):  # diffusers' outputs are dictionaries; a tuple has the values alone.
+            return type(output)(**{**output, self._plan.output: samples})
+        return (samples, *output[1:])
+
+    def _video_tokens(self, latents: Tensor) -> int:
+        patch = [getattr(self._transformer.config, name) for name in self._plan.patch]
+        extents = latents.shape[-len(patch) :]
+        return math.prod(extent // size for extent, size in zip(extents, patch, strict=True))
+
+    def _heads(self) -> tuple[int, int]:
+        """Number and width of the attention heads."""
+        config = self._transformer.config
+        return getattr(config, self._plan.heads), getattr(config, self._head_dim)
+
+    # --- around the blocks ------------------------------------------------------------------------------------------
+
+    def _cut(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        """Before the first block: every stream is cut to the rows that are this rank's."""
+        forward = self._forward
+        if forward is None:
+            return None
+        streams = {name: argument.get(args, kwargs) for name, argument in self._streams.items()}
+        forward.shards = Shards.of(sum(stream.shape[1] for stream in streams.values()), forward.place.pieces)
+        start = 0
+        for name, stream in streams.items():
+            forward.streams[name] = forward.shards.stream(start, stream.shape[1])
+            start += stream.shape[1]
+            args, kwargs = self._streams[name].replaced(args, kwargs, stream[:, forward.own(name)])
+        video = self._plan.sequence[0]
+        self._lengths.shard = Shard(forward.streams[video].total, forward.own(video), self._attend)
+        return args, kwargs
+
+    @torch._disable_dynamo
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None) -> Tensor:
+        """This rank's rows of attention over the whole joint sequence, whose lengths are `lens`."""
+        forward = self._forward
+        assert forward is not None
+        assert forward.shards is not None
+        set_layer(forward.layers)
+        forward.layers += 1
+        if forward.place.pieces == 1:
+            return flash_attention(query, key, value, kv_lens=lens, q_lens=lens)
+        wanted = self.places.wanted.transport
+        out = context_parallel_attention(
+            query,
+            key,
+            value,
+            mesh=forward.place.mesh,
+            lengths=forward.shards.sizes,
+            kv_lens=lens,
+            q_lens=lens,
+            transport=wanted,
+        )
+        if self.transport == NOT_YET:
+            self.transport = forward.place.transport(query.device, wanted)
+        return out
+
+    def recut(self, streams: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Give every stream of a block's output its own rows again.
+
+        A block that parts the streams by `x[:, :-text_rows]` and `x[:, -text_rows:]` returns all rows as text on a
+        rank that has no text. The next block joins them again, in the same order; but who looks at a stream by its
+        name, the cache and the last projection, must find it there.
+        """
+        forward = self._forward
+        if forward is None or forward.shards is None:
+            return streams
+        rows = {name: shards.sizes[forward.place.piece] for name, shards in forward.streams.items()}
+        if all(streams[name].shape[1] == count for name, count in rows.items()):
+            return streams
+        joint = torch.cat([streams[name] for name in rows], dim=1)
+        return streams | dict(zip(rows, joint.split(list(rows.values()), dim=1), strict=True))
+
+    def _after_last_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Before anything after the blocks looks at the video."""
+        if self._forward is None:
+            return None
+        streams = self.recut(dict(zip(self._returns, output, strict=True)))
+        return tuple(streams[name] for name in self._returns)
+
+    @torch._disable_dynamo
+    def _gather(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """After the last projection: the video's rows of all ranks."""
+        forward = self._forward
+        if forward is None:
+            return None
+        rows = forward.streams[self._plan.sequence[0]]
+        return gather_rows(output, rows, forward.place.sequence_group, what="what the rows have become")
+
+    # --- for the cache ----------------------------------------------------------------------------------------------
+
+    @property
+    def first_token(self) -> int:
+        """Where this rank's part of the video begins."""
+        forward = self._forward
+        return 0 if forward is None else forward.own(self._plan.sequence[0]).start
+
+    @property
+    def whole(self) -> tuple[int, ...] | None:
+        """What is equal on all ranks and fixes the shapes on each: samples, rows of every stream."""
+        forward = self._forward
+        return None if forward is None else (forward.samples.total, *(rows.total for rows in forward.streams.values()))
+
+    @torch._disable_dynamo
+    def reduce(self, sums: Tensor) -> Tensor:
+        """The cache's sums (2,) of all ranks, in one collective, and to the bit the same on all of them.
+
+        Over the batch's groups too, although no attention crosses them: they wait for each other at the end of the
+        forward anyway, and so the decisions are those of one process, however the ranks are laid out. Gathered and then
+        added in rank order: how a backend orders the additions of an all-reduce may differ from rank to rank.
+        """
+        if self._forward is None:
+            return sums
+        everyone = self.places.everyone
+        pieces = gather_rows(sums, Shards((2,) * everyone.size()), everyone, dim=0, what="sums of the cache")
+        return pieces.view(-1, 2).double().sum(dim=0).to(sums.dtype)
