@@ -3,6 +3,7 @@
     python -m benchmarks.hunyuan_step --out benchmarks/results
     python -m benchmarks.hunyuan_step --small --out /tmp/step        a tiny model and video, also on a CPU
     python -m benchmarks.hunyuan_step --out /tmp/step --profile      and one more step, taken apart by kernel
+    torchrun --nproc-per-node 2 -m benchmarks.hunyuan_step --out /tmp/step     one GPU against all (step_parallel.py)
 
 The weights are random (normal, standard deviation 1 / sqrt(fan-in), so that activations stay of order one) in the
 shapes of the public configuration, which is diffusers' default one: 20 dual-stream and 40 single-stream blocks, 24
@@ -21,29 +22,27 @@ from statistics import median
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
 from torch import Tensor
 
 from para_kernels.integrations.diffusers import accelerate
+from para_kernels.integrations.diffusers.processes import world_size
 
-from . import step_profile
+from . import step_parallel, step_profile
 from .record import Record, write_records
 from .reference import relative_error
+from .step_model import (
+    SMALL_CONFIG,
+    TEMPORAL_COMPRESSION,
+    TEXT_TOKENS,
+    build_transformer,
+    forward,
+    pipeline_around,
+    step_inputs,
+    timed_forward,
+    video_tokens,
+)
 
-TEXT_TOKENS = 256
-SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION = 8, 4
 STOCK, OURS = "diffusers", "para_kernels exact"
-
-SMALL_CONFIG = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 32,
-    "num_layers": 1,
-    "num_single_layers": 2,
-    "num_refiner_layers": 1,
-    "text_embed_dim": 64,
-    "pooled_projection_dim": 32,
-    "rope_axes_dim": (4, 14, 14),
-}
 
 
 @dataclass
@@ -57,6 +56,8 @@ class Measured:
 
 def main() -> int:
     options = _options()
+    if world_size() > 1:
+        return step_parallel.run(options)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     start = time.perf_counter()
@@ -65,7 +66,7 @@ def main() -> int:
     print(f"{parameters / 1e9:.2f} billion parameters in {time.perf_counter() - start:.1f} s", flush=True)
 
     full = step_inputs(transformer, options.height, options.width, options.frames, options.text, device, dtype)
-    tokens = _video_tokens(transformer, full)
+    tokens = video_tokens(transformer, full)
     measured = measure(transformer, full, options.repeats, device)
     record = _record(transformer, measured, tokens, options, dtype)
     write_records("hunyuan_step", [record], options.out)
@@ -84,69 +85,41 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--width", type=int, metavar="PIXELS", help="default: 1280")
     parser.add_argument("--frames", type=int, metavar="N", help="default: 129")
     parser.add_argument("--text", type=int, default=120, metavar="TOKENS", help="valid ones of 256 (default: 120)")
-    parser.add_argument("--repeats", type=int, default=2, metavar="N", help="timed forwards of each (default: 2)")
+    parser.add_argument("--repeats", type=int, metavar="N", help="timed forwards of each (default: 2; torchrun: 1)")
     parser.add_argument("--profile", action="store_true", help="take one more step apart, of this package")
+    several = parser.add_argument_group("under torchrun")
+    several.add_argument("--splits", nargs="+", choices=step_parallel.SPLITS, default=["ring", "ulysses"])
+    several.add_argument("--cache-steps", type=int, default=0, metavar="N", help="steps with the cache (default: none)")
+    several.add_argument("--cache-frames", type=int, default=17, metavar="N", help="of their video (default: 17)")
     options = parser.parse_args()
+    if options.repeats is None:
+        options.repeats = 2 if world_size() == 1 else 1
     for name, small, full in (("height", 64, 720), ("width", 96, 1280), ("frames", 9, 129)):
         if getattr(options, name) is None:
             setattr(options, name, small if options.small else full)
-    if options.height % 16 or options.width % 16 or (options.frames - 1) % TEMPORAL_COMPRESSION:
+    all_frames = (options.frames, options.cache_frames)
+    if options.height % 16 or options.width % 16 or any((count - 1) % TEMPORAL_COMPRESSION for count in all_frames):
         parser.error("height and width must be multiples of 16, frames a multiple of 4 plus 1")
     if not 1 <= options.text <= TEXT_TOKENS or options.repeats < 1:
         parser.error(f"text must be 1 ... {TEXT_TOKENS} and repeats at least 1")
+    if options.cache_steps and options.cache_steps < 2:
+        parser.error("cache-steps must be 0, or at least 2: the first one has nothing to reuse")
+    if options.profile and world_size() > 1:
+        parser.error("profile has no effect under torchrun")
     return options
-
-
-def build_transformer(config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
-    """The transformer with random weights, made on `device`: nothing passes through the host."""
-    with torch.device("meta"):
-        transformer: Any = HunyuanVideoTransformer3DModel(**config)
-    transformer = transformer.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    generator = torch.Generator(device).manual_seed(0)
-    for name, parameter in transformer.named_parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator)
-        else:
-            # Vectors are biases or the scales of normalisations.
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-    assert not list(transformer.buffers()), "a buffer would be left without values"
-    return transformer
-
-
-def step_inputs(
-    transformer: Any, height: int, width: int, frames: int, text: int, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
-    """The arguments that the pipeline gives the transformer in one step, for one prompt of `text` tokens."""
-    config = transformer.config
-    latent = (
-        config.in_channels,
-        (frames - 1) // TEMPORAL_COMPRESSION + 1,
-        height // SPATIAL_COMPRESSION,
-        width // SPATIAL_COMPRESSION,
-    )
-    mask = (torch.arange(TEXT_TOKENS, device=device) < text)[None].to(dtype)
-    return {
-        "hidden_states": torch.randn(1, *latent, device=device, dtype=dtype),
-        "timestep": torch.full((1,), 500.0, device=device),
-        "encoder_hidden_states": torch.randn(1, TEXT_TOKENS, config.text_embed_dim, device=device, dtype=dtype),
-        "encoder_attention_mask": mask,
-        "pooled_projections": torch.randn(1, config.pooled_projection_dim, device=device, dtype=dtype),
-        "guidance": torch.full((1,), 6000.0, device=device, dtype=dtype),
-        "return_dict": False,
-    }
 
 
 def measure(transformer: Any, inputs: dict[str, Any], repeats: int, device: torch.device) -> dict[str, Measured]:
     """Time both ways in turns, each warmed up on a small video."""
-    pipe = _pipeline(transformer)
+    pipe = pipeline_around(transformer)
     small = step_inputs(transformer, 64, 96, 9, 50, device, transformer.dtype)
     measured: dict[str, Measured] = {}
     for turn in range(repeats):
         for way in (STOCK, OURS):
             handle = accelerate(pipe, cache=None) if way == OURS else None
             if turn == 0:
-                _forward(transformer, small, device)
-            seconds, peak, output = _forward(transformer, inputs, device)
+                timed_forward(transformer, small, device)
+            seconds, peak, output = timed_forward(transformer, inputs, device)
             entry = measured.setdefault(way, Measured([], 0.0, output))
             entry.seconds.append(seconds)
             entry.peak_gib = max(entry.peak_gib, peak)
@@ -156,55 +129,14 @@ def measure(transformer: Any, inputs: dict[str, Any], repeats: int, device: torc
     return measured
 
 
-def _pipeline(transformer: Any) -> Any:
-    """The pipeline around `transformer` alone, for `accelerate`."""
-    pipeline: Any = HunyuanVideoPipeline  # its annotations do not say that parts may be missing
-    return pipeline(
-        text_encoder=None,
-        tokenizer=None,
-        transformer=transformer,
-        vae=None,
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        text_encoder_2=None,
-        tokenizer_2=None,
-    )
-
-
 def _profile(transformer: Any, inputs: dict[str, Any], measured: Record, out: Path, device: torch.device) -> None:
     """One step of this package under the profiler: written beside the step's record, and printed."""
-    handle = accelerate(_pipeline(transformer), cache=None)
-    found = step_profile.profiled(transformer, lambda: _output(transformer, inputs), device)
+    handle = accelerate(pipeline_around(transformer), cache=None)
+    found = step_profile.profiled(transformer, lambda: forward(transformer, inputs), device)
     handle.remove()
     rows = step_profile.records(found, dict(measured.shape), measured.dtype, OURS)
     write_records("hunyuan_step_profile", rows, out)
     print(step_profile.table(found, rows))
-
-
-def _forward(transformer: Any, inputs: dict[str, Any], device: torch.device) -> tuple[float, float, Tensor]:
-    """(seconds, peak GiB, output on the host) of one forward."""
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    output = _output(transformer, inputs)
-    if on_gpu:
-        torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else 0.0
-    return seconds, peak, output.float().cpu()
-
-
-def _output(transformer: Any, inputs: dict[str, Any]) -> Tensor:
-    with torch.no_grad(), transformer.cache_context("cond"):
-        return transformer(**inputs)[0]
-
-
-def _video_tokens(transformer: Any, inputs: dict[str, Any]) -> int:
-    _, _, frames, height, width = inputs["hidden_states"].shape
-    config = transformer.config
-    return frames // config.patch_size_t * (height // config.patch_size) * (width // config.patch_size)
 
 
 def _record(

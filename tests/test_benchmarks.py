@@ -864,6 +864,17 @@ def test_the_profile_as_records_and_tables(tmp_path: Path) -> None:
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 
+def torchrun(module: str, *options: str) -> str:
+    """What `module` prints in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", module]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        [*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    return run.stdout
+
+
 def test_a_pytest_benchmark_run_leaves_its_record(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "benchmarks/bench_merge_states.py", "-q", "-p", "no:cacheprovider"]
     options = ["--results", str(tmp_path), "--benchmark-max-time", "0.05", "--benchmark-min-rounds", "2"]
@@ -899,6 +910,23 @@ def test_the_full_size_step_runs_small(
     assert sum(row["notes"]["share"] for row in profile if row["op"] == "step_category") == pytest.approx(1, abs=0.01)
 
 
+def test_the_step_over_several_gpus_rehearses_without_any(tmp_path: Path) -> None:
+    """Two processes over gloo: both splits, and the cache, give what one process gives."""
+    pytest.importorskip("diffusers")
+    options = ["--small", "--cache-steps", "4", "--cache-frames", "9", "--out", str(tmp_path)]
+    printed = torchrun("benchmarks.hunyuan_step", *options)
+    assert "as on one GPU" in printed
+    rows = record.read_records("hunyuan_step_parallel", tmp_path)
+    assert [row["kernel"] for row in rows] == ["ring", "ulysses"]
+    for row in rows:
+        notes = row["notes"]
+        assert (row["peer"], row["shape"]["ranks"], row["ratio"] > 0) == ("one GPU", 2, True)
+        assert notes["difference"] < 1e-5
+        assert notes["cache_difference"] < 1e-5
+        assert (notes["same_decisions"], notes["reused"], notes["cache_steps"]) == (1, 2, 4)
+        assert notes["closest_to_threshold"] > 1e-2
+
+
 def test_the_kept_demo_writes_its_record_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("diffusers")
     from tiny_hunyuan import PROMPTS, tiny_pipeline
@@ -926,12 +954,8 @@ def test_the_kept_demo_writes_its_record_and_pictures(tmp_path: Path, monkeypatc
 
 def test_the_report_on_several_gpus_rehearses_without_any(tmp_path: Path) -> None:
     """Two processes over gloo, tiny shapes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "benchmarks.ring_report", "--out", str(tmp_path), "--only", "stress,no_p2p,speed,host_time"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    assert "failed: none" in run.stdout
+    printed = torchrun("benchmarks.ring_report", "--out", str(tmp_path), "--only", "stress,no_p2p,speed,host_time")
+    assert "failed: none" in printed
     (stress,) = record.read_records("ring-stress", tmp_path)
     assert (stress["cases"], stress["passed"]) == (5, True)
     speed = record.read_records("ring-speed", tmp_path)
