@@ -263,8 +263,8 @@ def _first_calls(rows: Sequence[Row]) -> str:
         [
             f"{row['dtype']}, {row['check'].removeprefix('first call, ')}",
             f"{row['worst']:.1f}",
-            f"{row['notes']['seconds_warm']:.1f}",
-            f"{row['notes']['compiled_by_new_lengths']}",
+            f"{row['notes']['seconds_warm']:.1f}" if "seconds_warm" in row["notes"] else "",
+            str(row["notes"].get("compiled_by_new_lengths", "")),
         ]
         for row in rows
     ]
@@ -334,6 +334,38 @@ def _step(rows: Sequence[Row]) -> str:
             ]
         )
     return _markdown(["video", "attention", "s per step", "speed-up", "peak GiB", "relative difference"], body, rows)
+
+
+def _ring(rows: Sequence[Row]) -> str:
+    """One row for each length and way."""
+    body = []
+    for group in _by(rows, "shape"):
+        shape = group[0]["shape"]
+        tokens = f"{shape['S']:,}"
+        body.append([group[0]["peer"], tokens, f"{group[0]['peer_ms']:.2f}", "1.00x"])
+        body += [
+            [row["kernel"], tokens, f"{row['median_ms']:.2f}", f"{row['ratio']:.2f}x"]
+            for row in group
+            if "one GPU" not in row["kernel"]
+        ]
+    ranks = rows[0]["shape"]["ranks"]
+    return _markdown([f"way, {ranks} GPUs", "tokens in all", "ms per layer", "against one GPU"], body, rows)
+
+
+def _step_parallel(rows: Sequence[Row]) -> str:
+    first = rows[0]
+    body = [["one GPU", f"{first['peer_ms'] / 1e3:.2f}", "1.00x", f"{first['notes']['peer_peak_gib']:.1f}", "", ""]]
+    for row in rows:
+        notes = row["notes"]
+        same = {1: "the same", 0: "others"}.get(notes.get("same_decisions", -1), "")
+        cells = [
+            f"{row['kernel']}, {row['shape']['ranks']} GPUs",
+            f"{row['median_ms'] / 1e3:.2f}",
+            f"{row['ratio']:.2f}x",
+        ]
+        body.append([*cells, f"{notes['peak_gib']:.1f}", f"{notes['difference']:.1e}", same])
+    head = ["way", "s per step", "speed-up", "peak GiB per GPU", "relative difference", "the cache's decisions"]
+    return _markdown(head, body, rows)
 
 
 def _demo(rows: Sequence[Row]) -> str:
@@ -412,6 +444,10 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Row]], str]]] = {
     "step-kernels": (("hunyuan_step_profile",), _kernels),
     "memory-bound": (("gpu-residual_diff", "gpu-merge_states"), _memory_bound),
     "step": (("hunyuan_step",), _step),
+    "ring": (("ring-speed",), _ring),
+    "ring-without-p2p": (("ring-without_p2p",), _ring),
+    "ring-checks": (("ring-correctness", "ring-stress"), _checks),
+    "step-parallel": (("hunyuan_step_parallel",), _step_parallel),
     "demo": (("toy_demo",), _demo),
     "cpu": (
         (

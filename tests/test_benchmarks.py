@@ -29,6 +29,7 @@ from benchmarks import (
     render_tables,
     report_attention,
     report_checks,
+    ring_timeline,
     sanitize,
     step_profile,
     timing,
@@ -961,3 +962,34 @@ def test_the_report_on_several_gpus_rehearses_without_any(tmp_path: Path) -> Non
     speed = record.read_records("ring-speed", tmp_path)
     assert {row["kernel"] for row in speed} == {"collective", "ulysses"}
     assert all(row["peer"] == "flash_attention on one GPU" and row["ratio"] > 0 for row in speed)
+
+
+# --- the ring's picture -----------------------------------------------------------------------------------------------
+
+
+def ring_trace(layers: int) -> list[dict[str, Any]]:
+    events = [trace_event("cpu_op", "aten::empty", 0, 1, 1)]
+    for layer in range(layers):
+        start = 1000.0 * layer
+        events += [
+            trace_event("kernel", "_pack", start, 20),
+            trace_event("kernel", "_hopper_ring_attention", start + 22, 900),
+            trace_event("gpu_memcpy", "Memcpy PtoP (Device -> Device)", start + 40, 15),
+            trace_event("kernel", "something_else", start + 950, 5),
+        ]
+    return events
+
+
+def test_the_picture_of_the_ring_shows_its_last_two_layers(tmp_path: Path) -> None:
+    found = ring_timeline.bars(ring_trace(4))
+    assert [(row, start) for row, start, _, _ in found] == [
+        ("packing", 0.0), ("attention", 22.0), ("copies from the peer", 40.0),
+        ("packing", 1000.0), ("attention", 1022.0), ("copies from the peer", 1040.0),
+    ]  # fmt: skip
+    ring_timeline.draw({"peer-8192": found}, tmp_path / "ring.png")
+    assert (tmp_path / "ring.png").stat().st_size > 1000
+
+
+def test_a_trace_of_one_layer_makes_no_picture() -> None:
+    with pytest.raises(ValueError, match="a trace of 1 layers"):
+        ring_timeline.bars(ring_trace(1))

@@ -205,6 +205,14 @@ def _queries_full(barriers, fed, STAGES: gl.constexpr, Q_STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _await_queries(barriers, fed, STAGES: gl.constexpr, Q_STAGES: gl.constexpr):
+    """Wait for a tile's queries, or that there are none to load. Every consumer does, also where it has no part in the
+    tile: one that ran ahead over tiles without keys would arrive at barriers whose phases the producer has yet to see.
+    """
+    mbarrier.wait(_queries_full(barriers, fed, STAGES, Q_STAGES), (fed // Q_STAGES) & 1)
+
+
+@gluon.jit
 def _queries_empty(barriers, fed, STAGES: gl.constexpr, Q_STAGES: gl.constexpr):
     return barriers.index(2 * STAGES + Q_STAGES + fed % Q_STAGES)
 
@@ -500,11 +508,11 @@ def _consume(
         first_m, _, sample = _place(parameters, i)
         _, kv_len, _, q_len = _key_span(parameters, first_m, sample)
         rows = gl.minimum(q_len - first_m, _integer(parameters, _ACTIVE) * _ROWS)
+        fed = before + i
+        _await_queries(barriers, fed, STAGES, Q_STAGES)
         if (kv_len > 0) & (rows > consumer * _ROWS):
             packed = _integer(parameters, _FLAGS) & _PACKED
-            fed = before + i
             mine = queries.index(fed % Q_STAGES * CONSUMERS + consumer).reshape([_ROWS, D])
-            mbarrier.wait(_queries_full(barriers, fed, STAGES, Q_STAGES), (fed // Q_STAGES) & 1)
             acc, m_i, l_i, turn = _attend(
                 mine, ring, barriers, turn, kv_len, packed, scale_log2, CONSUMERS, D, STAGES, ONLINE
             )

@@ -44,6 +44,7 @@ from .hopper_attention import (
     _async_load,
     _attend_blocks,
     _attend_window,
+    _await_queries,
     _choose_rows,
     _descriptor,
     _integer,
@@ -56,7 +57,6 @@ from .hopper_attention import (
     _park,
     _pointer,
     _queries_empty,
-    _queries_full,
     _release,
     _sample_span,
     _stand_aside,
@@ -298,10 +298,10 @@ def _consume(
         kv_total, q_len = _sequence_len(parameters, first_m, sample)
         first = _first_piece(parameters, kv_total)
         rows = gl.minimum(q_len - first_m, _integer(parameters, _ACTIVE) * _ROWS)
+        fed = before + i
+        _await_queries(barriers, fed, STAGES, Q_STAGES)
         if (first < _integer(parameters, _PIECES)) & (rows > consumer * _ROWS):
-            fed = before + i
             mine = queries.index(fed % Q_STAGES * CONSUMERS + consumer).reshape([_ROWS, D])
-            mbarrier.wait(_queries_full(barriers, fed, STAGES, Q_STAGES), (fed // Q_STAGES) & 1)
             acc, m_i, l_i, turn = _attend_pieces(
                 mine, ring, barriers, parameters, turn, first, kv_total, scale_log2, CONSUMERS, D, STAGES, ONLINE
             )
