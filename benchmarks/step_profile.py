@@ -8,11 +8,15 @@ removed afterwards.
 
 from __future__ import annotations
 
+import bisect
+import json
 import re
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -41,9 +45,6 @@ MODULES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("gates and residuals", re.compile(r"Block")),
 )
 OTHER = "other"
-# torch finds an event's kernels by a number, and counts ranges and CUDA's own functions apart from operators: what it
-# lists under them are kernels of other operators, a second time.
-NO_OPERATOR = re.compile(rf"{MARK}|cu(da)?[A-Z]")
 TOP_KERNELS = 25
 
 
@@ -84,8 +85,13 @@ def profiled(module: torch.nn.Module, forward: Callable[[], object], device: tor
         forward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    events = [event for event in profiler.events() or [] if isinstance(event, FunctionEvent)]
-    return _cuda_profile(events) if device.type == "cuda" else _cpu_profile(events)
+    if device.type != "cuda":
+        return _cpu_profile([event for event in profiler.events() or [] if isinstance(event, FunctionEvent)])
+    # torch's own events list some kernels under several operators; in the trace each stands once.
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        return of_trace(json.loads(path.read_text())["traceEvents"])
 
 
 @contextmanager
@@ -119,20 +125,33 @@ def _module(event: FunctionEvent) -> str:
     return around.name.removeprefix(MARK) if around else ""
 
 
-def _cuda_profile(events: Sequence[FunctionEvent]) -> Profile:
-    launches = [
-        Launch(kernel.name, event.name, _module(event), kernel.duration)
-        for event in events
-        if event.device_type == DeviceType.CPU and not NO_OPERATOR.match(event.name)
-        for kernel in event.kernels
-        if not kernel.name.startswith(MARK)
-    ]
-    # The ranges come once more as events of the device, drawn over the kernels in them.
-    on_device = [e for e in events if e.device_type == DeviceType.CUDA and not e.name.startswith(MARK)]
-    lost = sum(event.time_range.elapsed_us() for event in on_device) - sum(launch.microseconds for launch in launches)
-    if lost > 1.0:  # rounding apart
-        launches.append(Launch("kernels that no operator is known of", "", "", lost))
-    return Profile(launches, *_span([(event.time_range.start, event.time_range.end) for event in on_device]))
+def of_trace(events: Sequence[dict[str, Any]]) -> Profile:
+    """The profile of a Chrome trace, as `torch.profiler` writes it: times in microseconds."""
+    timed = [event for event in events if event.get("ph") == "X"]
+    operators = {e["args"]["External id"]: e for e in timed if e.get("cat") == "cpu_op" and "External id" in e["args"]}
+    ranges = sorted(
+        (e["ts"], e["ts"] + e["dur"], e["name"].removeprefix(MARK))
+        for e in timed
+        if e.get("cat") == "user_annotation" and e["name"].startswith(MARK)
+    )
+    launches, intervals = [], []
+    for event in (e for e in timed if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")):
+        operator = operators.get(event["args"].get("External id"))
+        launches.append(
+            Launch(event["name"], operator["name"], _innermost(ranges, operator["ts"]), event["dur"])
+            if operator
+            else Launch(event["name"], "", "", event["dur"])
+        )
+        intervals.append((event["ts"], event["ts"] + event["dur"]))
+    return Profile(launches, *_span(intervals))
+
+
+def _innermost(ranges: Sequence[tuple[float, float, str]], moment: float) -> str:
+    """The name of the last begun of the (start, end, name) around a moment, which are sorted and nested; "" if none."""
+    for i in range(bisect.bisect_right(ranges, (moment, float("inf"), "")) - 1, -1, -1):
+        if ranges[i][1] >= moment:
+            return ranges[i][2]
+    return ""
 
 
 def _cpu_profile(events: Sequence[FunctionEvent]) -> Profile:

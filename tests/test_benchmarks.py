@@ -803,6 +803,36 @@ class Gated(torch.nn.Module):
         return x + self.projection(self.norm(x)) * x.sigmoid()
 
 
+def trace_event(category: str, name: str, start: float, duration: float, identity: int | None = None) -> dict[str, Any]:
+    arguments = {} if identity is None else {"External id": identity}
+    return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": duration, "args": arguments}
+
+
+def test_each_kernel_of_a_trace_counts_once_and_for_the_innermost_module() -> None:
+    mark = step_profile.MARK
+    found = step_profile.of_trace(
+        [
+            {"ph": "M", "name": "process_name"},
+            trace_event("user_annotation", f"{mark}Block", 0, 100, 7),
+            trace_event("user_annotation", f"{mark}Linear", 10, 20, 8),
+            trace_event("gpu_user_annotation", f"{mark}Linear", 500, 90, 8),
+            trace_event("cpu_op", "aten::addmm", 12, 5, 1),
+            trace_event("cuda_runtime", "cudaLaunchKernel", 13, 1, 1),
+            trace_event("overhead", "Command Buffer Full", 13, 1),
+            trace_event("cpu_op", "aten::mul", 40, 5, 2),
+            trace_event("kernel", "gemm", 500, 30, 1),
+            trace_event("kernel", "multiply", 540, 10, 2),
+            trace_event("gpu_memcpy", "Memcpy", 560, 5, None),
+        ]
+    )
+    assert found.launches == [
+        Launch("gemm", "aten::addmm", "Linear", 30),
+        Launch("multiply", "aten::mul", "Block", 10),
+        Launch("Memcpy", "", "", 5),
+    ]
+    assert (found.span, found.idle) == (pytest.approx(65e-6), pytest.approx(20e-6))
+
+
 def test_work_is_found_under_the_module_that_did_it() -> None:
     model = Gated().requires_grad_(False)
     before = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
