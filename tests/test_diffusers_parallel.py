@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 pytest.importorskip("diffusers")
 
@@ -20,7 +21,9 @@ from diffusers_ranks import EQUAL, OTHERS
 from tiny_hunyuan import PROMPTS, tiny_pipeline
 
 from para_kernels import ContextParallel
-from para_kernels.integrations.diffusers import accelerate, parallelize_pipe, processes
+from para_kernels.integrations.diffusers import accelerate, cli, generate, parallelize_pipe, processes
+from para_kernels.integrations.diffusers.generate import Acceleration
+from para_kernels.parallel import RankFailure
 
 ranks.preload("diffusers_ranks")
 
@@ -225,6 +228,50 @@ def test_generate_under_torchrun_writes_once(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["v-1.mp4", "v-2.mp4"]
     assert done.stdout.count("para-kernels on HunyuanVideo") == 1
     assert "2 ranks: batch 1 x ring 2 x ulysses 1" in done.stdout
+    assert "AutoencoderKLHunyuanVideo, tiles on 2 rank(s)\nlast call: decode, " in done.stdout
+
+
+def test_the_vae_is_shared_out_unless_told_not_to() -> None:
+    pipe = tiny_pipeline()
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        assert Acceleration().install_vae(pipe) is None
+        assert Acceleration(parallel=ContextParallel(), parallel_vae=False).install_vae(pipe) is None
+        acceleration = Acceleration(parallel=ContextParallel(timeout=9.0))
+        handle, vae = acceleration.install(pipe), acceleration.install_vae(pipe)
+        assert vae is not None
+        handle.remove()
+        assert vae.installed
+        acceleration.install(pipe)
+        vae.remove()
+        assert "decode" not in vars(pipe.vae)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_failed_rank_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str
+) -> None:
+    def fails(job: object) -> None:
+        raise RankFailure("rank 1 waited 3 s for K and V of rank 0 in layer 7;\nno sign of rank 0")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(generate, "run", fails)
+    assert cli.main(["generate", "a 7", "--device", "cpu"]) == 1
+    words = "rank 1 waited 3 s for K and V of rank 0 in layer 7; no sign of rank 0"
+    assert capsys.readouterr().err == f"[rank {rank}] para-kernels generate: error: {words}\n"
+
+
+def test_other_failures_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(job: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(generate, "run", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cli.main(["generate", "a 7", "--device", "cpu"])
+    assert cli.main(["generate", "a 7", "--no-parallel-vae"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 
 from para_kernels.integrations.diffusers import parallelize_vae
-from para_kernels.integrations.diffusers.peers import PeerError
+from para_kernels.parallel import RankFailure
 
 LOST_AFTER = 3.0  # seconds
 
@@ -125,17 +125,17 @@ CASES = {
 
 
 def rank_main(rank: int, world: int, port: int, folder: Path) -> None:
-    """What each process of a launch does: every case, then what is no case; the findings go to a file."""
+    """What each process of a launch does: every case, then what is no case; of four, one dies. Findings go to files."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), world) if world == 3 else None
     address = {} if store else {"init_method": f"tcp://127.0.0.1:{port}"}
     dist.init_process_group("gloo", rank=rank, world_size=world, store=store, timeout=timedelta(seconds=60), **address)
-    found: dict[str, Any] = {name: run_case(case) for name, case in CASES.items()}
-    for special in SPECIALS:
-        found[special.__name__] = special(rank, world)
-    (folder / f"{rank}.json").write_text(json.dumps(found))
     if world == 4:
-        last_call(rank, folder)
+        dead_rank(rank, folder)
+    else:
+        found: dict[str, Any] = {name: run_case(case) for name, case in CASES.items()}
+        found |= {special.__name__: special(rank, world) for special in SPECIALS}
+        (folder / f"{rank}.json").write_text(json.dumps(found))
     # Rank 0 may keep the store of all. No barrier: after a failure the group is of no use.
     end = distributed_c10d._get_default_store()
     end.set(f"end/{rank}", "")
@@ -229,10 +229,10 @@ def works_after_a_mistake(rank: int, world: int) -> bool:
 def one_rank_fails(rank: int, world: int) -> str:
     """The first rank's decoder breaks on its first tile: it raises its own error, the others hear of it at once."""
     vae = video_vae()
-    parallelize_vae(vae)
+    parallelize_vae(vae, mesh=dist.new_group())
     if rank == 0:
         vae.decoder.forward = broken
-    own = MemoryError if rank == 0 else PeerError
+    own = MemoryError if rank == 0 else RankFailure
     text = message(lambda: vae.decode(torch.zeros(1, 4, 1, 9, 9)), own)
     assert type(vae.decoder).__name__ == "HunyuanVideoDecoder3D"
     assert vae.use_tiling is False
@@ -241,10 +241,10 @@ def one_rank_fails(rank: int, world: int) -> str:
 
 def one_rank_never_arrives(rank: int, world: int) -> str:
     vae = video_vae()
-    parallelize_vae(vae, timeout=1.0)
+    parallelize_vae(vae, mesh=dist.new_group(), timeout=1.0)
     if rank == 0:
         return ""
-    return message(lambda: vae.decode(torch.zeros(1, 4, 1, 9, 9)), PeerError)
+    return message(lambda: vae.decode(torch.zeros(1, 4, 1, 9, 9)), RankFailure)
 
 
 def broken(*args: object) -> None:
@@ -282,6 +282,13 @@ def requires_grad(rank: int, world: int) -> str:
     return message(lambda: vae.decode(torch.zeros(1, 4, 1, 9, 9, requires_grad=True)))
 
 
+def one_rank_is_wrong(rank: int, world: int) -> str:
+    vae = video_vae()
+    parallelize_vae(vae)
+    given: Any = "latents" if rank == 1 else torch.zeros(1, 4, 1, 9, 9)
+    return message(lambda: vae.decode(given))
+
+
 def both_ways(rank: int, world: int) -> bool:
     """`forward` is encode and decode in a row, with one rank late."""
     vae, sample = video_vae(), torch.randn(1, 3, 9, 20, 17, generator=torch.Generator().manual_seed(2))
@@ -305,16 +312,17 @@ SPECIALS = [
     not_a_member,
     requires_grad,
     both_ways,
-    one_rank_never_arrives,
+    one_rank_is_wrong,
     one_rank_fails,
+    one_rank_never_arrives,
 ]
 
 
-def last_call(rank: int, folder: Path) -> None:
+def dead_rank(rank: int, folder: Path) -> None:
     """Rank 1 of 4 dies without a word on its first tile. The others must end with its name."""
     vae = CASES["video"].set_up()
     parallelize_vae(vae, timeout=LOST_AFTER)
     if rank == 1:
         vae.decoder.forward = lambda *_: os._exit(1)
-    text = message(lambda: CASES["video"].run(vae), PeerError)
+    text = message(lambda: CASES["video"].run(vae), RankFailure)
     (folder / f"{rank}-last.txt").write_text(text)

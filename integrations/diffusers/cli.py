@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+RANK_FAILED = 1
 USER_ERROR = 2
 
 DESCRIPTION = """\
@@ -81,17 +82,28 @@ which dtype and head dimension and why, and what is missing and how to get it. S
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code (0 done, 2 bad input, 130 interrupted)."""
+    """Entry point; returns the exit code (0 done, 1 another rank failed, 2 bad input, 130 interrupted)."""
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
     except (ValueError, ImportError, OSError) as error:
-        print(f"{_rank()}para-kernels {options.command}: error: {_one_line(error)}", file=sys.stderr)
-        return USER_ERROR
+        return _said(options.command, error, USER_ERROR)
+    except RuntimeError as error:
+        from para_kernels.parallel import RankFailure
+
+        if not isinstance(error, RankFailure):
+            raise
+        return _said(options.command, error, RANK_FAILED)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _said(command: str, error: Exception, code: int) -> int:
+    """The error in one line; returns the exit code."""
+    print(f"{_rank()}para-kernels {command}: error: {_one_line(error)}", file=sys.stderr, flush=True)
+    return code
 
 
 def _rank() -> str:
@@ -225,6 +237,11 @@ def _add_parallel(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--timeout", type=float, metavar="SECONDS", help="of waiting for another rank before all end (default: 120)"
     )
+    group.add_argument(
+        "--no-parallel-vae",
+        action="store_true",
+        help="every rank decodes the whole video; sharing it out tiles it, which changes it slightly",
+    )
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -262,6 +279,8 @@ def _generate(options: argparse.Namespace) -> None:
     parallel = processes.parallel_options(
         options.parallel, options.batch, options.ring, options.ulysses, options.transport, options.timeout
     )
+    if parallel is None and options.no_parallel_vae:
+        raise ValueError("--no-parallel-vae: has no effect in one process; start the command with torchrun")
     device = processes.own_device(resolve_device(options.device))
     generate.run(
         generate.GenerateJob(
@@ -286,6 +305,7 @@ def _generate(options: argparse.Namespace) -> None:
                 warmup_steps=options.warmup_steps,
                 max_consecutive_hits=options.max_consecutive_hits,
                 parallel=parallel,
+                parallel_vae=not options.no_parallel_vae,
             ),
             batched=not options.one_by_one,
             output=options.output,

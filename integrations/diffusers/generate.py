@@ -17,6 +17,7 @@ from .accelerate import accelerate, apply_cache_on_pipe
 from .handle import Handle
 from .loading import load_pipeline
 from .processes import is_first, joined
+from .vae import ParallelVae, parallelize_vae
 from .video import check_video, make_folder, write_mp4
 
 ATTENTION = ("exact", "stock")
@@ -71,6 +72,7 @@ class Acceleration:
         warmup_steps: steps that are always computed at the start.
         max_consecutive_hits: reused steps in a row after which one is computed; None for no limit.
         parallel: how the work is spread over the ranks of the world; None for one process.
+        parallel_vae: with `parallel`, whether the ranks share out the VAE's tiles too. Turns tiling on.
     """
 
     attention: str = "exact"
@@ -78,6 +80,7 @@ class Acceleration:
     warmup_steps: int = 0
     max_consecutive_hits: int | None = None
     parallel: ContextParallel | None = None
+    parallel_vae: bool = True
 
     def check(self) -> None:
         """Raise a ValueError that names the first bad field, before a model is loaded."""
@@ -106,6 +109,13 @@ class Acceleration:
             warmup_steps=self.warmup_steps,
             max_consecutive_hits=self.max_consecutive_hits,
         )
+
+    def install_vae(self, pipe: Any) -> ParallelVae | None:
+        """Share the VAE's tiles out over all ranks, where that is wanted. Neither installation depends on the other:
+        they may be put on and removed in any order."""
+        if self.parallel is None or not self.parallel_vae:
+            return None
+        return parallelize_vae(pipe.vae, timeout=self.parallel.timeout)
 
     def _threshold(self) -> float | None:
         """As `apply_cache_on_pipe` takes it: 0 for no cache, None for the family's default."""
@@ -187,12 +197,15 @@ def run(job: GenerateJob) -> None:
     with joined(job.device, job.acceleration.parallel):
         pipe = load_pipeline(job.model, job.device, job.dtype, job.revision)
         handle = job.acceleration.install(pipe)
+        vae = job.acceleration.install_vae(pipe)
         paths = output_paths(job.output, len(job.request.prompts))
         for request, request_paths in _calls(job.request, paths, job.batched):
             generation = generate(pipe, request)
             if is_first():
                 _write(job, request, generation, request_paths)
                 print(handle.summary())
+                if vae is not None:
+                    print(f"\n{vae.summary()}")
 
 
 def _write(job: GenerateJob, request: Request, generation: Generation, paths: list[Path]) -> None:

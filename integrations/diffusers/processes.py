@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from para_kernels import ContextParallel
-from para_kernels.parallel.failure import DEFAULT_TIMEOUT
+from para_kernels.parallel.failure import DEFAULT_TIMEOUT, RankFailure
 
 AUTO = "auto"
 
@@ -77,7 +77,10 @@ def parallel_options(
 
 @contextmanager
 def joined(device: torch.device, parallel: ContextParallel | None) -> Iterator[None]:
-    """Inside, this process is part of the world that torchrun has started; nothing happens without `parallel`."""
+    """Inside, this process is part of the world that torchrun has started; nothing happens without `parallel`.
+
+    After a RankFailure the world is ended rather than left: nobody waits for a rank that is gone.
+    """
     if parallel is None:
         yield
         return
@@ -90,5 +93,12 @@ def joined(device: torch.device, parallel: ContextParallel | None) -> Iterator[N
     )
     try:
         yield
-    finally:
+    except RankFailure:
+        with suppress(Exception):  # Backends differ in what they can end.
+            if (world := dist.group.WORLD) is not None:
+                world.abort()
+        raise
+    except BaseException:
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()

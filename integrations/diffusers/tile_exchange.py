@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .peers import Peers
+from para_kernels.parallel.failure import wait_for_collective
 
 # A round is this many tiles per rank. Two rounds are under way at a time: while one is handed out, the next one is
 # computed. More would balance no better: 308 tiles of a 720p video on 8 ranks keep them busy for 99.4 % of the time.
@@ -62,20 +62,26 @@ class TileExchange:
         tiles: of the whole call, the same ones on every rank.
         compute: makes a tile of its source.
         dtype: of what it makes.
-        peers: the ranks.
+        group: the ranks.
         what: such as "decode", for messages.
     """
 
     def __init__(
-        self, tiles: Sequence[Tile], compute: Callable[[Tensor], Tensor], dtype: torch.dtype, peers: Peers, what: str
+        self,
+        tiles: Sequence[Tile],
+        compute: Callable[[Tensor], Tensor],
+        dtype: torch.dtype,
+        group: dist.ProcessGroup,
+        what: str,
     ) -> None:
         self.tiles = tiles
         self._compute = compute
         self._dtype = dtype
-        self._peers = peers
+        self._group = group
+        self._ranks = dist.get_process_group_ranks(group)
         self._what = what
-        self._owners = assign([tile.cost for tile in tiles], peers.world)
-        self._rounds = rounds(len(tiles), peers.world)
+        self._owners = assign([tile.cost for tile in tiles], group.size())
+        self._rounds = rounds(len(tiles), group.size())
         self._launched = 0
         self._taken = 0
         self._made: dict[int, tuple[Tensor, Any]] = {}
@@ -89,7 +95,7 @@ class TileExchange:
     @property
     def own(self) -> int:
         """How many tiles this rank computes."""
-        return self._owners.count(self._peers.index)
+        return self._owners.count(self._group.rank())
 
     def seconds(self) -> float:
         """Time that this rank's device spent on its tiles. To be asked once all tiles are handed out."""
@@ -99,24 +105,26 @@ class TileExchange:
         """The next tile, which must be the one made of `source`. The caller may write into it.
 
         Raises:
-            PeerError: another rank failed, died, or sent nothing in time.
+            RankFailure: another rank failed, died, or sent nothing in time.
             RuntimeError: the tiles are asked for in another order than they were recorded in.
         """
         index = self._taken
         if self.done or source.shape != self.tiles[index].source.shape:
             raise RuntimeError(f"{self._what}: diffusers asks for other tiles the second time; please report this")
-        ahead = index // (TILES_PER_ROUND * self._peers.world) + 2
+        ahead = index // (TILES_PER_ROUND * self._group.size()) + 2
         while self._launched < min(ahead, len(self._rounds)):
             self._launch(self._rounds[self._launched])
             self._launched += 1
         made, transfer = self._made.pop(index)
         if transfer is not None:
-            self._peers.wait(transfer, self._owners[index], f"tile {index} of {len(self.tiles)} of this {self._what}")
+            owner = self._owners[index]
+            name = f"tile {index} of {len(self.tiles)} of this {self._what}, which rank {self._ranks[owner]} makes"
+            wait_for_collective(transfer, self._group, name, owner)
         self._taken += 1
         return made
 
     def _launch(self, tiles: range) -> None:
-        own = {index: self._run(index) for index in tiles if self._owners[index] == self._peers.index}
+        own = {index: self._run(index) for index in tiles if self._owners[index] == self._group.rank()}
         for index in tiles:
             tile = self.tiles[index]
             made = own.pop(index, None)
@@ -133,13 +141,12 @@ class TileExchange:
                 f"{self._what}: the tile of {tuple(tile.source.shape)} came out as {tuple(made.shape)} in {made.dtype},"
                 f" expected {tile.shape} in {self._dtype}; please report this"
             )
-        self._peers.sign()
         return made
 
     def _broadcast(self, made: Tensor, owner: int) -> Any:
-        if self._peers.world == 1:
+        if self._group.size() == 1:
             return None
-        return dist.broadcast(made, src=self._peers.ranks[owner], group=self._peers.group, async_op=True)
+        return dist.broadcast(made, src=self._ranks[owner], group=self._group, async_op=True)
 
 
 class Stopwatch:

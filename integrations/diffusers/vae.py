@@ -8,12 +8,9 @@ the tiles, and a second pass gets them, one by one in its own order, from a stan
 from __future__ import annotations
 
 import functools
-import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
@@ -22,8 +19,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from para_kernels.checks import check_inference
+from para_kernels.parallel.failure import (
+    DEFAULT_TIMEOUT,
+    check_agreement,
+    check_timeout,
+    deadline,
+    exchange,
+    give_up,
+)
 
-from .peers import Peers
 from .tile_exchange import Tile, TileExchange
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -135,7 +139,7 @@ DIRECTIONS = (
 
 
 def parallelize_vae(
-    vae: Any, *, mesh: DeviceMesh | dist.ProcessGroup | None = None, timeout: float = 120.0
+    vae: Any, *, mesh: DeviceMesh | dist.ProcessGroup | None = None, timeout: float = DEFAULT_TIMEOUT
 ) -> ParallelVae:
     """Let all ranks of a group decode and encode together. Every rank must call this, and then decode the same latents.
 
@@ -152,7 +156,7 @@ def parallelize_vae(
     Args:
         vae: an `AutoencoderKLHunyuanVideo` or `AutoencoderKL`, with the same weights and settings on every rank.
         mesh: the ranks, a one-dimensional `DeviceMesh` (`mesh._flatten()` makes one) or a process group; None for all.
-        timeout: seconds without a tile from a rank after which it counts as lost; more than one tile takes.
+        timeout: seconds of waiting for a tile after which its rank counts as lost; more than four tiles take.
 
     Returns:
         The handle of the installation: `work()`, `summary()`, `remove()`. The same one every time until it is removed.
@@ -160,18 +164,17 @@ def parallelize_vae(
     Raises:
         ValueError: an argument is not allowed; the VAE is then as it was. From `decode` and `encode`: ranks differ in
             what they are given or how they are set, found before the first tile.
-        PeerError: from `decode` and `encode`: another rank failed, died or never arrived. It names the rank.
+        RankFailure: from `decode` and `encode`: another rank failed, died or never arrived. It names the rank.
     """
     vae = getattr(vae, "_orig_mod", vae)
     family = _family(vae)
-    if isinstance(timeout, bool) or not isinstance(timeout, Real) or not timeout > 0:
-        raise ValueError(f"timeout: got {timeout!r}, must be a number of seconds > 0")
+    check_timeout(timeout)
     group = _group(mesh)
     handle = ParallelVae.on(vae)
     if handle is None:
         _check_own_methods(vae)
         handle = ParallelVae(vae, family)
-    handle._install(Peers(group, float(timeout)))
+    handle._install(group, float(timeout))
     return handle
 
 
@@ -232,8 +235,10 @@ class ParallelVae:
         self._vae = vae
         self._family = family
         self._entries: dict[str, Callable[..., Any]] = {}
-        self._peers: Peers | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._timeout = DEFAULT_TIMEOUT
         self._last: str | None = None
+        self._work: tuple[RankWork, ...] = ()
 
     @staticmethod
     def on(vae: Any) -> ParallelVae | None:
@@ -259,18 +264,11 @@ class ParallelVae:
     @property
     def ranks(self) -> tuple[int, ...]:
         """The ranks that share the work, as the world counts them; empty after `remove`."""
-        return tuple(self._peers.ranks) if self._peers else ()
+        return tuple(dist.get_process_group_ranks(self._group)) if self._group else ()
 
     def work(self) -> tuple[RankWork, ...]:
-        """What each rank did in the last call, in rank order; empty before the first. Waits for ranks still at it.
-
-        Raises:
-            PeerError: a rank did not finish the call.
-        """
-        if self._last is None or self._peers is None:
-            return ()
-        told = self._peers.told("work", f"end of {self._last}")
-        return tuple(RankWork(rank, **json.loads(text)) for rank, text in zip(self._peers.ranks, told, strict=True))
+        """What each rank did in the last call, in rank order; empty before the first."""
+        return self._work
 
     def summary(self) -> str:
         """What is installed and what the last call did, in plain text."""
@@ -286,12 +284,14 @@ class ParallelVae:
             if self._vae.__dict__.get(name) is entry:  # else somebody wrapped it, and it just passes calls on
                 del self._vae.__dict__[name]
         self._entries = {}
-        self._peers = self._last = None
+        self._group = self._last = None
+        self._work = ()
 
     # --- installation -----------------------------------------------------------------------------------------------
 
-    def _install(self, peers: Peers) -> None:
-        self._peers, self._last = peers, None
+    def _install(self, group: dist.ProcessGroup, timeout: float) -> None:
+        self._group, self._timeout = group, timeout
+        self._last, self._work = None, ()
         for direction in DIRECTIONS:
             if direction.name not in self._entries:
                 self._entries[direction.name] = self._vae.__dict__[direction.name] = self._entry(direction)
@@ -311,38 +311,49 @@ class ParallelVae:
     # --- a call -----------------------------------------------------------------------------------------------------
 
     def _call(self, direction: Direction, original: functools.partial[Any]) -> Any:
-        peers = self._peers
-        assert peers is not None
-        self._last = None
-        peers.begin_call()
-        try:
-            given = _given(direction, original)
-            check_inference(**{direction.argument: given})
-            _check_backend(direction, given, peers)
-            with torch.no_grad(), ExitStack() as undo:
-                _set_for_now(undo, self._vae, "use_tiling", True)
-                output, exchange = self._share_out(direction, original, given, peers)
-            peers.tell("work", json.dumps({"tiles": exchange.own, "seconds": exchange.seconds()}))
-        except BaseException as error:
-            peers.give_up(error)
-            raise
+        group = self._group
+        assert group is not None
+        self._last, self._work = None, ()
+        with deadline(self._timeout), ExitStack() as undo:
+            _set_for_now(undo, self._vae, "use_tiling", True)
+            tiles, chain, dtype = self._agreed(direction, original, group)
+            undo.enter_context(torch.no_grad())
+            try:
+                shared = TileExchange(tiles, nn.Sequential(*chain), dtype, group, direction.name)
+                with _stand_ins(self._vae, direction, shared.take):
+                    output = original()
+                if not shared.done:
+                    raise RuntimeError(
+                        f"{direction.name}: diffusers asks for fewer tiles the second time; please report this"
+                    )
+                told = exchange(group, [shared.own, shared.seconds()], f"end of the {direction.name}")
+            except BaseException as error:
+                give_up(group, error)
+                raise
+        self._work = tuple(RankWork(rank, *work) for rank, work in zip(self.ranks, told, strict=True))
         self._last = direction.name
         return output
 
-    def _share_out(
-        self, direction: Direction, original: Callable[[], Any], given: Tensor, peers: Peers
-    ) -> tuple[Any, TileExchange]:
-        chain = list(_chain(self._vae, direction).values())
-        dtype = _made_dtype(chain, given)
-        tiles = self._recorded(direction, original, dtype)
-        _check_agreement(direction, peers, self._facts(direction, given, dtype, chain))
-        peers.forget_last_call()
-        exchange = TileExchange(tiles, nn.Sequential(*chain), dtype, peers, direction.name)
-        with _stand_ins(self._vae, direction, exchange.take):
-            output = original()
-        if not exchange.done:
-            raise RuntimeError(f"{direction.name}: diffusers asks for fewer tiles the second time; please report this")
-        return output, exchange
+    def _agreed(
+        self, direction: Direction, original: functools.partial[Any], group: dist.ProcessGroup
+    ) -> tuple[list[Tile], list[nn.Module], torch.dtype]:
+        """The tiles, what they go through, and the dtype of what comes out, once all ranks have the same."""
+        what = f"{direction.name} call"
+        try:
+            given = _given(direction, original)
+            check_inference(**{direction.argument: given})
+            _check_backend(direction, given, group)
+            chain = list(_chain(self._vae, direction).values())
+            dtype = _made_dtype(chain, given)
+            with torch.no_grad():
+                tiles = self._recorded(direction, original, dtype)
+                facts = self._facts(direction, given, dtype, chain)
+        except Exception as error:
+            with suppress(ValueError):  # for the others; here its own error is raised
+                check_agreement(group, {}, problem=str(error), what=what)
+            raise
+        check_agreement(group, facts, what=what)
+        return tiles, chain, dtype
 
     def _recorded(self, direction: Direction, original: Callable[[], Any], dtype: torch.dtype) -> list[Tile]:
         """The tiles of the call, in the order in which diffusers makes them; nothing is computed."""
@@ -384,28 +395,14 @@ def _given(direction: Direction, original: functools.partial[Any]) -> Tensor:
     return given
 
 
-def _check_backend(direction: Direction, given: Tensor, peers: Peers) -> None:
-    backends = dist.get_backend_config(peers.group)  # such as "cpu:gloo,cuda:nccl"
+def _check_backend(direction: Direction, given: Tensor, group: dist.ProcessGroup) -> None:
+    backends = dist.get_backend_config(group)  # such as "cpu:gloo,cuda:nccl"
     devices = [pair.split(":")[0] for pair in backends.split(",")]
-    if given.device.type not in devices and peers.world > 1:
+    if given.device.type not in devices and group.size() > 1:
         raise ValueError(
             f"{direction.argument}: got device {given.device}, but the group's backends are {backends}; allowed are"
             f" {' and '.join(devices)}"
         )
-
-
-def _check_agreement(direction: Direction, peers: Peers, facts: dict[str, Any]) -> None:
-    """All ranks raise the same error if they differ, and name those that are not as most are."""
-    told = peers.exchange("plan", json.dumps(facts), f"{direction.name} call")
-    plans = [json.loads(text) for text in told]
-    for name in plans[0]:
-        values = [json.dumps(plan.get(name)) for plan in plans]
-        usual, count = Counter(values).most_common(1)[0]
-        if count < len(values):
-            odd = "; ".join(
-                f"rank {rank} has {value}" for rank, value in zip(peers.ranks, values, strict=True) if value != usual
-            )
-            raise ValueError(f"{direction.argument}: ranks differ in the {name}: {odd}; the others have {usual}")
 
 
 def _made_dtype(chain: Sequence[nn.Module], given: Tensor) -> torch.dtype:

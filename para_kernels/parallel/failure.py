@@ -121,6 +121,37 @@ def wait(
         raise RankFailure(text + roll_call()) from error
 
 
+def wait_for_collective(work: dist.Work, group: ProcessGroup, what: str, source: int) -> None:
+    """Wait on the host, also on CUDA, until an asynchronous collective is done, for at most the current timeout.
+
+    Args:
+        what: names what it brings, as in "tile 3".
+        source: the rank of `group` that it comes from.
+
+    Raises:
+        RankFailure: if it did not come, as from `wait`; or at once if a rank has said that it gives up.
+    """
+    timeout, started, pause = current_timeout(), time.monotonic(), 5e-5
+    look = started + LOOK_INTERVAL
+    while not work.is_completed():
+        time.sleep(pause)
+        pause = min(2 * pause, 2e-3)
+        now = time.monotonic()
+        if now < look:
+            continue
+        look = now + LOOK_INTERVAL
+        with contextlib.suppress(dist.DistError):  # A store that is gone does not say who else is.
+            _raise_given_up(group)
+        if now - started > timeout:
+            raise RankFailure(_late(group, what, now - started) + roll_call())
+    try:
+        work.wait()
+    except RuntimeError as error:
+        with contextlib.suppress(dist.DistError):
+            _raise_given_up(group)
+        raise RankFailure(_lost(group, what, [source]) + roll_call()) from error
+
+
 def stream_ordered(group: ProcessGroup, device: torch.device) -> bool:
     """True where a wait only orders streams; gloo blocks the host, which then has to bound the wait."""
     return device.type == "cuda" and "nccl" in dist.get_backend(group)
@@ -194,6 +225,34 @@ def _in_thread(work: Callable[[], Result], limit: float) -> Result:
     return result  # pyright: ignore[reportReturnType] - without an error there is a result
 
 
+# --- giving up --------------------------------------------------------------------------------------------------------
+
+LOOK_INTERVAL = 0.25  # seconds between two looks at whether another rank has given up
+_STORE_SECONDS = 2.0  # for a word to a store that may have stopped
+
+
+def give_up(group: ProcessGroup, error: BaseException) -> None:
+    """Tell the others why this rank leaves what the ranks of `group` are doing together: they end at once.
+
+    Nothing is told of a RankFailure, which they find themselves. The group cannot be used any more.
+    """
+    if isinstance(error, RankFailure) or group.size() == 1:
+        return
+    reason = f"rank {global_rank(group, group.rank())} gave up: {type(error).__name__}: {error}"
+    with contextlib.suppress(RuntimeError, TimeoutError):
+        _in_thread(lambda: _told(group).set("why", reason), _STORE_SECONDS)
+
+
+def _raise_given_up(group: ProcessGroup) -> None:
+    store = _told(group)
+    if store.check(["why"]):
+        raise RankFailure(store.get("why").decode())
+
+
+def _told(group: ProcessGroup) -> dist.Store:
+    return dist.PrefixStore(f"para_kernels/gave_up/{group.group_name}", group.get_group_store())
+
+
 # --- agreement --------------------------------------------------------------------------------------------------------
 
 _rounds: dict[str, int] = {}
@@ -242,8 +301,12 @@ def _exchange(group: ProcessGroup, message: str, what: str) -> list:
 def _await_keys(store: dist.Store, keys: list[str], group: ProcessGroup, what: str) -> None:
     """Look, rather than wait: a wait would keep the store from other threads, such as NCCL's watchdog."""
     timeout, started, pause = current_timeout(), time.monotonic(), 1e-4
+    look = LOOK_INTERVAL
     while not store.check(keys):
         waited = time.monotonic() - started
+        if waited > look:
+            look = waited + LOOK_INTERVAL
+            _raise_given_up(group)
         absent = [] if waited < timeout else [rank for rank, key in enumerate(keys) if not store.check([key])]
         if absent:
             names = named([global_rank(group, rank) for rank in absent])
