@@ -16,12 +16,21 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from para_kernels.triton_kernels import attention, hopper_attention, merge_states, residual_diff, ring_attention  # noqa: E402
+from para_kernels.triton_kernels import (  # noqa: E402
+    attention,
+    hopper_attention,
+    hopper_ring_attention,
+    merge_states,
+    residual_diff,
+    ring_attention,
+)
 from para_kernels.triton_kernels.hopper_attention import HopperConfig  # noqa: E402
 
 # Shared memory that one program may use, in bytes (CUDA C++ programming guide, table of compute capabilities).
 # Of each multiprocessor, in bytes, without what the system takes for the first program.
 SHARED_MEMORY = {(8, 0): 163 * 1024, (8, 9): 99 * 1024, (9, 0): 227 * 1024}
+# Once per tile, outside the loop over blocks of keys.
+HOPPER_RING_SPILLS = {(128, torch.bfloat16): 36}
 SHARED_MEMORY_OF_A_PROGRAM = 1024  # what the system takes for each
 # Bytes that may spill. D = 256 does not fit the registers of sm80 and sm89, which hold q and the accumulators; on sm90
 # at D = 128 two programs share a multiprocessor, each at the limit of 255 registers, with a few spilled bytes.
@@ -174,6 +183,39 @@ def compile_hopper_attention(config: HopperConfig, head_dim: int, dtype: torch.d
     }  # fmt: skip
     kernel = hopper_attention._hopper_attention
     return compile_kernel(kernel, signature, constants, (9, 0), num_warps=4, maxnreg=config.max_registers)
+
+
+def compile_hopper_ring_attention(head_dim: int, dtype: torch.dtype) -> Usage:
+    kind = POINTER_TYPES[dtype]
+    element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+
+    def descriptor(block: list[int]) -> str:
+        return f"tensordesc<{kind}{block},{gl.NVMMASharedLayout.get_default_for(block, element)!r}>"
+
+    signature = {"q": descriptor([1, 1, 64, head_dim]), "memory": descriptor([64, head_dim])}
+    signature |= {"out": f"*{kind}", "lse": "*fp32", "scale_log2": "fp32"}
+    signature |= dict.fromkeys(("q_lens", "kv_lens", "table", "arrivals", "error"), "*i32")
+    config = hopper_attention._CONFIGS[head_dim]
+    constants = {
+        "CONSUMERS": config.consumers, "D": head_dim, "STAGES": config.stages, "Q_STAGES": config.query_stages,
+        "ONLINE": dtype == torch.float16,
+    }  # fmt: skip
+    kernel = hopper_ring_attention._hopper_ring_attention
+    return compile_kernel(kernel, signature, constants, (9, 0), num_warps=4)
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(128, torch.bfloat16), (64, torch.float16)], ids=str)
+def test_hopper_ring_attention(head_dim: int, dtype: torch.dtype) -> None:
+    """A flag's acquire comes before the fence between the proxies, and that before the copies of what has arrived."""
+    usage = compile_hopper_ring_attention(head_dim, dtype)
+    assert usage.spilled_bytes <= HOPPER_RING_SPILLS.get((head_dim, dtype), 0)
+    assert usage.shared <= SHARED_MEMORY[9, 0]
+    assert usage.registers * 512 <= 65536
+    acquire = re.search(r"(?:ld|atom)\.\S*acquire\S*", usage.ptx)
+    assert acquire is not None
+    assert "sys" in acquire[0]
+    fence = usage.ptx.index("fence.proxy.async.global", acquire.end())
+    assert usage.ptx.index("cp.async.bulk.tensor.2d", fence) > fence
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from para_kernels.triton_kernels import (  # noqa: E402
     attention,
     dispatch,
     hopper_attention,
+    hopper_ring_attention,
     launch,
     merge_states,
     residual_diff,
@@ -57,7 +58,7 @@ def fresh(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(launch, "_current_stream", lambda index: STREAM)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     launch.use_extension(_C, str(fake.path))
-    for module in (attention, hopper_attention, merge_states, residual_diff, ring_attention):
+    for module in (attention, hopper_attention, hopper_ring_attention, merge_states, residual_diff, ring_attention):
         module._plan.cache_clear()
     for launchers in (
         attention._launcher,
@@ -65,6 +66,7 @@ def fresh(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         residual_diff._launcher,
         residual_diff._sums_launcher,
         ring_attention._launcher,
+        hopper_ring_attention._launcher,
         ring_attention._packer,
     ):
         launchers.cache_clear()
@@ -141,6 +143,8 @@ def attend_in_pieces(kv_lens: Tensor | None = None, **changes: Any) -> Callable[
     pieces = ring_attention.Pieces(memory, table, flags, 2, 5, error, 1.0)
     arguments: dict[str, Any] = {"kv_heads": 4, "own_start": 0, "capability": (9, 0)} | changes
     lse = torch.empty(2, 4, 40)
+    if arguments.pop("hopper", False):
+        return lambda: dispatch.ring_attention_forward(q, pieces, 70, out, lse, None, kv_lens, 0.125, **arguments)
     return lambda: ring_attention.ring_attention_forward(q, pieces, out, lse, None, kv_lens, 0.125, **arguments)
 
 
@@ -180,6 +184,7 @@ CALLS: dict[str, Callable[[], Callable[[], object]]] = {
     "hopper attention": attend_on_hopper,
     "hopper attention, lengths": lambda: attend_on_hopper(q_lens=LENS, kv_lens=LENS),
     "attention in pieces": attend_in_pieces,
+    "attention in pieces, Hopper": lambda: attend_in_pieces(LENS, hopper=True),
     "attention in pieces, lengths": lambda: attend_in_pieces(LENS),
     "attention in pieces, pointers": lambda: attend_in_pieces(LENS, capability=(8, 0)),
     "a piece": pack,
