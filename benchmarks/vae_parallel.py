@@ -28,6 +28,7 @@ from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
 
 from para_kernels.integrations.diffusers import parallelize_vae
+from para_kernels.integrations.diffusers.vae import RankWork
 
 from .record import OURS, Record, write_records
 
@@ -108,6 +109,7 @@ def _measure(direction: str, vae: Any, options: argparse.Namespace, device: torc
     call = _call(direction, vae, given)
     vae.enable_tiling()
     alone, together = Timed(), Timed()
+    work: tuple[RankWork, ...] = ()
     for turn in range(
         options.repeats + 1
     ):  # in turns, so that what slows the machine down slows both; the first warms up

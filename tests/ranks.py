@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
+import pickle
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +64,16 @@ def launch(
         for process in started:
             process.kill()
             process.join()
+
+
+def once(folder: Path, name: str, make: Callable[[], Any]) -> Any:
+    """What `make` returns. The first of all workers of a run of the tests who asks for `name` makes it, for all."""
+    known = folder / f"{name}.pickle"
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not known.exists():
+            known.write_bytes(pickle.dumps(make()))
+    return pickle.loads(known.read_bytes())
 
 
 def _result(process: Any, pipe: Any, end: float) -> Any:

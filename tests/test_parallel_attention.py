@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+from pathlib import Path
 from typing import Any
 
 import parallel_cases
@@ -11,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from parallel_cases import CASES, Case
-from ranks import DeadError, launch
+from ranks import DeadError, launch, once
 from reference import TOLERANCES
 
 from para_kernels.parallel.collective import Partial, merged, result
@@ -22,12 +24,25 @@ WORLDS = [2, 3, 4]
 LSE_TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 2e-3, torch.float16: 2e-3}
 
 
+shared: list[Path] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A folder that all workers of this run of the tests have in common."""
+    own = tmp_path_factory.getbasetemp()
+    shared[:] = [own.parent if "PYTEST_XDIST_WORKER" in os.environ else own]
+
+
 @functools.cache
 def launched(world: int, target: str) -> list[Any]:
-    try:
-        return launch(world, getattr(parallel_cases, target))
-    except TimeoutError as late:
-        return [late]
+    def outcomes() -> list[Any]:
+        try:
+            return launch(world, getattr(parallel_cases, target))
+        except TimeoutError as late:
+            return [late]
+
+    return once(shared[0], f"{target}-{world}", outcomes)
 
 
 def results(world: int, target: str) -> list[Any]:
