@@ -21,6 +21,7 @@ import torch
 from para_kernels import flash_attention, ops, residual_diff
 from para_kernels.triton_kernels import attention as attention_kernel
 from para_kernels.triton_kernels import hopper_attention as hopper_kernel
+from para_kernels.triton_kernels import hopper_choice
 from para_kernels.triton_kernels import residual_diff as residual_kernel
 from para_kernels.triton_kernels.attention import AttentionConfig, attention_forward
 
@@ -101,23 +102,23 @@ def _sweep_portable(device: torch.device) -> list[Record]:
 def _sweep_hopper(device: torch.device) -> list[Record]:
     """Every way to cut a problem at every small shape: what the constants of the Hopper kernel's choice rest on."""
     records = []
-    chosen = hopper_kernel._choose
-    large, small = hopper_kernel._CONFIGS[128], hopper_kernel._CONFIGS_SMALL[128]
-    choices = [hopper_kernel._Choice(large, active, stays) for active in (3, 2) for stays in (True, False)]
-    choices.append(hopper_kernel._Choice(small, 1, False))
+    chosen = hopper_kernel.choose
+    large, small = hopper_choice.CONFIGS[128], hopper_choice.SMALL_CONFIGS[128]
+    choices = [hopper_choice.Choice(large, active, stays) for active in (3, 2) for stays in (True, False)]
+    choices.append(hopper_choice.Choice(small, 1, False))
     for batch, queries, keys in SMALL:
         shape = {"B": batch, "Sq": queries, "Sk": keys, "H": HEADS, "D": 128}
         q = attention_inputs(batch, queries, HEADS, 128, torch.bfloat16, device)[0]
         k, v = attention_inputs(batch, keys, HEADS, 128, torch.bfloat16, device)[:2]
         for choice in choices:
-            hopper_kernel._choose = lambda *_, choice=choice: choice
+            hopper_kernel.choose = lambda *_, choice=choice, **__: choice
             _forget_plans(hopper_kernel)
             calls = [functools.partial(flash_attention, q, k, v)] * 10
             ms = graph_medians_ms({OURS: calls}, device)[OURS]
             rows = {"consumers": choice.config.consumers, "active": choice.active, "stays": int(choice.stays)}
             records.append(Record("tune_hopper", shape | rows, "bfloat16", "hopper", ms))
             print(shape, rows, f"{ms * 1e3:.1f} us", flush=True)
-    hopper_kernel._choose = chosen
+    hopper_kernel.choose = chosen
     _forget_plans(hopper_kernel)
     return records
 

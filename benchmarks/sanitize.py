@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from para_kernels.triton_kernels import hopper_attention
+from para_kernels.triton_kernels import hopper_attention, hopper_ring_attention
 
 from . import summing_partitions
 from .record import REPOSITORY, Check, write_records
@@ -47,7 +47,9 @@ DONE = (
 )
 RACE = re.compile(r"Race reported between (.*access at .*(?:\n=+ +and .*access at .*)+)")
 PLACE = re.compile(r" in ([\w./]+\.py):(\d+)")
-DISPATCHING = (Path(hopper_attention.__file__), Path(summing_partitions.__file__))
+DISPATCHING = tuple(
+    Path(str(module.__file__)) for module in (hopper_attention, hopper_ring_attention, summing_partitions)
+)
 FAILED = re.compile(r"\b[1-9]\d* (?:failed|errors?)\b")
 
 

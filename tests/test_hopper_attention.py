@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 from para_kernels import flash_attention, flash_attention_varlen
-from para_kernels.triton_kernels import hopper_attention
+from para_kernels.triton_kernels import hopper_attention, hopper_choice, hopper_parts
 from tests.reference import TOLERANCES, attention_batch, error
 
 HALF = (torch.bfloat16, torch.float16)
@@ -31,7 +31,7 @@ on_hopper = [pytest.mark.gpu, pytest.mark.skipif(not is_hopper(), reason="needs 
     ],
 )
 def test_descriptors(shape: tuple[int, ...], stride: tuple[int, ...], expected: object) -> None:
-    assert hopper_attention._descriptor(shape, stride) == expected
+    assert hopper_parts._descriptor(shape, stride) == expected
 
 
 @pytest.mark.parametrize(
@@ -43,22 +43,22 @@ def test_descriptors(shape: tuple[int, ...], stride: tuple[int, ...], expected: 
 )  # fmt: skip
 def test_the_size_chooses_the_rows_of_a_tile(max_q: int, keys: int, samples: int, active: int) -> None:
     """The fastest at 24 heads on 132 multiprocessors, as measured."""
-    choice = hopper_attention._choose(128, max_q, keys, 24, samples, 132)
+    choice = hopper_choice.choose(128, max_q, keys, 24, samples, 132)
     assert choice.active == active
     assert choice.config.consumers == (1 if active == 1 else 3)
 
 
 def test_long_sequences_leave_the_order_of_tiles_to_the_hardware() -> None:
-    assert hopper_attention._choose(128, 16384, 16384, 24, 1, 132).stays
-    assert not hopper_attention._choose(128, 119056, 119056, 24, 1, 132).stays
-    assert not hopper_attention._choose(128, 16384, 16384, 24, 4, 132, uneven=True).stays
+    assert hopper_choice.choose(128, 16384, 16384, 24, 1, 132).stays
+    assert not hopper_choice.choose(128, 119056, 119056, 24, 1, 132).stays
+    assert not hopper_choice.choose(128, 16384, 16384, 24, 4, 132, uneven=True).stays
 
 
 def test_types_and_head_dims() -> None:
-    assert hopper_attention.takes(torch.bfloat16, 128)
-    assert hopper_attention.takes(torch.float16, 64)
-    assert not hopper_attention.takes(torch.float32, 128)
-    assert not hopper_attention.takes(torch.bfloat16, 96)
+    assert hopper_choice.takes(torch.bfloat16, 128)
+    assert hopper_choice.takes(torch.float16, 64)
+    assert not hopper_choice.takes(torch.float32, 128)
+    assert not hopper_choice.takes(torch.bfloat16, 96)
 
 
 def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -73,8 +73,8 @@ class TestOnHopper:
         self, monkeypatch: pytest.MonkeyPatch, active: int
     ) -> None:
         """Some consumers have rows in a tile and some have none, and run ahead: barriers of the tiles must not mix."""
-        choice = hopper_attention._Choice(hopper_attention._CONFIGS[64], active, True)
-        monkeypatch.setattr(hopper_attention, "_choose", lambda *_, **__: choice)
+        choice = hopper_choice.Choice(hopper_choice.CONFIGS[64], active, True)
+        monkeypatch.setattr(hopper_attention, "choose", lambda *_, **__: choice)
         hopper_attention._plan.cache_clear()
         generator = torch.Generator().manual_seed(active)
         lengths = torch.randint(0, 200, (400,), generator=generator)

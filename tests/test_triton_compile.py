@@ -19,12 +19,13 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 from para_kernels.triton_kernels import (  # noqa: E402
     attention,
     hopper_attention,
+    hopper_choice,
     hopper_ring_attention,
     merge_states,
     residual_diff,
     ring_attention,
 )
-from para_kernels.triton_kernels.hopper_attention import HopperConfig  # noqa: E402
+from para_kernels.triton_kernels.hopper_choice import HopperConfig  # noqa: E402
 
 # Shared memory that one program may use, in bytes (CUDA C++ programming guide, table of compute capabilities).
 # Of each multiprocessor, in bytes, without what the system takes for the first program.
@@ -195,7 +196,7 @@ def compile_hopper_ring_attention(head_dim: int, dtype: torch.dtype) -> Usage:
     signature = {"q": descriptor([1, 1, 64, head_dim]), "memory": descriptor([64, head_dim])}
     signature |= {"out": f"*{kind}", "lse": "*fp32", "scale_log2": "fp32"}
     signature |= dict.fromkeys(("q_lens", "kv_lens", "table", "arrivals", "error"), "*i32")
-    config = hopper_attention._CONFIGS[head_dim]
+    config = hopper_choice.CONFIGS[head_dim]
     constants = {
         "CONSUMERS": config.consumers, "D": head_dim, "STAGES": config.stages, "Q_STAGES": config.query_stages,
         "ONLINE": dtype == torch.float16,
@@ -218,9 +219,7 @@ def test_hopper_ring_attention(head_dim: int, dtype: torch.dtype) -> None:
     assert usage.ptx.index("cp.async.bulk.tensor.2d", fence) > fence
 
 
-@pytest.mark.parametrize(
-    "configs", [hopper_attention._CONFIGS, hopper_attention._CONFIGS_SMALL], ids=["large", "small"]
-)
+@pytest.mark.parametrize("configs", [hopper_choice.CONFIGS, hopper_choice.SMALL_CONFIGS], ids=["large", "small"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_hopper_attention(head_dim: int, dtype: torch.dtype, configs: dict[int, HopperConfig]) -> None:

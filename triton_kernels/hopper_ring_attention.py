@@ -23,10 +23,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .hopper_attention import (
+from .hopper_choice import CONFIGS, KEYS, ROWS, choose_rows, takes
+from .hopper_parts import (
     _ACTIVE,
     _BLOCKS,
-    _CONFIGS,
     _DTYPES,
     _FLAGS,
     _HAS_KV_LENS,
@@ -45,7 +45,6 @@ from .hopper_attention import (
     _attend_blocks,
     _attend_window,
     _await_queries,
-    _choose_rows,
     _descriptor,
     _integer,
     _keep_last_rows,
@@ -66,7 +65,6 @@ from .hopper_attention import (
     _wait_full,
     _write_empty_rows,
     _write_rows,
-    takes,
 )
 from .launch import Launcher, MakeDescriptor
 from .ring_attention import Pieces, _looks, _signed
@@ -411,16 +409,16 @@ class _Plan(NamedTuple):
 
 
 def _make_piece_descriptor(head_dim: int, dtype: torch.dtype) -> MakeDescriptor:
-    block = [_KEYS.value, head_dim]
+    block = [KEYS, head_dim]
     layout = gl.NVMMASharedLayout.get_default_for(block, _DTYPES[dtype])
     return functools.partial(TensorDescriptor, block_shape=block, layout=layout)
 
 
 @functools.cache
 def _launcher(device: torch.device, dtype: torch.dtype, head_dim: int) -> Launcher:
-    config = _CONFIGS[head_dim]
+    config = CONFIGS[head_dim]
     descriptors = {
-        "q": _make_descriptor(_ROWS.value, head_dim, dtype),
+        "q": _make_descriptor(ROWS, head_dim, dtype),
         "memory": _make_piece_descriptor(head_dim, dtype),
     }
     return Launcher(
@@ -446,12 +444,12 @@ def _plan(
         return None
     q_map = _descriptor(q_shape, q_stride)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    choice = _choose_rows(head_dim, rows_q, keys, heads, batches, processors, uneven=batches > 1 and flags != 0)
+    choice = choose_rows(head_dim, rows_q, keys, heads, batches, processors, uneven=batches > 1 and flags != 0)
     tiles = choice.tiles(rows_q, heads, batches)
     if q_map is None or tiles >= 2**31:
         return None
     programs = min(tiles, processors) if choice.stays else tiles
-    blocks = -(-rows_q // (choice.active * _ROWS.value))
+    blocks = -(-rows_q // (choice.active * ROWS))
     integers = (heads // kv_heads, rows_q, flags, heads, blocks, tiles, choice.active, own_start)
     return _Plan(_launcher(device, dtype, head_dim), (programs, 1, 1), q_map, integers)
 

@@ -96,7 +96,8 @@ def _gpus() -> Iterator[str]:
         for a in range(count):
             for b in range(a + 1, count):
                 both = torch.cuda.can_device_access_peer(a, b) and torch.cuda.can_device_access_peer(b, a)
-                yield f"  {a} <-> {b}: {'yes' if both else 'no'}"
+                way = "yes; transport 'peer'" if both else "no; transport 'host', through pinned memory"
+                yield f"  {a} <-> {b}: {way}"
 
 
 def _no_gpu_reason() -> str:

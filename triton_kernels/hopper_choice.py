@@ -1,0 +1,115 @@
+"""Which variant of a Hopper kernel takes a problem, and how the problem is cut into tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+# Rows of one consumer's queries, and of a block of keys or values.
+ROWS = 64
+KEYS = 64
+_DTYPES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """One compiled variant.
+
+    Attributes:
+        consumers: warpgroups of 64 query rows each.
+        stages: slots of the ring of keys and values.
+        query_stages: slots of the ring of queries. With two, the next tile's loads are under way while this one ends.
+        residents: programs that share a multiprocessor.
+        max_registers: registers per thread at launch; None: what fits one program.
+    """
+
+    consumers: int
+    stages: int
+    query_stages: int
+    residents: int
+    max_registers: int | None
+
+
+# By head dim. Three consumers fill a multiprocessor. Of one consumer's programs two share one: fewer rows at a time,
+# but the start and the end of one run beside the other.
+CONFIGS = {64: HopperConfig(3, 8, 2, 1, None), 128: HopperConfig(3, 4, 2, 1, None)}
+SMALL_CONFIGS = {64: HopperConfig(1, 4, 1, 2, 96), 128: HopperConfig(1, 3, 1, 2, 96)}
+
+
+class Choice(NamedTuple):
+    """How a problem is cut: the variant, the consumers that compute (rows of a tile / 64), and whether a program takes
+    tile after tile or each tile is a program's."""
+
+    config: HopperConfig
+    active: int
+    stays: bool
+
+    def tiles(self, max_q: int, heads: int, samples: int) -> int:
+        return -(-max_q // (self.active * ROWS)) * heads * samples
+
+
+# From so many blocks of keys on, what a tile's start and end cost is less than what the hardware gains by giving a free
+# multiprocessor the next tile: 221.7 against 225.8 ms at 119,056 tokens, but 4.105 against 4.081 ms at 16,384.
+_BLOCKS_OF_A_PROGRAM = 512
+
+
+class _Problem(NamedTuple):
+    """What the choice depends on."""
+
+    head_dim: int
+    max_q: int
+    keys: int
+    heads: int
+    samples: int
+    processors: int
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.keys // KEYS)
+
+    def rounds(self, choice: Choice) -> int:
+        return -(-choice.tiles(self.max_q, self.heads, self.samples) // self.processors)
+
+
+def _microseconds_of_rows(problem: _Problem, uneven: bool) -> dict[Choice, float]:
+    """What the variant of three consumers should take with tiles of 192 and of 128 rows."""
+    large = CONFIGS[problem.head_dim]
+    stays = problem.blocks <= _BLOCKS_OF_A_PROGRAM and not uneven
+    rows_192, rows_128 = Choice(large, 3, stays), Choice(large, 2, stays)
+    return {
+        rows_192: 5.0 + problem.rounds(rows_192) * (5.0 + 0.85 * problem.blocks),
+        rows_128: 4.0 + problem.rounds(rows_128) * (3.8 + 0.65 * problem.blocks),
+    }
+
+
+def _fastest(microseconds: dict[Choice, float]) -> Choice:
+    return min(microseconds, key=microseconds.__getitem__)
+
+
+def choose_rows(*problem: int, uneven: bool) -> Choice:
+    """As `choose`, among the tiles of the variant of three consumers alone."""
+    return _fastest(_microseconds_of_rows(_Problem(*problem), uneven))
+
+
+def choose(*problem: int, uneven: bool = False) -> Choice:
+    """The choice that should take the fewest microseconds: a start, then rounds of a tile's cost and its blocks'.
+
+    `problem`: the fields of `_Problem`. Samples of `uneven` lengths make tiles that take more and less time: there, as
+    for long sequences, the hardware hands out the tiles.
+
+    The constants give the fastest choice at each of the 16 shapes of `python -m benchmarks.gpu_tune --only hopper`
+    (H100, D = 128, 24 heads), whose times they follow within about 15 %.
+    """
+    of = _Problem(*problem)
+    rows_64 = Choice(SMALL_CONFIGS[of.head_dim], 1, False)
+    # Two of the small programs share a multiprocessor; one alone is faster than one of two.
+    shared, alone = divmod(of.rounds(rows_64), 2)
+    small = {rows_64: 1.0 + (shared + 0.6 * alone) * (4.5 + 0.7 * of.blocks)}
+    return _fastest(_microseconds_of_rows(of, uneven) | small)
+
+
+def takes(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernel exists for this type and head dim."""
+    return dtype in _DTYPES and head_dim in CONFIGS
