@@ -166,6 +166,7 @@ void KernelLauncher::submit(const Grid& grid, std::uint64_t stream, void** param
 }
 
 void KernelLauncher::fill(const at::Tensor& tensor, std::uint32_t pattern, std::uint64_t stream) const {
+  const pybind11::gil_scoped_release no_gil;  // a full queue makes the driver wait
   const ContextGuard guard(driver_, context_);
   const auto address = reinterpret_cast<std::uint64_t>(tensor.data_ptr());
   auto* const queue = reinterpret_cast<void*>(stream);

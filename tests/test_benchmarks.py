@@ -945,7 +945,7 @@ def test_the_kept_demo_writes_its_record_and_pictures(tmp_path: Path, monkeypatc
     monkeypatch.setattr(sys, "argv", ["toy_demo", "--rounds", "1", "--steps", "3", *folders])
     assert toy_demo.main() == 0
     assert {path.name for path in (tmp_path / "images").iterdir()} == {"demo.png", "threshold.png"}
-    stock, exact, always = record.read_records("toy_demo", tmp_path / "results")
+    stock, exact, _, always = record.read_records("toy_demo", tmp_path / "results")
     assert [row["kernel"] for row in (stock, exact, always)] == ["stock diffusers", "exact", "cache 1e+09"]
     assert (stock["ratio"], stock["notes"]["psnr"]) == (1.0, None)
     assert (exact["notes"]["hits"], always["notes"]["hits"]) == (0, 2)

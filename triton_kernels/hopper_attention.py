@@ -186,7 +186,7 @@ def _consume(
                 _meet(CONSUMERS)  # as `_attend` of the others does: were it not all of them, turns would mix
             turn = _stand_aside(barriers, turn, kv_len, STAGES)
             first_m, head, sample = _place(parameters, i)
-            _write_empty_rows(parameters, first_m, head, sample, consumer, queries.dtype, 0.0, D)
+            _write_empty_rows(parameters, first_m, head, sample, consumer, queries.dtype, 0.0, float("-inf"), D)
         mbarrier.arrive(_queries_empty(barriers, before + i, STAGES, Q_STAGES))
     return turn
 

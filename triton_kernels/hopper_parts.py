@@ -366,15 +366,16 @@ def _store_rows(out, pitch, values, count, D: gl.constexpr):
 
 @gluon.jit
 def _write_empty_rows(
-    parameters, first_m, head, sample, consumer: gl.constexpr, dtype: gl.constexpr, value: gl.constexpr, D: gl.constexpr
+    parameters, first_m, head, sample, consumer: gl.constexpr, dtype: gl.constexpr, value: gl.constexpr,
+    lse_value: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
-    """Rows without keys: zeros (`value`), and an lse of -inf."""
+    """Rows that are not computed: one value everywhere, and one in lse."""
     row, _, stored_rows, batch = _output_span(parameters, first_m, sample, consumer)
     out, lse, pitch = _pointers(parameters, row, head, batch, dtype, D)
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     _store_rows(out, pitch, gl.full([_ROWS, D], value, dtype, layout), stored_rows, D)
     own = gl.arange(0, _ROWS, layout=gl.SliceLayout(1, layout))
-    gl.store(lse + own, gl.full([_ROWS], float("-inf"), gl.float32, own.type.layout), mask=own < stored_rows)
+    gl.store(lse + own, gl.full([_ROWS], lse_value, gl.float32, own.type.layout), mask=own < stored_rows)
 
 
 @gluon.jit

@@ -138,6 +138,15 @@ def _first_piece(parameters, kv_total):
 
 
 @gluon.jit
+def _pause(count):
+    """Some hundred nanoseconds, so that looks are about as many as `_LOOKS_PER_SECOND` says, or fewer."""
+    counts = gl.full([1], 0, gl.int32, _one(gl.num_warps())) + count
+    gl.inline_asm_elementwise(
+        "nanosleep.u32 500; mov.u32 $0, $1;", "=r,r", [counts], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def _await_piece(parameters, piece, kv_head, failed):
     """Wait until a head of a piece has arrived; 1 if it, or one before it, has not.
 
@@ -151,6 +160,7 @@ def _await_piece(parameters, piece, kv_head, failed):
     seen = gl.atomic_add(flag, 0, sem="acquire", scope="sys")
     while (seen - epoch < 0) & (left > 0):
         left -= 1
+        _pause(left)
         seen = gl.atomic_add(flag, 0, sem="acquire", scope="sys")
     if seen - epoch < 0:
         error = _pointer(parameters, _ERROR, gl.int32)
@@ -311,7 +321,7 @@ def _consume(
         else:
             turn = _stand_aside_pieces(barriers, parameters, turn, first, kv_total, CONSUMERS, STAGES)
             first_m, head, sample = _place(parameters, i)
-            _write_empty_rows(parameters, first_m, head, sample, consumer, queries.dtype, 0.0, D)
+            _write_empty_rows(parameters, first_m, head, sample, consumer, queries.dtype, 0.0, float("-inf"), D)
         mbarrier.arrive(_queries_empty(barriers, before + i, STAGES, Q_STAGES))
     return turn
 
@@ -338,7 +348,7 @@ def _consumer(
         # The producer has waited in vain: what was computed is no result, and must not look like one.
         for i in range(_turns(parameters)):
             first_m, head, sample = _place(parameters, i)
-            _write_empty_rows(parameters, first_m, head, sample, consumer, queries.dtype, float("nan"), D)
+            _write_empty_rows(parameters, first_m, head, sample, consumer, queries.dtype, float("nan"), float("nan"), D)
 
 
 _RUNTIME_INTEGERS = (

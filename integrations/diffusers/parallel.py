@@ -109,6 +109,8 @@ class Spread:
             RankFailure: if a device has waited for a rank in vain. What the call has computed is worthless then.
         """
         self._agreed.clear()
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # a rank that dies in the last step is known only then
         raise_on_failure()
 
     @torch._disable_dynamo

@@ -131,7 +131,8 @@ class Control:
         self.epoch = 0
         self.failure: str | None = None
         self._closed = threading.Event()
-        failure.register_check(f"{name}:{group.group_name}", self.check)
+        self._check_name = f"{name}:{group.group_name}:{id(self)}"
+        failure.register_check(self._check_name, self.check)
         self._thread = threading.Thread(
             target=_watch, args=(weakref.ref(self), self._closed), name=f"para_kernels {name} watch", daemon=True
         )
@@ -193,10 +194,18 @@ class Control:
         if self.failure is not None:
             raise RankFailure(self.failure)
 
+    def give_up(self, error: Exception) -> None:
+        """End all ranks: this one has failed in the middle of a layer."""
+        if self.failure is None and not isinstance(error, RankFailure):
+            me = global_rank(self.group, self.rank)
+            self._tell(self.epoch, self.rank)
+            self.failure = f"rank {me} failed in an earlier call: {type(error).__name__}: {error}"
+            self._release_all()
+
     def close(self) -> None:
         """End the watch. The streams must be done with the words."""
         self._closed.set()
-        failure.unregister_check(f"{self.name}:{self.group.group_name}")
+        failure.unregister_check(self._check_name)
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=5)
         self._memory.close()
@@ -230,8 +239,8 @@ class Control:
             missing = [r for r in range(self.world) if self._behind(_CREDIT, r) - 2 >= packed]
             what = "its K and V to be taken by"
         missing = [r for r in missing if r != self.rank]
-        if not missing:
-            return
+        if not missing:  # all have announced theirs, but one may have stopped between its chunks
+            missing = [r for r in range(self.world) if r != self.rank]
         layer, timeout = self._layer_of(epoch)
         gone = [r for r in missing if not _is_running(self._pids[r])]
         waited = now - state["since"]
@@ -239,7 +248,7 @@ class Control:
             self._abort(epoch, missing, gone, f"{what} {_names(self.group, missing)}{layer}", waited)
 
     def _layer_of(self, epoch: int) -> tuple[str, float]:
-        for issued, layer, timeout in reversed(self._issued):
+        for issued, layer, timeout in reversed(list(self._issued)):  # the main thread appends meanwhile
             if issued == epoch % 2**32:
                 return layer or f" in ring call {epoch}", timeout
         return f" in ring call {epoch}", failure.current_timeout()
@@ -250,14 +259,18 @@ class Control:
             self.failure = f"rank {me} lost {_names(self.group, gone)}, whose process has ended, and waited for {what}"
         else:
             self.failure = f"rank {me} waited {waited:.3g} s for {what}"
-        if not int(self._words[self._abort_at]):
-            at = self._abort_at
-            self._words[at + 1] = self.rank
-            self._words[at + 2] = signed(epoch)
-            self._words[at + 3] = 1 + (gone or missing)[0]
-            self._words[at] = 1
+        self._tell(epoch, (gone or missing)[0])
         self._release_all()
         print(f"para_kernels: {self.failure}", file=sys.stderr, flush=True)
+
+    def _tell(self, epoch: int, missing: int) -> None:
+        """Write the shared abort words, unless another rank has."""
+        at = self._abort_at
+        if not int(self._words[at]):
+            self._words[at + 1] = self.rank
+            self._words[at + 2] = signed(epoch)
+            self._words[at + 3] = 1 + missing
+            self._words[at] = 1
 
     def _look_for_failure(self) -> None:
         """Another rank's abort, or the error words of this rank's kernels."""

@@ -124,7 +124,7 @@ class DeviceRing(ABC):
             self._control = Control(group, library, self.name, self._chunks)
             self._error = self._view_of_error()
             self._sides = self._make_streams(self._side_streams)
-        self._last_stream = 0
+        self._last_stream: int | None = None  # the default stream is 0
 
     # What differs between the two transports.
 
@@ -165,13 +165,18 @@ class DeviceRing(ABC):
             return out.zero_(), lse.fill_(float("-inf"))
         with self._on_device():
             layout = self._layout(shape)
+            main = self._main_stream()
             epoch = self._control.next_epoch()
             slot = epoch % _SLOTS
-            main = self._main_stream()
-            layout.wait_for_slot.run([main], epoch)
-            self._pack(k, v, layout.memory, layout.place.first_row(slot))
-            layout.transfers[slot].run([main, *self._sides], epoch)
-            self._attend(q, layout, slot, epoch, out, lse, q_lens, kv_lens, scale)
+            try:
+                layout.wait_for_slot.run([main], epoch)
+                self._pack(k, v, layout.memory, layout.place.first_row(slot))
+                layout.transfers[slot].run([main, *self._sides], epoch)
+                self._attend(q, layout, slot, epoch, out, lse, q_lens, kv_lens, scale)
+            except Exception as error:
+                # The peers count this epoch: from here on nothing may be taken for a layer that it is not.
+                self._control.give_up(error)
+                raise
         return out, lse
 
     def check(self) -> None:
@@ -237,8 +242,10 @@ class DeviceRing(ABC):
         exchange(self.group, capacity, "larger buffers of the ring")
         self._layouts.clear()
         self._release()
-        self._capacity = -(-capacity // 2**21) * 2**21
-        self._arena = self._allocate(self._capacity)
+        self._capacity = 0  # until there is an arena again: allocating may fail
+        capacity = -(-capacity // 2**21) * 2**21
+        self._arena = self._allocate(capacity)
+        self._capacity = capacity
 
     def _make_layout(self, shape: Shape) -> Layout:
         place = Place(shape, self._capacity)
@@ -284,7 +291,7 @@ class DeviceRing(ABC):
         stream = torch.cuda.current_stream(self.device)
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"the transport {self.name!r} cannot be captured into a CUDA graph: use 'collective'")
-        if self._last_stream and self._last_stream != stream.cuda_stream:
+        if self._last_stream is not None and self._last_stream != stream.cuda_stream:
             stream.wait_stream(torch.cuda.ExternalStream(self._last_stream, self.device))
         self._last_stream = stream.cuda_stream
         return stream.cuda_stream
