@@ -6,7 +6,7 @@
 Each run is a process of its own, all at once. A run that finds something, ends badly, makes no call or is not done in
 time has failed; the exit code is then 1. Needs an NVIDIA GPU and compute-sanitizer on the path.
 
-One kind of race is counted apart: where Triton starts and ends the partitions of a warp-specialised kernel, it tells the
+One kind of race is counted apart: where Triton starts and ends partitions of a warp-specialised kernel, it tells the
 waiting warps what to do through words in shared memory, written before a barrier over the whole program and read
 behind it, and racecheck reports them. A race is of this kind if all of its accesses stand at the kernel's `def`, or its
 `gl.warp_specialize` and the `if` before it. Why racecheck does so is not known: in the run "racecheck control", of a
