@@ -15,7 +15,7 @@ or NaN in the sums; the program then computes its tiles again, with the online s
 short for this, always takes the online softmax.
 
 A program takes tile after tile of 192 queries, or of 128 or 64 where those fill the multiprocessors better: while the
-consumers finish one, the next one's queries and keys are on their way (4,096 tokens: 261 against 285 microseconds with
+consumers finish one, the next one's queries and keys are on their way (4,096 tokens: 263 against 281 microseconds with
 a program for each tile).
 """
 

@@ -51,7 +51,8 @@ class Choice(NamedTuple):
 
 
 # From so many blocks of keys on, what a tile's start and end cost is less than what the hardware gains by giving a free
-# multiprocessor the next tile: 221.7 against 225.8 ms at 119,056 tokens, but 4.105 against 4.081 ms at 16,384.
+# multiprocessor the next tile: 221.7 against 225.8 ms at 119,056 tokens, but 4.105 against 4.081 ms at 16,384 (H100;
+# one run of a script that is not kept).
 _BLOCKS_OF_A_PROGRAM = 512
 
 
@@ -99,7 +100,7 @@ def choose(*problem: int, uneven: bool = False) -> Choice:
     `problem`: the fields of `_Problem`. Samples of `uneven` lengths make tiles that take more and less time: there, as
     for long sequences, the hardware hands out the tiles.
 
-    The constants give the fastest choice at each of the 16 shapes of `python -m benchmarks.gpu_tune --only hopper`
+    The constants give the fastest choice, or one within 2 %, at each of the 16 shapes of `python -m benchmarks.gpu_tune --only hopper`
     (H100, D = 128, 24 heads), whose times they follow within about 15 %.
     """
     of = _Problem(*problem)
