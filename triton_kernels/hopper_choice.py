@@ -100,8 +100,8 @@ def choose(*problem: int, uneven: bool = False) -> Choice:
     `problem`: the fields of `_Problem`. Samples of `uneven` lengths make tiles that take more and less time: there, as
     for long sequences, the hardware hands out the tiles.
 
-    The constants give the fastest choice, or one within 2 %, at each of the 16 shapes of `python -m benchmarks.gpu_tune --only hopper`
-    (H100, D = 128, 24 heads), whose times they follow within about 15 %.
+    The constants give the fastest choice, or one within 2 %, at each of the 16 shapes of
+    `python -m benchmarks.gpu_tune --only hopper` (H100, D = 128, 24 heads).
     """
     of = _Problem(*problem)
     rows_64 = Choice(SMALL_CONFIGS[of.head_dim], 1, False)
