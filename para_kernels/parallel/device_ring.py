@@ -2,8 +2,9 @@
 
 One layer, on each rank (epoch e counts layers; a slot is e modulo 2):
 
-    main stream   waits until every peer has taken this rank's piece of epoch e - 2, packs k and v into the slot,
-                  then runs the attention kernel, which waits for the flags of the pieces that it reads
+    main stream   waits until every peer has taken this rank's piece of epoch e - 2, packs k and v into the slot
+                  (`peer`: the first heads in a launch of their own), then runs the attention kernel, which waits for
+                  the flags of the pieces that it reads
     side streams  wait for the packing; announce it; wait until the peers have announced theirs; bring the pieces
                   head by head in the order in which the kernel reads them; write a flag behind each group of heads;
                   at last write the credit: all pieces of epoch e have been taken
@@ -98,7 +99,9 @@ class Layout:
     memory: Tensor
     flags: Tensor
     tables: tuple[Tensor, ...]
+    early_heads: int
     wait_for_slot: Any
+    announce_early: Any
     transfers: tuple[Any, ...]
 
 
@@ -140,6 +143,14 @@ class DeviceRing(ABC):
     def _steps(self, place: Place, slot: int, base: int, flags: Tensor) -> tuple[list[Any], int]:
         """One layer's work of the side streams, and how many events it uses. Stream 0 is the main one."""
 
+    def _early_heads(self, shape: Shape) -> int:
+        """How many heads are packed and announced before the others: whole groups; 0 for all at once."""
+        return 0
+
+    def _early_steps(self) -> list[Any]:
+        """What the side streams do once those heads are packed; one event."""
+        return []
+
     @property
     @abstractmethod
     def memory_bytes(self) -> int:
@@ -170,7 +181,7 @@ class DeviceRing(ABC):
             slot = epoch % _SLOTS
             try:
                 layout.wait_for_slot.run([main], epoch)
-                self._pack(k, v, layout.memory, layout.place.first_row(slot))
+                self._pack_heads(k, v, layout, slot, epoch, main)
                 layout.transfers[slot].run([main, *self._sides], epoch)
                 self._attend(q, layout, slot, epoch, out, lse, q_lens, kv_lens, scale)
             except Exception as error:
@@ -219,6 +230,14 @@ class DeviceRing(ABC):
             kv_heads=shape.heads, own_start=sum(shape.lengths[: self.rank]), capability=ops._capability(self.device),
         )  # fmt: skip
 
+    def _pack_heads(self, k: Tensor, v: Tensor, layout: Layout, slot: int, epoch: int, main: int) -> None:
+        early, first_row = layout.early_heads, layout.place.first_row(slot)
+        if early:
+            self._pack(k[:, :, :early], v[:, :, :early], layout.memory, first_row)
+            layout.announce_early.run([main, *self._sides], epoch)
+        first_row += 2 * k.shape[0] * k.shape[1] * early
+        self._pack(k[:, :, early:], v[:, :, early:], layout.memory, first_row)
+
     def _pack(self, k: Tensor, v: Tensor, memory: Tensor, first_row: int) -> None:
         ops._triton().ring_attention.pack_piece(k, v, memory, first_row)
 
@@ -254,13 +273,17 @@ class DeviceRing(ABC):
         flags = torch.zeros(self.world, len(shape.groups()), dtype=torch.int32, device=self.device)
         tables = tuple(self._table(place, slot) for slot in range(_SLOTS))
         assert ops._C is not None
-        step = ops._C.StreamStep
+        step, program = ops._C.StreamStep, ops._C.StreamProgram
         before = [step.wait(0, self._control.credit(peer), -_SLOTS) for peer in self._peers()]
         transfers = []
         for slot in range(_SLOTS):
             steps, events = self._steps(place, slot, self._arena.data_ptr(), flags)
-            transfers.append(ops._C.StreamProgram(steps, 1 + self._side_streams, events, self._library))
-        return Layout(place, memory, flags, tables, ops._C.StreamProgram(before, 1, 0, self._library), tuple(transfers))
+            transfers.append(program(steps, 1 + self._side_streams, events, self._library))
+        early = self._early_heads(shape)
+        return Layout(
+            place, memory, flags, tables, early, program(before, 1, 0, self._library),
+            program(self._early_steps() if early else [], 1 + self._side_streams, 1, self._library), tuple(transfers),
+        )  # fmt: skip
 
     def _table(self, place: Place, slot: int) -> Tensor:
         """`Pieces.table`: this rank's piece in its slot, then the received ones."""
