@@ -39,7 +39,7 @@ from torch.distributed import ProcessGroup
 
 from para_kernels import ops
 from para_kernels.parallel import failure
-from para_kernels.parallel.failure import RankFailure, exchange, global_rank
+from para_kernels.parallel.failure import RankFailure, exchange, global_rank, raise_obstacles
 
 _LINE = 16  # words: 64 bytes, so that no two writers share a line
 _READY, _CREDIT, _EARLY = 0, 1, 2
@@ -127,7 +127,12 @@ class Control:
         words = self._first_chunk + self.world * chunks * _LINE
         self._memory = SharedMemory(group, 4 * words, f"{name} flags")
         self._words: Tensor = self._memory.bytes[: 4 * words].view(torch.int32)
-        self._base = self._memory.register(library)
+        obstacle = None
+        try:
+            self._base = self._memory.register(library)
+        except RuntimeError as error:
+            obstacle = str(error).splitlines()[0]
+        raise_obstacles(group, obstacle, f"{name} flags")
         self._pids: list[int] = exchange(group, os.getpid(), "process ids")
         self._issued: deque[tuple[int, str, float]] = deque(maxlen=1024)  # epoch, layer, timeout
         self.epoch = 0

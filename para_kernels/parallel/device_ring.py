@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch.distributed import ProcessGroup
 from para_kernels import ops
 from para_kernels.attention import softmax_scale
 from para_kernels.parallel.control import Control
-from para_kernels.parallel.failure import current_timeout, exchange
+from para_kernels.parallel.failure import current_timeout, exchange, raise_obstacles
 
 LIBRARY = "libcuda.so.1"
 # Copies of this size and more run at nearly the full speed of the link; a group of heads is about one.
@@ -194,6 +194,10 @@ class DeviceRing(ABC):
         """Raise a RankFailure if a rank is missing: ask after the device is done, before its results are trusted."""
         self._control.check()
 
+    def give_up(self, error: Exception) -> None:
+        """End all ranks: this one has failed outside of a layer that the others have begun."""
+        self._control.give_up(error)
+
     def close(self) -> None:
         """Give back all memory, once this rank's device is done with it. Peers must not be in a call."""
         self._synchronize()
@@ -265,6 +269,17 @@ class DeviceRing(ABC):
         capacity = -(-capacity // 2**21) * 2**21
         self._arena = self._allocate(capacity)
         self._capacity = capacity
+
+    def _allocated(self, allocate: Callable[[], Tensor]) -> Tensor:
+        """This rank's own memory; RuntimeError on every rank where one has too little."""
+        arena, obstacle = None, None
+        try:
+            arena = allocate()
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            obstacle = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise_obstacles(self.group, obstacle, "memory of the ring")
+        assert arena is not None
+        return arena
 
     def _make_layout(self, shape: Shape) -> Layout:
         place = Place(shape, self._capacity)

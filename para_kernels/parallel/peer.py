@@ -37,7 +37,9 @@ class PeerTransport(DeviceRing):
     def _allocate(self, capacity: int) -> Tensor:
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        arena = symmetric_memory.empty((1 + self.world) * capacity, dtype=torch.uint8, device=self.device)
+        size = (1 + self.world) * capacity
+        # torch's rendezvous would wait for a rank that has no memory left.
+        arena = self._allocated(lambda: symmetric_memory.empty(size, dtype=torch.uint8, device=self.device))
         self._handle = symmetric_memory.rendezvous(arena, self.group.group_name)
         offset = arena.data_ptr() - self._handle.buffer_ptrs[self.rank]
         self._bases = [base + offset for base in self._handle.buffer_ptrs]
