@@ -313,14 +313,14 @@ def test_the_choice(rows: int, world: int, node: int, links: Links, expected: tu
 
 
 def test_the_model_agrees_with_what_was_measured() -> None:
-    """Two GPUs with NVLink: within a tenth, and the faster of the two is chosen."""
+    """Two GPUs with NVLink: within 7 %, and the faster of the two is chosen."""
     rows = json.loads((Path(__file__).parent.parent / "benchmarks/results/ring-speed.json").read_text())
     ms = {(row["shape"]["S"], row["kernel"]): row["median_ms"] for row in rows}
     for total in {total for total, _ in ms}:
         work = Workload(24, 24, 128, total, flops=FLOPS[9, 0])
         ring, ulysses = modelled(work, 2, 1, 2, NVLINK), modelled(work, 1, 2, 2, NVLINK)
-        assert ring.seconds * 1e3 == pytest.approx(ms[total, "peer"], rel=0.1)
-        assert ulysses.seconds * 1e3 == pytest.approx(ms[total, "ulysses"], rel=0.1)
+        assert ring.seconds * 1e3 == pytest.approx(ms[total, "peer"], rel=0.07)
+        assert ulysses.seconds * 1e3 == pytest.approx(ms[total, "ulysses"], rel=0.07)
         chosen, _ = choose_split(work, 2, 2, NVLINK)
         assert (chosen.ring == 2) == (ms[total, "peer"] < ms[total, "ulysses"])
 
