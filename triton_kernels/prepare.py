@@ -32,20 +32,27 @@ _RUNTIME_INTEGERS = (
 
 
 @triton.jit
-def _load_pairs(pointers, d, mask, D: tl.constexpr, HALF: tl.constexpr, PAIRED: tl.constexpr):
-    """Both channels of each pair, (..., BLOCK_D / 2) each, from `pointers` to channel 0 (broadcast against d).
-
-    d counts the channels, or pairs in half form. PAIRED: a pair has one value, which stands for both channels.
+def _load_pairs(pointers, d, mask, D: tl.constexpr, HALF: tl.constexpr):
+    """Both channels of each pair, (..., BLOCK_D / 2) each. `pointers` are to channel 0; d counts channels, or pairs in
+    half form.
     """
-    if HALF or PAIRED:
+    if HALF:
         a = tl.load(pointers + d, mask=mask & (d < D // 2), other=0.0)
-        b = a
-        if not PAIRED:
-            b = tl.load(pointers + D // 2 + d, mask=mask & (d < D // 2), other=0.0)
+        b = tl.load(pointers + D // 2 + d, mask=mask & (d < D // 2), other=0.0)
         return a, b
     else:
         x = tl.load(pointers + d, mask=mask & (d < D), other=0.0)
         return tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+
+
+@triton.jit
+def _load_angles(pointers, d, mask, D: tl.constexpr, HALF: tl.constexpr, PAIRED: tl.constexpr):
+    """One value for each pair. PAIRED: as they lie in memory; else they stand at both channels, and the first is read."""
+    if HALF or PAIRED:
+        return tl.load(pointers + d, mask=mask & (d < D // 2), other=0.0)
+    else:
+        first, _ = _load_pairs(pointers, d, mask, D, HALF)
+        return first
 
 
 @triton.jit
@@ -64,7 +71,7 @@ def _load_parameter(parameter, head, d, D: tl.constexpr, HALF: tl.constexpr, NOR
     pointer = parameter
     if NORM % 2 == 1 and NORM & 2 != 0:
         pointer += head * D
-    a, b = _load_pairs(pointer, d, True, D, HALF, False)
+    a, b = _load_pairs(pointer, d, d >= 0, D, HALF)
     return a.to(tl.float32), b.to(tl.float32)
 
 
@@ -121,10 +128,10 @@ def _prepare_rows(
     source = x + batch * stride_b + s * stride_s
     target = out + (batch * heads * total + first + s) * D
 
-    cos_a, cos_b, sin_a, sin_b = 0.0, 0.0, 0.0, 0.0
+    row_cos, row_sin = 0.0, 0.0
     if cos is not None and not OF_HEADS:
-        cos_a, cos_b = _load_pairs(cos + s * angle_stride_s, angle_d, mask, D, HALF, PAIRED)
-        sin_a, sin_b = _load_pairs(sin + s * angle_stride_s, angle_d, mask, D, HALF, PAIRED)
+        row_cos = _load_angles(cos + s * angle_stride_s, angle_d, mask, D, HALF, PAIRED)
+        row_sin = _load_angles(sin + s * angle_stride_s, angle_d, mask, D, HALF, PAIRED)
     weight_a, weight_b, bias_a, bias_b = 0.0, 0.0, 0.0, 0.0
     if weight is not None and not OVER_HEADS:
         weight_a, weight_b = _load_parameter(weight, 0, d, D, HALF, NORM)
@@ -135,33 +142,34 @@ def _prepare_rows(
     if OVER_HEADS:
         # The rows come a second time below, from the L2.
         for h in range(heads):
-            a, b = _load_pairs(source + h.to(tl.int64) * stride_h, d, mask, D, HALF, False)
+            a, b = _load_pairs(source + h * stride_h, d, mask, D, HALF)
             a, b = a.to(tl.float32), b.to(tl.float32)
             squares += tl.sum(a * a, 1) + tl.sum(b * b, 1)
 
-    next_a, next_b = _load_pairs(source + head.to(tl.int64) * stride_h, d, mask, D, HALF, False)
+    next_a, next_b = _load_pairs(source + head * stride_h, d, mask, D, HALF)
     for h in range(head, last_head):
-        wide_h = h.to(tl.int64)
         a, b = next_a, next_b
         # The next head's rows are asked for before this one's are written, past which a load cannot be moved.
-        next_a, next_b = _load_pairs(source + (wide_h + 1) * stride_h, d, mask & (h + 1 < last_head), D, HALF, False)
+        next_a, next_b = _load_pairs(source + (h + 1) * stride_h, d, mask & (h + 1 < last_head), D, HALF)
         if NORM != 0:
+            w_a, w_b, c_a, c_b = weight_a, weight_b, bias_a, bias_b
             if weight is not None and OVER_HEADS:
-                weight_a, weight_b = _load_parameter(weight, h, d, D, HALF, NORM)
+                w_a, w_b = _load_parameter(weight, h, d, D, HALF, NORM)
             if bias is not None and OVER_HEADS:
-                bias_a, bias_b = _load_parameter(bias, h, d, D, HALF, NORM)
+                c_a, c_b = _load_parameter(bias, h, d, D, HALF, NORM)
             a, b = _normed(
-                a.to(tl.float32), b.to(tl.float32), pair, squares, weight_a, weight_b, bias_a, bias_b, heads, eps,
-                weight, bias, D, HALF, NORM, dtype,
+                a.to(tl.float32), b.to(tl.float32), pair, squares, w_a, w_b, c_a, c_b, heads, eps, weight, bias,
+                D, HALF, NORM, dtype,
             )  # fmt: skip
         if cos is not None:
+            c, e = row_cos, row_sin
             if OF_HEADS:
-                at = s * angle_stride_s + wide_h * angle_stride_h
-                cos_a, cos_b = _load_pairs(cos + at, angle_d, mask, D, HALF, PAIRED)
-                sin_a, sin_b = _load_pairs(sin + at, angle_d, mask, D, HALF, PAIRED)
+                angles = s * angle_stride_s + h * angle_stride_h
+                c = _load_angles(cos + angles, angle_d, mask, D, HALF, PAIRED)
+                e = _load_angles(sin + angles, angle_d, mask, D, HALF, PAIRED)
             a, b = a.to(tl.float32), b.to(tl.float32)
-            a, b = a * cos_a - b * sin_a, b * cos_b + a * sin_b
-        _store_pairs(target + wide_h * total * D, d, mask, a.to(dtype), b.to(dtype), D, HALF)
+            a, b = a * c - b * e, b * c + a * e
+        _store_pairs(target + h * total * D, d, mask, a.to(dtype), b.to(dtype), D, HALF)
 
 
 @triton.jit(do_not_specialize=_RUNTIME_INTEGERS)
@@ -185,6 +193,7 @@ def _prepare(
     row_block = (pid // (COUNT * groups)) % row_blocks
     batch = (pid // (COUNT * groups * row_blocks)).to(tl.int64)
     last_head = tl.minimum(head + group, heads)
+    total = total.to(tl.int64)
     angle_stride_s = angle_stride_s.to(tl.int64) * ANGLE_VEC
     angle_stride_h = angle_stride_h.to(tl.int64) * ANGLE_VEC
     if which == 0:
@@ -238,9 +247,9 @@ def _plan(
     groups, row_blocks = triton.cdiv(heads, group), triton.cdiv(rows, block_s)
     of_inputs, vec = _divided([x for stride in strides for x in stride[:3]], 16 // dtype.itemsize)
     of_inputs += (0,) * (9 - len(of_inputs))
-    of_angles, angle_vec = _divided((*angle_strides[:-1], 0)[:2], 4)
+    of_angles, angle_vec = _divided((*angle_strides[:-1], 0, 0)[:2], 4)
     constants = {
-        "D": head_dim, "BLOCK_S": block_s, "BLOCK_D": block_d, "HALF": half, "Q_NORM": norms[0],
+        "D": head_dim, "BLOCK_S": block_s, "BLOCK_D": block_d, "HALF": half and angles is not None, "Q_NORM": norms[0],
         "K_NORM": norms[1] if len(norms) > 1 else 0, "PAIRED": angles is not None and angles[-1] != head_dim,
         "OF_HEADS": angles is not None and len(angles) == 3, "COUNT": len(strides), "VEC": vec, "ANGLE_VEC": angle_vec,
     }  # fmt: skip
