@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from para_kernels.integrations.diffusers import ParaAttnProcessor, accelerate
+from para_kernels.integrations.diffusers import attention as attention_module
 from para_kernels.integrations.diffusers.attention import AttentionLengths
 
 # Attention sums in another order than SDPA with a mask does. One key too many or too few shows at 4e-3.
