@@ -169,9 +169,7 @@ def _dual_stream(attn: Any, video: Tensor, text: Tensor, rotary: Rotary | None) 
     query, norm_query = left_to_norm(attn.norm_added_q, _heads(attn, attn.add_q_proj(text)))
     key, norm_key = left_to_norm(attn.norm_added_k, _heads(attn, attn.add_k_proj(text)))
     value = _heads(attn, attn.add_v_proj(text))
-    return prepare_attention(
-        [_projected(attn, video, rotary), Stream(query, key, value, norm_query, norm_key)]
-    )
+    return prepare_attention([_projected(attn, video, rotary), Stream(query, key, value, norm_query, norm_key)])
 
 
 def _projected(attn: Any, states: Tensor, rotary: Rotary | None) -> Stream:
