@@ -47,7 +47,7 @@ def _load_pairs(pointers, d, mask, D: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def _load_angles(pointers, d, mask, D: tl.constexpr, HALF: tl.constexpr, PAIRED: tl.constexpr):
-    """One value for each pair. PAIRED: as they lie in memory; else they stand at both channels, and the first is read."""
+    """One value for each pair. PAIRED: as they lie in memory; else they stand at both channels: the first is read."""
     if HALF or PAIRED:
         return tl.load(pointers + d, mask=mask & (d < D // 2), other=0.0)
     else:
@@ -101,7 +101,7 @@ def _normed(
         a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
     if weight is not None:
         a, b = a * weight_a, b * weight_b
-        if bias is not None:
+        if bias is not None:  # noqa: SIM102
             if NORM & 4 != 0:
                 a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
     if bias is not None:
@@ -202,14 +202,14 @@ def _prepare(
             q_stride_b.to(tl.int64) * VEC, q_stride_s.to(tl.int64) * VEC, q_stride_h.to(tl.int64) * VEC,
             angle_stride_s, angle_stride_h, D, BLOCK_S, BLOCK_D, HALF, Q_NORM, PAIRED, OF_HEADS,
         )  # fmt: skip
-    if COUNT > 1:
+    if COUNT > 1:  # noqa: SIM102 (decided before compilation, which `and` would not be)
         if which == 1:
             _prepare_rows(
                 k, k_out, k_weight, k_bias, k_eps, cos, sin, row_block, batch, head, last_head, rows, heads, total,
                 first, k_stride_b.to(tl.int64) * VEC, k_stride_s.to(tl.int64) * VEC, k_stride_h.to(tl.int64) * VEC,
                 angle_stride_s, angle_stride_h, D, BLOCK_S, BLOCK_D, HALF, K_NORM, PAIRED, OF_HEADS,
             )  # fmt: skip
-    if COUNT > 2:
+    if COUNT > 2:  # noqa: SIM102
         if which == 2:
             _prepare_rows(
                 v, v_out, None, None, 0.0, None, None, row_block, batch, head, last_head, rows, heads, total, first,
