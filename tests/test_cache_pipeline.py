@@ -236,7 +236,10 @@ def test_teacache_looks_at_the_modulated_input(pipe: HunyuanVideoPipeline) -> No
     ("policy", "message"),
     [
         (FirstBlockCache(0.1, first_blocks=5), r"cache: the transformer has 5 block\(s\), allowed are 6 or more"),
-        (TeaCache(0.1, first_blocks=2, last_blocks=3), r"cache: the transformer has 5 block\(s\), allowed are 6 or more"),
+        (
+            TeaCache(0.1, first_blocks=2, last_blocks=3),
+            r"cache: the transformer has 5 block\(s\), allowed are 6 or more",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_and_nothing_changes(

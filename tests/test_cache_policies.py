@@ -391,7 +391,10 @@ def test_fit_rescale_finds_the_polynomial() -> None:
         (lambda: TeaCache(1.0, last_blocks=1.5), r"last_blocks: got 1\.5, allowed is an integer >= 0"),
         (lambda: FirstBlockCache(0.1, taylor_order=3), r"taylor_order: got 3, allowed is an integer from 0 to 2"),
         (lambda: FirstBlockCache(0.1, taylor_order=True), r"taylor_order: got True"),
-        (lambda: FirstBlockCache(0.1, max_accumulated_error=0.0), r"max_accumulated_error: got 0\.0, allowed is None or"),
+        (
+            lambda: FirstBlockCache(0.1, max_accumulated_error=0.0),
+            r"max_accumulated_error: got 0\.0, allowed is None or",
+        ),
         (lambda: FirstBlockCache(0.1, max_accumulated_error=math.inf), r"max_accumulated_error: got inf"),
     ],
 )

@@ -99,9 +99,7 @@ class BlockCache:
         self._before = kept
         return streams
 
-    def _decide(
-        self, state: CacheState, hidden_in: Tensor, hidden_out: Tensor, modulated: Tensor | None
-    ) -> StepRecord:
+    def _decide(self, state: CacheState, hidden_in: Tensor, hidden_out: Tensor, modulated: Tensor | None) -> StepRecord:
         spread = self.spread
         if spread is None:
             return state.decide(hidden_in, hidden_out, modulated=modulated)
@@ -197,8 +195,8 @@ def check_cacheable(transformer: Any, family: Family, policy: Policy, installed:
         family.modulation is None or not hasattr(blocks[0], family.modulation.submodule.split(".")[0])
     ):
         raise ValueError(
-            f"cache: {policy.title} looks at the first block's modulated input, and where that is on {family.name} is not"
-            " known; allowed are the other policies"
+            f"cache: {policy.title} looks at the first block's modulated input, which is not known on {family.name};"
+            " allowed are the other policies"
         )
 
 

@@ -1,7 +1,7 @@
 """Caches of denoising steps: when a step may reuse what an earlier one computed, and what is added then.
 
-One file per policy, all on the base in `policy.py`. Every policy can always compute its first and last blocks, extrapolate
-what it reuses (`taylor.py`), and bound the error that it accumulates.
+One file per policy, all on the base in `policy.py`. Every policy can always compute its first and last blocks,
+extrapolate what it reuses (`taylor.py`), and bound the error that it accumulates.
 """
 
 from para_kernels.cache.adacache import AdaCache

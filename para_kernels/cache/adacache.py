@@ -1,9 +1,9 @@
 """AdaCache: how fast the cached residual changes says how many steps may reuse it.
 
-Kahatapitiya et al., "Adaptive Caching for Faster Video Generation with Diffusion Transformers", arXiv 2411.02397, section
-3.2: after a computed step, the relative L1 distance of its residual from that of the computed step before, divided by the
-number of steps between them, is looked up in a codebook of caching rates. The next steps are reused until the rate has
-passed. Motion regularisation (section 3.3) is not part of this.
+Kahatapitiya et al., "Adaptive Caching for Faster Video Generation with Diffusion Transformers", arXiv 2411.02397,
+section 3.2: after a computed step, the relative L1 distance of its residual from that of the computed step before,
+divided by the number of steps between them, is looked up in a codebook of caching rates. The next steps are reused
+until the rate has passed. Motion regularisation (section 3.3) is not part of this.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class AdaCache(Policy):
     """AdaCache.
 
     After a computed step every entry (distance, rate) of the codebook is tried in turn: if the residual changed by less
-    than threshold * distance per step, the next step to be computed is `rate` steps away. Beyond the last entry it is the
-    next one. The first two steps are always computed. The paper measures at one block's residual; here one residual is
-    kept for all blocks, and that is what is measured. A reused step runs no block at all, and reads nothing from the
+    than threshold * distance per step, the next step to be computed is `rate` steps away. Beyond the last entry it is
+    the next one. The first two steps are always computed. The paper measures at one block's residual; here one residual
+    is kept for all blocks, and that is what is measured. A reused step runs no block at all, and reads nothing from the
     device beyond the measurement of the last computed step.
 
     Args:

@@ -1,7 +1,7 @@
 """What all cache policies share: the settings, the record of a step, and the state of one branch of one call.
 
-Between the blocks that are always computed, `first_blocks` at the start and `last_blocks` at the end (the idea of the dual
-block cache of cache-dit, https://github.com/vipshop/cache-dit), a reused step adds what an earlier one added:
+Between the blocks that are always computed, `first_blocks` at the start and `last_blocks` at the end (the idea of the
+dual block cache of cache-dit, https://github.com/vipshop/cache-dit), a reused step adds what an earlier one added:
 
     after = before + (last_after - last_before)
 
@@ -52,18 +52,18 @@ class Policy(ABC):
     Args:
         threshold: change below which a step reuses, finite and >= 0. At 0 no step ever does.
         warmup_steps: the first so many steps of each branch are always computed.
-        max_consecutive_hits: after so many reused steps in a row one is computed whatever has changed, >= 1; None sets no
-            limit.
-        max_accumulated_error: a step is computed once the changes of the reused steps in a row, its own among them, sum up
-            to more than this, finite and > 0; None sets no bound.
+        max_consecutive_hits: after so many reused steps in a row one is computed whatever has changed, >= 1; None sets
+            no limit.
+        max_accumulated_error: a step is computed once the changes of the reused steps in a row, its own among them, sum
+            up to more than this, finite and > 0; None sets no bound.
         first_blocks: so many blocks at the start are always computed.
-        last_blocks: so many blocks at the end are always computed, on what was reused. With one or more of them the text
-            stream is reused too, and kept.
+        last_blocks: so many blocks at the end are always computed, on what was reused. With one or more of them the
+            text stream is reused too, and kept.
         taylor_order: 0 adds what the last computed step added; 1 and 2 extrapolate it from the last two and three
             (see `taylor.py`).
 
-    Memory, for each branch: (`taylor_order` + 1) tensors of the size of each reused stream (video; with `last_blocks` text
-    too), and what the policy measures with.
+    Memory, for each branch: (`taylor_order` + 1) tensors of the size of each reused stream (video; with `last_blocks`
+    text too), and what the policy measures with.
 
     Raises:
         ValueError: if an argument has another type or lies outside its range.
@@ -115,8 +115,8 @@ class Seen:
     Attributes:
         hidden_in: (B, S, C), the video stream before the first block.
         hidden_out: (B, S, C), the video stream after `first_blocks` blocks; `hidden_in` itself if they are 0.
-        modulated: (B, S, C), the first block's normalised input, scaled and shifted by the timestep embedding; None for a
-            policy that does not use it.
+        modulated: (B, S, C), the first block's normalised input, scaled and shifted by the timestep embedding; None for
+            a policy that does not use it.
         reduce: combines the sums of several ranks that each hold a shard of the sequence.
         first_token: where the shard begins in the whole sequence.
     """
@@ -128,8 +128,8 @@ class Seen:
     first_token: int
 
     def change(self, sums: Tensor) -> float:
-        """sum|previous - current| / sum|previous| over all ranks by one read of the device; NaN or inf where `previous` is
-        all zero."""
+        """sum|previous - current| / sum|previous| over all ranks by one read of the device; NaN or inf where `previous`
+        is all zero."""
         change, size = (sums if self.reduce is None else self.reduce(sums)).tolist()
         if size == 0.0:
             return math.nan if change == 0.0 else math.inf
@@ -172,9 +172,9 @@ class CacheState(ABC):
     ) -> StepRecord:
         """Decide whether this step reuses, from what `Seen` describes.
 
-        Reads the device once at most, and not at all on a warm-up step or when there is nothing to compare with. A tensor
-        of another shape, dtype or device than before belongs to another call: the state is reset first. A change that is
-        NaN or infinite is a miss.
+        Reads the device once at most, and not at all on a warm-up step or when there is nothing to compare with. A
+        tensor of another shape, dtype or device than before belongs to another call: the state is reset first. A change
+        that is NaN or infinite is a miss.
 
         Args:
             reduce: with it all ranks decide alike: every rank must call `decide`, with the same policy.
@@ -200,15 +200,16 @@ class CacheState(ABC):
             self.consecutive_hits += 1
         else:
             self.consecutive_hits, self.accumulated = 0, 0.0
-            # What was added belongs to the step that was measured then. Until `remember` brings what this one adds nothing
-            # can be reused, also if this step is cut short.
+            # What was added belongs to the step that was measured then. Until `remember` brings what this one adds
+            # nothing can be reused, also if this step is cut short.
             self._ready = False
             self._trajectory.make_room()
         self._decided(reused)
         return StepRecord(step, self.branch, diff, reused)
 
     def remember(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
-        """After a miss: keep what the blocks between `before` and `after` added to each stream, the video stream first."""
+        """After a miss: keep what the blocks between `before` and `after` added to each stream, the video stream
+        first."""
         with torch.no_grad():
             first = self._video_tail(before[0], after[0])
             others = (last - start for start, last in zip(before[1:], after[1:], strict=True))

@@ -1,9 +1,9 @@
 """TeaCache: the timestep-modulated input tells whether the blocks may be skipped, all of them.
 
 Liu et al., "Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model", arXiv 2411.19108. Section 3.2: the
-relative L1 distance between the noisy inputs of two consecutive steps, modulated by the timestep embedding, follows that of
-the outputs. Section 3.3: a polynomial rescales the one to the other, and steps are reused until the sum of the rescaled
-distances reaches the threshold.
+relative L1 distance between the noisy inputs of two consecutive steps, modulated by the timestep embedding, follows
+that of the outputs. Section 3.3: a polynomial rescales the one to the other, and steps are reused until the sum of the
+rescaled distances reaches the threshold.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ IDENTITY = (1.0, 0.0)
 class TeaCache(Policy):
     """TeaCache.
 
-    A step reuses if `diff < threshold`, where `diff` is the sum, over the steps since the last computed one and this step,
-    of max(0, polynomial(mean|previous - current| / mean|previous|)) of the modulated input; `previous` is the step before,
-    computed or not. A reused step runs no block at all. The paper also computes the last step, which here nobody knows to
-    be the last.
+    A step reuses if `diff < threshold`, where `diff` is the sum, over the steps since the last computed one and this
+    step, of max(0, polynomial(mean|previous - current| / mean|previous|)) of the modulated input; `previous` is the
+    step before, computed or not. A reused step runs no block at all. The paper also computes the last step, which here
+    nobody knows to be the last.
 
     Args:
         threshold and the others of `Policy`.
@@ -51,7 +51,11 @@ class TeaCache(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rescale is not None:
-            if not isinstance(self.rescale, Sequence) or not self.rescale or not all(map(is_finite_number, self.rescale)):
+            if (
+                not isinstance(self.rescale, Sequence)
+                or not self.rescale
+                or not all(map(is_finite_number, self.rescale))
+            ):
                 raise ValueError(f"rescale: got {self.rescale!r}, allowed is None or one or more finite coefficients")
             object.__setattr__(self, "rescale", tuple(self.rescale))  # a list would not be hashable
         check_count("downsample_factor", self.downsample_factor, least=1)
@@ -97,8 +101,8 @@ def _polynomial(coefficients: Sequence[float], x: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration(Policy):
-    """Never reuses; notes in `pairs`, for every two consecutive steps, how much TeaCache's indicator and what the blocks
-    added have changed: what `fit_rescale` takes. For one process."""
+    """Never reuses; notes in `pairs`, for every two consecutive steps, how much TeaCache's indicator and what the
+    blocks added have changed: what `fit_rescale` takes. For one process."""
 
     title: ClassVar[str] = "TeaCache's calibration"
     uses_modulation: ClassVar[bool] = True
@@ -138,8 +142,8 @@ class _CalibrationState(CacheState):
 
 
 def fit_rescale(pairs: Sequence[tuple[float, float]], degree: int = 4) -> tuple[float, ...]:
-    """The polynomial of `degree` that turns changes of the indicator into changes of what the blocks add, by least squares
-    (arXiv 2411.19108, section 3.3; the paper fits the model's output, here it is what a reused step reuses).
+    """The polynomial of `degree` that turns changes of the indicator into changes of what the blocks add, by least
+    squares (arXiv 2411.19108, section 3.3; the paper fits the model's output, here it is what a reused step reuses).
 
     Args:
         pairs: (change of the indicator, change of what the blocks added), as `Calibration` notes them.
