@@ -229,10 +229,11 @@ def _consume(
             if unclean != 0:
                 _meet(CONSUMERS)  # as `_clean` of the others does: were it not all of them, turns would mix
             turn = _stand_aside(barriers, turn, kv_len, STAGES)
-            row = _told(slot, _TOLD_ROW) + consumer * _ROWS
             stored = _told(slot, _TOLD_STORED) - consumer * _ROWS
-            head, batch = _told(slot, _TOLD_HEAD), _told(slot, _TOLD_BATCH)
-            _write_empty_rows(parameters, row, head, batch, stored, queries.dtype, 0.0, float("-inf"), D)
+            if stored > 0:
+                row = _told(slot, _TOLD_ROW) + consumer * _ROWS
+                head, batch = _told(slot, _TOLD_HEAD), _told(slot, _TOLD_BATCH)
+                _write_empty_rows(parameters, row, head, batch, stored, queries.dtype, 0.0, float("-inf"), D)
         mbarrier.arrive(_queries_empty(barriers, before + i, STAGES, Q_STAGES))
     return turn
 
