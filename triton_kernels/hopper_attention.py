@@ -319,7 +319,7 @@ def _hopper_attention(
                 )),
             ],
             [4],
-            [160],
+            [168],
         )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ class HopperConfig:
 # By head dim. Three consumers fill a multiprocessor. Of one consumer's programs two share one: fewer rows at a time,
 # but the start and the end of one run beside the other.
 CONFIGS = {64: HopperConfig(3, 8, 2, 1, None), 128: HopperConfig(3, 4, 2, 1, None)}
-SMALL_CONFIGS = {64: HopperConfig(1, 4, 1, 2, 96), 128: HopperConfig(1, 3, 1, 2, 96)}
+SMALL_CONFIGS = {64: HopperConfig(1, 4, 1, 2, 104), 128: HopperConfig(1, 3, 1, 2, 104)}
 
 
 class Choice(NamedTuple):
