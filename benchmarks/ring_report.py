@@ -40,7 +40,7 @@ from .section import dtype_name
 
 ONE_GPU = "flash_attention on one GPU"
 WAIT_SECONDS = 45.0  # for another rank: a section that hangs on one rank fails on the others after so long
-LIMIT_SECONDS = 240
+LIMIT_SECONDS = 240  # of the whole run, by default
 
 
 @dataclass
@@ -256,6 +256,44 @@ def speed(run: Run) -> None:
         _report(run, total, times, ONE_GPU)
 
 
+# What `parts` compares: heads announced before the others (one part in so many, 0: none), and MiB of a group of heads.
+PARTS = {"all at once": (0, 4), "a quarter early": (4, 4), "an eighth early": (8, 4), "a quarter early, 2 MiB": (4, 2)}
+
+
+def parts(run: Run) -> None:
+    """`peer` with the packing in one launch or two, and with groups of two sizes: one run, taking turns."""
+    if not run.is_cuda:
+        run.say("skipped: needs CUDA")
+        return
+    from para_kernels.parallel import device_ring, peer
+
+    usual = peer.EARLY_PART, device_ring.COPY_BYTES
+    transports = {}
+    for name, (early, size) in PARTS.items():
+        transports[name] = peer.PeerTransport(run.group, run.device), (early, size * 2**20)
+
+    def candidate(name: str, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Callable[[], object]:
+        transport, settings = transports[name]
+
+        def call() -> object:
+            peer.EARLY_PART, device_ring.COPY_BYTES = settings
+            return transport.ring(q, k, v, lengths=lengths, kv_lens=None, q_lens=None, scale=None)
+
+        return call
+
+    try:
+        for total in [total for total in run.tokens if total < 60_000]:
+            lengths = Shards.of(total, run.world).sizes
+            start = sum(lengths[: run.rank])
+            whole = _whole(run, 1, total, run.heads, run.heads, run.head_dim, seed=3)
+            q, k, v = (x[:, start : start + lengths[run.rank]].contiguous() for x in whole)
+            candidates: Candidates = {ONE_GPU: lambda: flash_attention(*whole)}  # noqa: B023 - called in this turn
+            candidates |= {name: candidate(name, q, k, v, lengths) for name in PARTS}
+            _report(run, total, _times(run, candidates, total), ONE_GPU, "peer, ")
+    finally:
+        peer.EARLY_PART, device_ring.COPY_BYTES = usual
+
+
 def no_p2p(run: Run) -> None:
     """NCCL without P2P, as on cards that cannot reach each other: in processes of their own, started by rank 0."""
     if not run.is_cuda:
@@ -451,12 +489,12 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "speed": speed,
     "no_p2p": no_p2p,
 }
-BY_NAME: dict[str, Callable[[Run], None]] = {"trace": trace, "without_p2p": without_p2p}
+BY_NAME: dict[str, Callable[[Run], None]] = {"parts": parts, "trace": trace, "without_p2p": without_p2p}
 
 
 def main() -> int:
     options = _options()
-    faulthandler.dump_traceback_later(LIMIT_SECONDS, exit=True)
+    faulthandler.dump_traceback_later(options.limit, exit=True)
     torch.set_grad_enabled(False)
     is_cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if is_cuda else torch.device("cpu")
@@ -526,6 +564,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--transports", type=lambda text: text.split(","), default=["peer", "host", "collective"])
     parser.add_argument("--tokens", type=lambda text: list(map(int, text.split(","))), default=[119056, 32768, 8192])
     parser.add_argument("--layers", type=int, default=50, help="layers in a row in `stress`")
+    parser.add_argument("--limit", type=int, default=LIMIT_SECONDS, metavar="SECONDS", help="end the run after so long")
     return parser.parse_args()
 
 

@@ -87,6 +87,7 @@ PROGRAMS = {
     "random problems": _problems(seed=1, cases=12, longest=300),
     # Few and long, for the kernel that is chosen for long sequences. Of the seeds whose problems have both head dims,
     # both dtypes, lengths padded and packed, and large scores, the one with the least work.
+    "ring": ("benchmarks.ring_launches",),
     "long random problems": _problems(seed=529, cases=8, longest=2500),
 }
 RUNS = [

@@ -204,6 +204,26 @@ def test_slots_never_overlap_and_start_at_rows() -> None:
         assert shape.row_bytes <= device_ring._ALIGNMENT
 
 
+def early_heads(shape: Shape) -> int:
+    transport = object.__new__(peer.PeerTransport)
+    return transport._early_heads(shape)
+
+
+@pytest.mark.parametrize("rows", [1, 1000, 4096, 16_384, 60_000])
+def test_the_heads_that_are_announced_early_are_whole_groups_and_aligned(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for heads, dim in ((24, 128), (5, 64), (3, 24), (1, 128), (7, 5)):
+        shape = Shape((rows, rows), 2, heads, dim, torch.bfloat16)
+        early = early_heads(shape)
+        assert early == 0 or early in [first for first, _ in shape.groups()]
+        assert early * shape.row_bytes % 16 == 0
+    assert early_heads(Shape((4096, 4096), 1, 24, 128, torch.bfloat16)) == 6
+    assert early_heads(Shape((64, 64), 1, 24, 128, torch.bfloat16)) == 0  # one group: nothing comes after it
+    monkeypatch.setattr(peer, "EARLY_PART", 0)
+    assert early_heads(Shape((4096, 4096), 1, 24, 128, torch.bfloat16)) == 0
+
+
 @pytest.mark.parametrize("rows", [1, 1000, 60_000, 500_000])
 def test_chunks_cover_a_piece_and_have_flags(rows: int) -> None:
     shape = Shape((rows, rows // 2), 1, 24, 128, torch.bfloat16)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import parallel_cases
@@ -19,6 +21,7 @@ from para_kernels.parallel import Shards, deadline, init_context_parallel_mesh, 
 from para_kernels.parallel.failure import ProgressWatch, RankFailure
 from para_kernels.parallel.mesh import MESH_DIMS, mesh_sizes
 from para_kernels.parallel.split import (
+    FLOPS,
     NVLINK,
     PCIE,
     SOCKETS,
@@ -287,7 +290,8 @@ def test_the_model_counts_attention_and_transfer() -> None:
     assert ring.exposed == pytest.approx(1e-5)  # 1.46 GB / 100 GB/s hides behind 67 ms
     ulysses = modelled(HUNYUAN, 1, 2, 8, links)
     # Half of this rank's q, k, v, and as much of what comes back as goes: 4 x 59,528 x 12 x 128 x 2 bytes.
-    assert ulysses.exposed == pytest.approx(4 * 59_528 * 12 * 128 * 2 / 100e9 + 2e-5)
+    moved = 4 * 59_528 * 12 * 128 * 2
+    assert ulysses.exposed == pytest.approx(moved / 100e9 + 2 * moved / links.ordering + 2e-5)
     assert modelled(HUNYUAN, 1, 5, 8, links).attention == pytest.approx(one.attention * 5 / 24, rel=1e-4)
 
 
@@ -306,6 +310,19 @@ def test_the_choice(rows: int, world: int, node: int, links: Links, expected: tu
     assert (split.ring, split.ulysses) == expected
     assert reason.startswith(f"{split}: ")
     assert links.source in reason
+
+
+def test_the_model_agrees_with_what_was_measured() -> None:
+    """Two GPUs with NVLink: within 7 %, and the faster of the two is chosen."""
+    rows = json.loads((Path(__file__).parent.parent / "benchmarks/results/ring-speed.json").read_text())
+    ms = {(row["shape"]["S"], row["kernel"]): row["median_ms"] for row in rows}
+    for total in {total for total, _ in ms}:
+        work = Workload(24, 24, 128, total, flops=FLOPS[9, 0])
+        ring, ulysses = modelled(work, 2, 1, 2, NVLINK), modelled(work, 1, 2, 2, NVLINK)
+        assert ring.seconds * 1e3 == pytest.approx(ms[total, "peer"], rel=0.07)
+        assert ulysses.seconds * 1e3 == pytest.approx(ms[total, "ulysses"], rel=0.07)
+        chosen, _ = choose_split(work, 2, 2, NVLINK)
+        assert (chosen.ring == 2) == (ms[total, "peer"] < ms[total, "ulysses"])
 
 
 def test_ulysses_stays_inside_a_node_with_slow_networks() -> None:

@@ -13,10 +13,10 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from para_kernels.attention import check_attention, flash_attention, softmax_scale
-from para_kernels.parallel.failure import check_agreement
+from para_kernels.parallel.failure import RankFailure, check_agreement, current_timeout, deadline, give_up
 from para_kernels.parallel.mesh import group_of, mesh_groups
 from para_kernels.parallel.sharding import Shards
-from para_kernels.parallel.transport import select_transport
+from para_kernels.parallel.transport import give_up_transports, select_transport
 from para_kernels.parallel.ulysses import heads_for_rows, rows_for_heads
 
 
@@ -227,7 +227,7 @@ def _attention(
     """Attention over the pieces of `everyone`: of the groups that it is made of, None stands for one rank."""
     if torch.compiler.is_compiling():
         return _untraced_attention(function, call, everyone, ring, ulysses, return_lse)
-    shards = _agree(function, everyone, call)
+    shards = _agree(function, everyone, ring, call)
     if ulysses is None or ulysses.size() == 1:
         return _attend(call, ring, shards)
     width = ulysses.size()
@@ -271,7 +271,7 @@ def _returned(out: Tensor, lse: Tensor | None, return_lse: bool) -> Tensor | tup
 _agreed: WeakKeyDictionary[ProcessGroup, set[tuple]] = WeakKeyDictionary()
 
 
-def _agree(function: str, group: ProcessGroup, call: _Call) -> Shards:
+def _agree(function: str, group: ProcessGroup, ring: ProcessGroup | None, call: _Call) -> Shards:
     """Check the arguments here and against the other ranks, who all learn of what is wrong; the rows of every rank.
 
     Ranks talk at the first call with new settings, or if lengths are to be asked for.
@@ -283,6 +283,8 @@ def _agree(function: str, group: ProcessGroup, call: _Call) -> Shards:
     settings = (function, dims, str(q.dtype), sizes, call.scale, *given, call.transport)
     problem = _problem(call, sizes, group)
     known = _agreed.setdefault(group, set())
+    if problem is not None and known:
+        _raise_problem(problem, group, ring)
     if sizes is None or problem is not None or settings not in known:
         rows = q.shape[1] if q.dim() == 4 else 0
         named: dict[str, object] = dict(zip(_NAMES, settings, strict=True))
@@ -294,6 +296,29 @@ def _agree(function: str, group: ProcessGroup, call: _Call) -> Shards:
         _check_range("kv_lens", call.kv_lens, shards.total)
         _check_range("q_lens", call.q_lens, shards.total)
     return shards
+
+
+# Ranks that all see a problem come to compare it at about the same time.
+_SECONDS_TO_COMPARE = 5.0
+
+
+def _raise_problem(problem: str, group: ProcessGroup, ring: ProcessGroup | None) -> None:
+    """A problem on a rank whose peers may not look for one: settings have been agreed on before, theirs may be these.
+
+    If all ranks compare theirs, all raise the ValueError and may go on. If not, the others have begun without this
+    rank: they are told why it does not come.
+    """
+    error = ValueError(problem)
+    try:
+        with deadline(min(_SECONDS_TO_COMPARE, current_timeout())):
+            check_agreement(group, {}, problem=problem, what="settings of attention")
+    except RankFailure:
+        give_up(group, error)
+        if ring is not None:
+            give_up_transports(ring, error)
+            if ring is not group:
+                give_up(ring, error)
+        raise error from None
 
 
 _NAMES = ("function", "B, H, D, Hk, D", "dtype", "lengths", "scale", "kv_lens is None", "q_lens is None", "transport")

@@ -3,7 +3,8 @@
 A word is written by one rank's stream only (cuStreamWriteValue32), and counts epochs, one for each layer of the ring,
 modulo 2**32; streams of any rank wait until it has reached an epoch (cuStreamWaitValue32). Nothing is ever reset.
 
-    ready[r]    rank r's keys and values of this epoch lie in its slot
+    early[r]    `peer` only: the keys and values of rank r's first heads lie in its slot
+    ready[r]    rank r's keys and values of this epoch lie in its slot, those of all heads
     credit[r]   rank r has taken all pieces of this epoch: its peers may write over the slots that held them
     chunk[r][c] `host` only: chunk c of rank r's piece of this epoch lies in shared host memory
 
@@ -38,10 +39,11 @@ from torch.distributed import ProcessGroup
 
 from para_kernels import ops
 from para_kernels.parallel import failure
-from para_kernels.parallel.failure import RankFailure, exchange, global_rank
+from para_kernels.parallel.failure import RankFailure, exchange, global_rank, raise_obstacles
 
 _LINE = 16  # words: 64 bytes, so that no two writers share a line
-_READY, _CREDIT = 0, 1
+_READY, _CREDIT, _EARLY = 0, 1, 2
+_KINDS = 3
 _ABORT_WORDS = 4  # aborted, rank that says so, epoch, 1 + rank that is missing
 _FAR = 2**30  # past every epoch in use, and counted modulo 2**32 still ahead of them
 PAGE = 4096
@@ -120,12 +122,17 @@ class Control:
         self.group, self.name = group, name
         self.rank, self.world = group.rank(), group.size()
         self._chunks = chunks
-        lines = 2 * self.world + 1 + self.world
+        lines = _KINDS * self.world + 1 + self.world
         self._first_chunk = lines * _LINE
         words = self._first_chunk + self.world * chunks * _LINE
         self._memory = SharedMemory(group, 4 * words, f"{name} flags")
         self._words: Tensor = self._memory.bytes[: 4 * words].view(torch.int32)
-        self._base = self._memory.register(library)
+        obstacle = None
+        try:
+            self._base = self._memory.register(library)
+        except RuntimeError as error:
+            obstacle = str(error).splitlines()[0]
+        raise_obstacles(group, obstacle, f"{name} flags")
         self._pids: list[int] = exchange(group, os.getpid(), "process ids")
         self._issued: deque[tuple[int, str, float]] = deque(maxlen=1024)  # epoch, layer, timeout
         self.epoch = 0
@@ -139,6 +146,9 @@ class Control:
         self._thread.start()
 
     # Addresses for the GPU.
+
+    def early(self, rank: int) -> int:
+        return self._base + 4 * self._at(_EARLY, rank)
 
     def ready(self, rank: int) -> int:
         return self._base + 4 * self._at(_READY, rank)
@@ -164,11 +174,11 @@ class Control:
 
     @property
     def _abort_at(self) -> int:
-        return 2 * self.world * _LINE
+        return _KINDS * self.world * _LINE
 
     @property
     def _error_at(self) -> int:
-        return (2 * self.world + 1 + self.rank) * _LINE
+        return (_KINDS * self.world + 1 + self.rank) * _LINE
 
     # What the host does for each layer.
 
@@ -290,7 +300,7 @@ class Control:
 
     def _release_all(self) -> None:
         far = signed(self.epoch + _FAR)
-        for kind in (_READY, _CREDIT):
+        for kind in range(_KINDS):
             for rank in range(self.world):
                 self._words[self._at(kind, rank)] = far
         self._words[self._first_chunk :: _LINE] = far

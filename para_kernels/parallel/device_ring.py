@@ -2,8 +2,9 @@
 
 One layer, on each rank (epoch e counts layers; a slot is e modulo 2):
 
-    main stream   waits until every peer has taken this rank's piece of epoch e - 2, packs k and v into the slot,
-                  then runs the attention kernel, which waits for the flags of the pieces that it reads
+    main stream   waits until every peer has taken this rank's piece of epoch e - 2, packs k and v into the slot
+                  (`peer`: the first heads in a launch of their own), then runs the attention kernel, which waits for
+                  the flags of the pieces that it reads
     side streams  wait for the packing; announce it; wait until the peers have announced theirs; bring the pieces
                   head by head in the order in which the kernel reads them; write a flag behind each group of heads;
                   at last write the credit: all pieces of epoch e have been taken
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ from torch.distributed import ProcessGroup
 from para_kernels import ops
 from para_kernels.attention import softmax_scale
 from para_kernels.parallel.control import Control
-from para_kernels.parallel.failure import current_timeout, exchange
+from para_kernels.parallel.failure import current_timeout, exchange, raise_obstacles
 
 LIBRARY = "libcuda.so.1"
 # Copies of this size and more run at nearly the full speed of the link; a group of heads is about one.
@@ -98,7 +99,9 @@ class Layout:
     memory: Tensor
     flags: Tensor
     tables: tuple[Tensor, ...]
+    early_heads: int
     wait_for_slot: Any
+    announce_early: Any
     transfers: tuple[Any, ...]
 
 
@@ -140,6 +143,14 @@ class DeviceRing(ABC):
     def _steps(self, place: Place, slot: int, base: int, flags: Tensor) -> tuple[list[Any], int]:
         """One layer's work of the side streams, and how many events it uses. Stream 0 is the main one."""
 
+    def _early_heads(self, shape: Shape) -> int:
+        """How many heads are packed and announced before the others: whole groups; 0 for all at once."""
+        return 0
+
+    def _early_steps(self) -> list[Any]:
+        """What the side streams do once those heads are packed; one event."""
+        return []
+
     @property
     @abstractmethod
     def memory_bytes(self) -> int:
@@ -170,7 +181,7 @@ class DeviceRing(ABC):
             slot = epoch % _SLOTS
             try:
                 layout.wait_for_slot.run([main], epoch)
-                self._pack(k, v, layout.memory, layout.place.first_row(slot))
+                self._pack_heads(k, v, layout, slot, epoch, main)
                 layout.transfers[slot].run([main, *self._sides], epoch)
                 self._attend(q, layout, slot, epoch, out, lse, q_lens, kv_lens, scale)
             except Exception as error:
@@ -182,6 +193,10 @@ class DeviceRing(ABC):
     def check(self) -> None:
         """Raise a RankFailure if a rank is missing: ask after the device is done, before its results are trusted."""
         self._control.check()
+
+    def give_up(self, error: Exception) -> None:
+        """End all ranks: this one has failed outside of a layer that the others have begun."""
+        self._control.give_up(error)
 
     def close(self) -> None:
         """Give back all memory, once this rank's device is done with it. Peers must not be in a call."""
@@ -219,6 +234,14 @@ class DeviceRing(ABC):
             kv_heads=shape.heads, own_start=sum(shape.lengths[: self.rank]), capability=ops._capability(self.device),
         )  # fmt: skip
 
+    def _pack_heads(self, k: Tensor, v: Tensor, layout: Layout, slot: int, epoch: int, main: int) -> None:
+        early, first_row = layout.early_heads, layout.place.first_row(slot)
+        if early:
+            self._pack(k[:, :, :early], v[:, :, :early], layout.memory, first_row)
+            layout.announce_early.run([main, *self._sides], epoch)
+        first_row += 2 * k.shape[0] * k.shape[1] * early
+        self._pack(k[:, :, early:], v[:, :, early:], layout.memory, first_row)
+
     def _pack(self, k: Tensor, v: Tensor, memory: Tensor, first_row: int) -> None:
         ops._triton().ring_attention.pack_piece(k, v, memory, first_row)
 
@@ -247,6 +270,17 @@ class DeviceRing(ABC):
         self._arena = self._allocate(capacity)
         self._capacity = capacity
 
+    def _allocated(self, allocate: Callable[[], Tensor]) -> Tensor:
+        """This rank's own memory; RuntimeError on every rank where one has too little."""
+        arena, obstacle = None, None
+        try:
+            arena = allocate()
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            obstacle = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise_obstacles(self.group, obstacle, "memory of the ring")
+        assert arena is not None
+        return arena
+
     def _make_layout(self, shape: Shape) -> Layout:
         place = Place(shape, self._capacity)
         rows = self._arena.numel() // shape.row_bytes
@@ -254,13 +288,17 @@ class DeviceRing(ABC):
         flags = torch.zeros(self.world, len(shape.groups()), dtype=torch.int32, device=self.device)
         tables = tuple(self._table(place, slot) for slot in range(_SLOTS))
         assert ops._C is not None
-        step = ops._C.StreamStep
+        step, program = ops._C.StreamStep, ops._C.StreamProgram
         before = [step.wait(0, self._control.credit(peer), -_SLOTS) for peer in self._peers()]
         transfers = []
         for slot in range(_SLOTS):
             steps, events = self._steps(place, slot, self._arena.data_ptr(), flags)
-            transfers.append(ops._C.StreamProgram(steps, 1 + self._side_streams, events, self._library))
-        return Layout(place, memory, flags, tables, ops._C.StreamProgram(before, 1, 0, self._library), tuple(transfers))
+            transfers.append(program(steps, 1 + self._side_streams, events, self._library))
+        early = self._early_heads(shape)
+        return Layout(
+            place, memory, flags, tables, early, program(before, 1, 0, self._library),
+            program(self._early_steps() if early else [], 1 + self._side_streams, 1, self._library), tuple(transfers),
+        )  # fmt: skip
 
     def _table(self, place: Place, slot: int) -> Tensor:
         """`Pieces.table`: this rank's piece in its slot, then the received ones."""

@@ -18,6 +18,7 @@ from contextvars import ContextVar, copy_context
 from datetime import timedelta
 from queue import Empty, SimpleQueue
 from typing import TypeVar
+from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 import torch.distributed as dist
@@ -118,7 +119,7 @@ def wait(
     except RuntimeError as error:
         waited = time.monotonic() - started
         text = _late(group, what, waited) if waited >= 0.9 * timeout else _lost(group, what, ranks)
-        raise RankFailure(text + roll_call()) from error
+        raise RankFailure(text + (_why_given_up(group) or roll_call())) from error
 
 
 def wait_for_collective(work: dist.Work, group: ProcessGroup, what: str, source: int) -> None:
@@ -140,16 +141,28 @@ def wait_for_collective(work: dist.Work, group: ProcessGroup, what: str, source:
         if now < look:
             continue
         look = now + LOOK_INTERVAL
-        with contextlib.suppress(dist.DistError):  # A store that is gone does not say who else is.
-            _raise_given_up(group)
-        if now - started > timeout:
-            raise RankFailure(_late(group, what, now - started) + roll_call())
+        with _aborting(group):
+            with contextlib.suppress(dist.DistError):  # A store that is gone does not say who else is.
+                _raise_given_up(group)
+            if now - started > timeout:
+                raise RankFailure(_late(group, what, now - started) + roll_call())
     try:
         work.wait()
     except RuntimeError as error:
-        with contextlib.suppress(dist.DistError):
-            _raise_given_up(group)
-        raise RankFailure(_lost(group, what, [source]) + roll_call()) from error
+        with _aborting(group):
+            with contextlib.suppress(dist.DistError):
+                _raise_given_up(group)
+            raise RankFailure(_lost(group, what, [source]) + roll_call()) from error
+
+
+@contextlib.contextmanager
+def _aborting(group: ProcessGroup) -> Iterator[None]:
+    """Where a RankFailure comes out, the kernels of `group` that still wait are ended."""
+    try:
+        yield
+    except RankFailure:
+        _abort(group)
+        raise
 
 
 def stream_ordered(group: ProcessGroup, device: torch.device) -> bool:
@@ -243,6 +256,17 @@ def give_up(group: ProcessGroup, error: BaseException) -> None:
         _in_thread(lambda: _told(group).set("why", reason), _STORE_SECONDS)
 
 
+def _why_given_up(group: ProcessGroup) -> str:
+    """What a rank that left has said, as the end of a message; empty where none has."""
+    try:
+        _in_thread(lambda: _raise_given_up(group), _STORE_SECONDS)
+    except RankFailure as failure:
+        return f"; {failure}"
+    except (RuntimeError, TimeoutError):
+        pass
+    return ""
+
+
 def _raise_given_up(group: ProcessGroup) -> None:
     store = _told(group)
     if store.check(["why"]):
@@ -313,6 +337,18 @@ def _await_keys(store: dist.Store, keys: list[str], group: ProcessGroup, what: s
             raise RankFailure(_late(group, f"the {what} of {names}", waited) + roll_call())
         time.sleep(pause)
         pause = min(2 * pause, 0.02)
+
+
+def raise_obstacles(group: ProcessGroup, obstacle: str | None, what: str) -> None:
+    """Make what stands in the way of one rank the error of all, so that none waits for it.
+
+    Raises:
+        RuntimeError: on every rank, with the first obstacle and its rank.
+        RankFailure: if a rank does not come.
+    """
+    for rank, theirs in enumerate(exchange(group, obstacle, what)):
+        if theirs is not None:
+            raise RuntimeError(f"{what}: rank {global_rank(group, rank)}: {theirs}")
 
 
 def check_agreement(
@@ -420,7 +456,8 @@ class ProgressWatch:
             self._on_failure(self.failure)
 
 
-_watches: dict[str, ProgressWatch] = {}
+# By the group itself: a group that is made after another was destroyed may have its name.
+_watches: WeakKeyDictionary[ProcessGroup, ProgressWatch] = WeakKeyDictionary()
 _checks: dict[str, Callable[[], None]] = {}
 
 
@@ -443,12 +480,20 @@ def watch_progress(group: ProcessGroup, what: str) -> None:
     if not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
         return
     raise_on_failure()
-    if group.group_name not in _watches:
-        _watches[group.group_name] = ProgressWatch(lambda message: _end_group(group, message))
     event = torch.cuda.Event()
     event.record()
     timeout = current_timeout()
-    _watches[group.group_name].mark(event.query, _late(group, what, timeout), timeout)
+    _watch_of(group).mark(event.query, _late(group, what, timeout), timeout)
+
+
+def _watch_of(group: ProcessGroup) -> ProgressWatch:
+    """The watch of a group; it ends with the group, and does not keep it."""
+    if group not in _watches:
+        known = ref(group)
+        watch = ProgressWatch(lambda message: _end_group(known(), message))
+        finalize(group, watch.close)
+        _watches[group] = watch
+    return _watches[group]
 
 
 def raise_on_failure() -> None:
@@ -457,14 +502,21 @@ def raise_on_failure() -> None:
     Raises:
         RankFailure: names rank and layer.
     """
-    for watch in _watches.values():
+    for watch in list(_watches.values()):
         if watch.failure is not None:
             raise RankFailure(watch.failure)
     for check in list(_checks.values()):
         check()
 
 
-def _end_group(group: ProcessGroup, message: str) -> None:
+def _end_group(group: ProcessGroup | None, message: str) -> None:
     print(f"para_kernels: {message}{roll_call()}", file=sys.stderr, flush=True)
+    if group is not None:
+        _abort(group)
+
+
+def _abort(group: ProcessGroup) -> None:
+    """End the kernels of a group that wait for a rank, so that nothing waits for them in turn. Gloo has none."""
     with contextlib.suppress(Exception):
-        group.abort()
+        if "nccl" in dist.get_backend(group):
+            group.abort()

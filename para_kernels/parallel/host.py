@@ -31,11 +31,17 @@ class HostTransport(DeviceRing):
     _chunks = MAX_CHUNKS
     _arena: Tensor
     _shared: SharedMemory | None = None
+    _shared_base: int
 
     def _allocate(self, capacity: int) -> Tensor:
         self._shared = SharedMemory(self.group, 2 * self.world * capacity, "pieces of the ring")
-        self._shared_base = self._shared.register(self._library)
-        return torch.empty((1 + self.world) * capacity, dtype=torch.uint8, device=self.device)
+        size, shared = (1 + self.world) * capacity, self._shared
+
+        def allocate() -> Tensor:
+            self._shared_base = shared.register(self._library)
+            return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+        return self._allocated(allocate)
 
     def _release(self) -> None:
         if self._shared is not None:

@@ -11,7 +11,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from para_kernels.parallel.collective import CollectiveTransport
-from para_kernels.parallel.failure import exchange, global_rank
+from para_kernels.parallel.failure import RankFailure, exchange, global_rank
 from para_kernels.parallel.mesh import TRANSPORTS
 
 ENVIRONMENT = "PARA_KERNELS_TRANSPORT"
@@ -57,6 +57,15 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Give back buffers and handles."""
+        ...
+
+
+@runtime_checkable
+class SupportsGivingUp(Protocol):
+    """A transport whose other ranks can be told, rather than time out."""
+
+    def give_up(self, error: Exception) -> None:
+        """End all ranks: this one has failed."""
         ...
 
 
@@ -106,6 +115,13 @@ def selection(group: ProcessGroup, device: torch.device, forced: str = "auto") -
     return known[device, forced]
 
 
+def give_up_transports(group: ProcessGroup, error: Exception) -> None:
+    """End the layers of `group` that other ranks have begun: this rank does not come, because of `error`."""
+    for chosen in _selected.get(group, {}).values():
+        if isinstance(chosen.transport, SupportsGivingUp):
+            chosen.transport.give_up(error)
+
+
 def close_transports(group: ProcessGroup) -> None:
     """Give back what the transports of `group` hold."""
     for chosen in _selected.pop(group, {}).values():
@@ -122,7 +138,12 @@ def _select(group: ProcessGroup, device: torch.device, forced: str) -> Selection
     for candidate in CANDIDATES:
         if candidate.name in obstacles and obstacles[candidate.name] is None:
             reason = "the fastest that every rank can use" if name == "auto" else f"set by {source}"
-            return Selection(_make(candidate, group, device), reason)
+            try:
+                return Selection(_make(candidate, group, device), reason)
+            except RankFailure:
+                raise
+            except RuntimeError as error:  # on every rank alike, such as shared memory that one of them is refused
+                obstacles[candidate.name] = str(error).splitlines()[0]
     why = "; ".join(f"no {name}: {obstacle}" for name, obstacle in obstacles.items())
     if name != "auto":
         raise ValueError(f"transport: got {name!r} by {source}, which cannot be used here ({why})")
