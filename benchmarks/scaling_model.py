@@ -389,39 +389,37 @@ def records(measured: Measured) -> tuple[list[Record], list[Record]]:
 
 
 def draw(measured: Measured, out: Path) -> None:
-    """Speed-up with the cache against the number of GPUs, the best split of each; steps measured on two GPUs apart."""
+    """Speed-up with the cache per GPU, of each machine's best split; the steps measured on two GPUs stand apart."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(7.5, 5))
+    figure, axis = pyplot.subplots(figsize=(8, 4.6))
     predictions = predict(measured)
     for marker, machine in zip("osv^D", machines(measured), strict=True):
-        ratio = {
-            ranks: max(
-                one.alone.video / one.step.video
-                for one in predictions
-                if one.machine == machine and one.ring * one.ulysses == ranks
-            )
-            for ranks in RANKS
-        }
-        values = list(ratio.values())
-        axis.plot(RANKS, values, marker=marker, markerfacecolor="white", linestyle="--", linewidth=1, label=machine)
-    axis.plot(RANKS, RANKS, color="0.75", linewidth=1, zorder=0, label="as many times as GPUs")
-    ring = measured.steps["ring"]
-    axis.plot([2], [ring[1] / ring[0]], "k*", markersize=10, label="measured: a full step, 2 H200, ring")
-    axis.set_xticks(RANKS)
-    axis.set_xlabel("GPUs")
-    axis.set_ylabel("times as fast as one GPU")
-    axis.set_title(
-        f"PREDICTED: {STEPS} steps, {REUSED} reused, {measured.work.tokens:,} tokens", fontsize=10, loc="left"
-    )
+        shares = [_best_share(predictions, machine, ranks) for ranks in RANKS]
+        axis.plot(RANKS, shares, marker=marker, markerfacecolor="white", linestyle="--", label=f"{machine} (predicted)")
+    for marker, (way, (together, alone)) in zip("*P", measured.steps.items(), strict=True):
+        label = f"2 H200, {way}, a full step (measured)"
+        axis.plot([2], [alone / together / 2], f"k{marker}", markersize=10, linestyle="none", label=label)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(RANKS, [str(ranks) for ranks in RANKS])
+    axis.set_xlabel("GPUs, the best split of each")
+    axis.set_ylabel("speed-up over one GPU, per GPU")
+    axis.yaxis.set_major_formatter("{x:.2f}")
+    title = f"Predicted: {measured.work.tokens:,} tokens, {STEPS} steps, {REUSED} of them reused"
+    axis.set_title(title, fontsize=10, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="lower left")
     figure.tight_layout()
     figure.savefig(out, dpi=110)
     pyplot.close(figure)
+
+
+def _best_share(predictions: Sequence[Prediction], machine: str, ranks: int) -> float:
+    own = [one for one in predictions if one.machine == machine and one.ring * one.ulysses == ranks]
+    return max(one.alone.video / one.step.video for one in own) / ranks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
