@@ -43,6 +43,11 @@ _library.define(
     "residual_diff(Tensor hidden_in, Tensor hidden_out, Tensor? previous) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_library.define(
+    "prepare(Tensor[] projections, Tensor?[] weights, Tensor?[] biases, int[] norms, float[] eps, Tensor?[] cos,"
+    " Tensor?[] sin, bool half) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 # --- outputs ----------------------------------------------------------------------------------------------------------
@@ -53,6 +58,14 @@ def _attention_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     *batch, length, heads, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     return out, q.new_empty((*batch, heads, length), dtype=torch.float32)
+
+
+def _prepared_outputs(projections: list[Tensor], streams: int) -> list[Tensor]:
+    """Empty (B, sum of S, H, D), stored (B, H, sum of S, D): one for each projection of a stream."""
+    each = len(projections) // streams
+    batch, _, heads, head_dim = projections[0].shape
+    tokens = sum(x.shape[1] for x in projections[::each])
+    return [projections[0].new_empty((batch, heads, tokens, head_dim)).transpose(1, 2) for _ in range(each)]
 
 
 # --- fakes: shapes and dtypes for torch.compile -----------------------------------------------------------------------
@@ -91,6 +104,20 @@ def _merge_states_fake(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tenso
 def _residual_diff_fake(hidden_in: Tensor, hidden_out: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
     residual = torch.empty_like(hidden_in, memory_format=torch.contiguous_format)
     return residual, hidden_in.new_empty((2,), dtype=torch.float32)
+
+
+@torch.library.register_fake("para_kernels::prepare", lib=_library)
+def _prepare_fake(
+    projections: list[Tensor],
+    weights: list[Tensor | None],
+    biases: list[Tensor | None],
+    norms: list[int],
+    eps: list[float],
+    cos: list[Tensor | None],
+    sin: list[Tensor | None],
+    half: bool,
+) -> list[Tensor]:
+    return _prepared_outputs(projections, len(cos))
 
 
 # --- CPU: torch's own flash attention on the true lengths, C++ for the reductions -------------------------------------
@@ -195,6 +222,69 @@ def _residual_diff_torch(hidden_in: Tensor, hidden_out: Tensor, previous: Tensor
     return residual, torch.stack([(before - after).abs().sum(), before.abs().sum()]).float()
 
 
+@torch.library.impl(_library, "prepare", "CPU")
+def _prepare_cpu(
+    projections: list[Tensor],
+    weights: list[Tensor | None],
+    biases: list[Tensor | None],
+    norms: list[int],
+    eps: list[float],
+    cos: list[Tensor | None],
+    sin: list[Tensor | None],
+    half: bool,
+) -> list[Tensor]:
+    """The expressions of diffusers one after the other, in their order and dtypes."""
+    outputs = _prepared_outputs(projections, len(cos))
+    each = len(outputs)
+    first = 0
+    for stream, (cos_of_stream, sin_of_stream) in enumerate(zip(cos, sin, strict=True)):
+        for i, out in enumerate(outputs):
+            j = stream * each + i
+            x = _normed(projections[j], norms[j], weights[j], biases[j], eps[j])
+            if i < 2 and cos_of_stream is not None and sin_of_stream is not None:
+                x = _rotated(x, cos_of_stream, sin_of_stream, half)
+            out[:, first : first + x.shape[1]] = x
+        first += projections[stream * each].shape[1]
+    return outputs
+
+
+def _normed(x: Tensor, norm: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """x (B, S, H, D) after the norm of that number (para_kernels/triton_kernels/prepare.py), in the dtype of x."""
+    if norm == 0:
+        return x
+    if norm == 2:
+        wide = x.dtype if weight is None else weight.dtype
+        return torch.nn.functional.layer_norm(x.to(wide), (x.shape[-1],), weight, bias, eps).to(x.dtype)
+    over_heads, round_first = norm & 2 != 0, norm & 4 != 0
+    rows = x.flatten(2) if over_heads else x
+    normed = rows * torch.rsqrt(rows.to(torch.float32).pow(2).mean(-1, keepdim=True) + eps)
+    if round_first:
+        normed = normed.to(x.dtype)
+    if weight is not None:
+        normed = normed * weight
+    if bias is not None:
+        normed = normed + bias
+    return normed.to(x.dtype).view(x.shape)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, half: bool) -> Tensor:
+    """RoPE in float32: (a cos - b sin, b cos + a sin) for each pair of channels (a, b) of x (B, S, H, D).
+
+    The same products and sums as diffusers' `apply_rotary_emb`, so the same bits, without writing out the swapped copy
+    of x and its float32 image: about a third of the memory traffic.
+    """
+    if cos.shape[-1] != x.shape[-1]:
+        cos, sin = (torch.cat([y, y], -1) if half else y.repeat_interleave(2, -1) for y in (cos, sin))
+    if cos.dim() == 2:
+        cos, sin = cos[:, None], sin[:, None]
+    width = x.shape[-1]
+    a, b = (slice(width // 2), slice(width // 2, None)) if half else (slice(0, None, 2), slice(1, None, 2))
+    out = x * cos
+    out[..., a] -= x[..., b] * sin[..., a]
+    out[..., b] += x[..., a] * sin[..., b]
+    return out
+
+
 if not EXTENSION_AVAILABLE:
     _library.impl("merge_states", _merge_states_torch, "CPU")
     _library.impl("residual_diff", _residual_diff_torch, "CPU")
@@ -207,7 +297,14 @@ if not EXTENSION_AVAILABLE:
 def _triton() -> ModuleType:
     """The Triton kernels, imported when first needed: without a GPU there may be no Triton."""
     from para_kernels import triton_kernels
-    from para_kernels.triton_kernels import dispatch, launch, merge_states, residual_diff, ring_attention  # noqa: F401
+    from para_kernels.triton_kernels import (  # noqa: F401
+        dispatch,
+        launch,
+        merge_states,
+        prepare,
+        residual_diff,
+        ring_attention,
+    )
 
     launch.use_extension(_C)
     return triton_kernels
@@ -275,3 +372,19 @@ def _merge_states_cuda(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tenso
 @torch.library.impl(_library, "residual_diff", "CUDA")
 def _residual_diff_cuda(hidden_in: Tensor, hidden_out: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
     return _triton().residual_diff.residual_diff_forward(hidden_in, hidden_out, previous)
+
+
+@torch.library.impl(_library, "prepare", "CUDA")
+def _prepare_cuda(
+    projections: list[Tensor],
+    weights: list[Tensor | None],
+    biases: list[Tensor | None],
+    norms: list[int],
+    eps: list[float],
+    cos: list[Tensor | None],
+    sin: list[Tensor | None],
+    half: bool,
+) -> list[Tensor]:
+    outputs = _prepared_outputs(projections, len(cos))
+    _triton().prepare.prepare_forward(projections, outputs, weights, biases, norms, eps, cos, sin, half)
+    return outputs

@@ -1,9 +1,11 @@
-"""Attention in float64, written out plainly: what every attention test compares with."""
+"""Attention and its preparation in float64, written out plainly: what every test of them compares with."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from para_kernels.preparation import Norm, Rotary, Stream
 
 # Largest allowed norm(out - ref) / norm(ref). float32: rounding of the inputs' products and sums, a few ulp of 6e-8.
 # bfloat16 and float16: the output's own rounding (half an ulp, at most 2^-8 and 2^-11, of each element) and that of the
@@ -71,3 +73,43 @@ def lse_error(lse: Tensor, ref: Tensor) -> float:
     if not torch.equal(empty, lse == float("-inf")) or torch.isnan(lse).any():
         return float("inf")
     return (lse - ref)[~empty].abs().max().item() if (~empty).any() else 0.0
+
+
+def prepared(streams: list[Stream], half: bool) -> list[Tensor]:
+    """q, k, v (B, sum of S, H, D) float64: RoPE as a product of complex numbers."""
+    queries = [rotated(normed(stream.query, stream.norm_query), stream.rotary, half) for stream in streams]
+    keys = [rotated(normed(stream.key, stream.norm_key), stream.rotary, half) for stream in streams]
+    values = [stream.value.double() for stream in streams if stream.value is not None]
+    return [torch.cat(parts, 1) for parts in (queries, keys, values) if parts]
+
+
+def normed(x: Tensor, norm: Norm | None) -> Tensor:
+    """x (B, S, H, D) in float64."""
+    x = x.double()
+    if norm is None:
+        return x
+    rows = x.flatten(2) if norm.over == "heads" else x
+    if norm.kind == "layer":
+        rows = rows - rows.mean(-1, keepdim=True)
+    rows = rows / (rows.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+    if norm.weight is not None:
+        rows = rows * norm.weight.double()
+    if norm.bias is not None:
+        rows = rows + norm.bias.double()
+    return rows.reshape(x.shape)
+
+
+def rotated(x: Tensor, rotary: Rotary | None, half: bool) -> Tensor:
+    """x (B, S, H, D) float64."""
+    if rotary is None:
+        return x
+    cos, sin = (angle.double() for angle in rotary)
+    if cos.shape[-1] == x.shape[-1]:
+        cos, sin = (angle[..., : x.shape[-1] // 2] if half else angle[..., ::2] for angle in (cos, sin))
+    if cos.dim() == 2:
+        cos, sin = cos[:, None], sin[:, None]
+    real, imaginary = x.chunk(2, -1) if half else (x[..., ::2], x[..., 1::2])
+    turned = torch.complex(real, imaginary) * torch.complex(cos, sin)
+    if half:
+        return torch.cat([turned.real, turned.imag], -1)
+    return torch.view_as_real(turned).flatten(-2)

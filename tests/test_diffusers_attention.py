@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import HunyuanVideoPipeline
 from tiny_hunyuan import PROMPTS, TEXT_TOKENS, generate, tiny_pipeline, transformer_inputs
 from torch import Tensor
@@ -104,16 +103,6 @@ def test_half_precision_is_as_near_to_float32_as_stock(dtype: torch.dtype) -> No
     ours = forward(half.transformer, inputs)
     assert ours.dtype == dtype
     assert (ours - reference).norm() <= 1.1 * (stock - reference).norm()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rope_has_the_bits_of_diffusers(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 13, 3, 16, generator=generator).to(dtype)[:, 2:]
-    angles = torch.randn(11, 8, generator=generator).repeat_interleave(2, dim=1)
-    rotary = (angles.cos(), angles.sin())
-    ours = attention_module._rotated(x, rotary).to(dtype)
-    assert torch.equal(ours, apply_rotary_emb(x, rotary, sequence_dim=1))  # type: ignore[arg-type]
 
 
 # --- no mask, no padding --------------------------------------------------------------------------------------------

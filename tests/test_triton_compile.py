@@ -22,6 +22,7 @@ from para_kernels.triton_kernels import (  # noqa: E402
     hopper_choice,
     hopper_ring_attention,
     merge_states,
+    prepare,
     residual_diff,
     ring_attention,
 )
@@ -262,3 +263,46 @@ def test_merge_states(capability: tuple[int, int]) -> None:
         merge_states._merge_states, signature, {"D": 128, "BLOCK_S": 32, "BLOCK_D": 128}, capability, num_warps=4
     )  # fmt: skip
     assert usage.spilled_bytes == 0
+
+
+PREPARATIONS: dict[str, dict[str, object]] = {
+    "rms, interleaved": {},
+    "rms, half": {"HALF": True},
+    "layer with bias": {"Q_NORM": 2, "K_NORM": 2},
+    "rms over heads": {"Q_NORM": 3, "K_NORM": 3},
+    "angles of each head": {"PAIRED": True, "OF_HEADS": True},
+    "no RoPE": {"cos": None, "sin": None},
+    "without values": {"COUNT": 2, "v": None, "v_out": None},
+}
+
+
+def compile_prepare(capability: tuple[int, int], head_dim: int, kind: str, variant: dict[str, object]) -> Usage:
+    width = 4 if kind == "fp32" else 8
+    constants: dict[str, object] = {
+        "D": head_dim, "BLOCK_S": prepare.TILE // head_dim, "BLOCK_D": head_dim, "HALF": False, "Q_NORM": 5, "K_NORM": 5,
+        "PAIRED": False, "OF_HEADS": False, "COUNT": 3, "VEC": width, "ANGLE_VEC": 4,
+    } | variant  # fmt: skip
+    if constants["Q_NORM"] != 2:
+        constants |= {"q_bias": None, "k_bias": None}
+    pointers = ("q", "k", "v", "q_out", "k_out", "v_out", "q_weight", "k_weight", "q_bias", "k_bias")
+    signature = {name: f"*{kind}" for name in pointers if name not in constants}
+    signature |= {name: "*fp32" for name in ("cos", "sin") if name not in constants}
+    signature |= {"q_eps": "fp32", "k_eps": "fp32"}
+    return compile_kernel(prepare._prepare, signature, constants, capability, prepare.WARPS)
+
+
+@pytest.mark.parametrize("variant", PREPARATIONS.values(), ids=PREPARATIONS.keys())
+def test_prepare(variant: dict[str, object]) -> None:
+    """Few enough registers for eight programs on a multiprocessor, whose loads in flight hide the memory's latency."""
+    usage = compile_prepare((9, 0), 128, "bf16", variant)
+    assert usage.spilled_bytes == 0
+    assert usage.registers <= 80
+    assert "ld.global.v4.b32" in usage.ptx, "16-byte loads"
+    assert "st.global.v4.b32" in usage.ptx, "16-byte stores"
+    assert not re.search(r"st\.global\.(?!v4)", usage.ptx), "16-byte stores only"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9)], ids=lambda c: f"sm{c[0]}{c[1]}")
+@pytest.mark.parametrize(("head_dim", "kind"), [(64, "bf16"), (128, "fp16"), (128, "fp32")])
+def test_prepare_for_other_chips_and_dtypes(capability: tuple[int, int], head_dim: int, kind: str) -> None:
+    assert compile_prepare(capability, head_dim, kind, {}).spilled_bytes == 0

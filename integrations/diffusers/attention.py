@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from para_kernels import flash_attention
-
-Rotary = tuple[Tensor, Tensor]
-"""RoPE's cos and sin, each (S, D) float32; every value stands twice, for the even and the odd channel of a pair."""
-
+from para_kernels.integrations.diffusers.norms import left_to_norm
+from para_kernels.preparation import Rotary, Stream, prepare_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """q, k, v (B, S, H, D) and the lengths (B,) of the whole sequence, None for full ones: to out (B, S, H, D)."""
@@ -116,9 +114,7 @@ class ParaAttnProcessor:
         """
         if encoder_hidden_states is None:
             lens = self.lengths.text(attention_mask)
-            query, key, value = _projected(attn, hidden_states)
-            if image_rotary_emb is not None:
-                query, key = (_rotated(x, image_rotary_emb).to(x.dtype) for x in (query, key))
+            query, key, value = _self_attention(attn, hidden_states, image_rotary_emb)
             return _video_out(attn, _attend_here(query, key, value, lens).flatten(2))
 
         cut = hidden_states.shape[1]
@@ -140,72 +136,57 @@ def _rows(rotary: Rotary, rows: slice) -> Rotary:
     return cos[rows], sin[rows]
 
 
+def _self_attention(attn: Any, states: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+    """One stream, which needs no joining: what is neither normed nor rotated stays where it is."""
+    stream = _projected(attn, states, rotary)
+    assert stream.value is not None
+    if stream.norm_query is None and stream.norm_key is None and rotary is None:
+        return stream.query, stream.key, stream.value
+    return prepare_attention([stream._replace(value=None)], value=stream.value)
+
+
 def _single_stream(attn: Any, video: Tensor, text: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
-    """One set of projections for both streams; RoPE is written over the video's rows in place.
+    """One set of projections for both streams, of which the values are joined already; RoPE is for the video's rows.
 
     The angles say which rows those are: on a rank without text the block takes the video for the text (`x[:, -0:]` is
     all of x).
     """
-    query, key, value = _projected(attn, torch.cat([video, text], dim=1))
-    if rotary is not None:
-        rows = slice(rotary[0].shape[0])
-        query[:, rows] = _rotated(query[:, rows], rotary)
-        key[:, rows] = _rotated(key[:, rows], rotary)
-    return query, key, value
+    both = torch.cat([video, text], dim=1)
+    if rotary is None:
+        return _self_attention(attn, both, None)
+    rows = rotary[0].shape[0]
+    joint = _projected(attn, both, None)
+    query, key = joint.query, joint.key
+    streams = [
+        joint._replace(query=query[:, :rows], key=key[:, :rows], value=None, rotary=_on(rotary, query)),
+        joint._replace(query=query[:, rows:], key=key[:, rows:], value=None),
+    ]
+    return prepare_attention(streams, value=joint.value)
 
 
 def _dual_stream(attn: Any, video: Tensor, text: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
     """Projections of their own for each stream, joined with the text behind the video."""
-    query, key, value = _projected(attn, video)
-    text_query = _normed(attn.norm_added_q, _heads(attn, attn.add_q_proj(text)))
-    text_key = _normed(attn.norm_added_k, _heads(attn, attn.add_k_proj(text)))
-    text_value = _heads(attn, attn.add_v_proj(text))
-    return (
-        _joined(query, text_query, rotary),
-        _joined(key, text_key, rotary),
-        torch.cat([value, text_value], dim=1),
-    )
+    query, norm_query = left_to_norm(attn.norm_added_q, _heads(attn, attn.add_q_proj(text)))
+    key, norm_key = left_to_norm(attn.norm_added_k, _heads(attn, attn.add_k_proj(text)))
+    value = _heads(attn, attn.add_v_proj(text))
+    return prepare_attention([_projected(attn, video, rotary), Stream(query, key, value, norm_query, norm_key)])
 
 
-def _projected(attn: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value (B, S, H, D), query and key normed. Fresh tensors: they may be written to."""
-    query = _normed(attn.norm_q, _heads(attn, attn.to_q(states)))
-    key = _normed(attn.norm_k, _heads(attn, attn.to_k(states)))
-    return query, key, _heads(attn, attn.to_v(states))
+def _projected(attn: Any, states: Tensor, rotary: Rotary | None) -> Stream:
+    """Query, key and value (B, S, H, D), and what is left to do to them."""
+    query, norm_query = left_to_norm(attn.norm_q, _heads(attn, attn.to_q(states)))
+    key, norm_key = left_to_norm(attn.norm_k, _heads(attn, attn.to_k(states)))
+    value = _heads(attn, attn.to_v(states))
+    return Stream(query, key, value, norm_query, norm_key, None if rotary is None else _on(rotary, query))
+
+
+def _on(rotary: Rotary, x: Tensor) -> Rotary:
+    cos, sin = rotary
+    return cos.to(x.device), sin.to(x.device)
 
 
 def _heads(attn: Any, x: Tensor) -> Tensor:
     return x.unflatten(2, (attn.heads, -1))
-
-
-def _normed(norm: torch.nn.Module | None, x: Tensor) -> Tensor:
-    return x if norm is None else norm(x)
-
-
-def _joined(video: Tensor, text: Tensor, rotary: Rotary | None) -> Tensor:
-    """Video with RoPE, then text, along the sequence: the rotated rows are rounded straight into the joint buffer."""
-    if rotary is None:
-        return torch.cat([video, text], dim=1)
-    batch, tokens, heads, head_dim = video.shape
-    joint = video.new_empty(batch, tokens + text.shape[1], heads, head_dim)
-    joint[:, :tokens] = _rotated(video, rotary)
-    joint[:, tokens:] = text
-    return joint
-
-
-def _rotated(x: Tensor, rotary: Rotary) -> Tensor:
-    """RoPE over neighbouring channels, x (B, S, H, D): (x0 cos - x1 sin, x1 cos + x0 sin), in float32 as diffusers
-    computes it.
-
-    The same products and sums as `diffusers.models.embeddings.apply_rotary_emb`, so the same bits, without writing
-    out the swapped copy of x and its float32 image: about a third of the memory traffic.
-    """
-    cos, sin = (angle.to(x.device)[None, :, None, :] for angle in rotary)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    out = x * cos
-    out[..., 0::2] -= odd * sin[..., 0::2]
-    out[..., 1::2] += even * sin[..., 1::2]
-    return out
 
 
 def _video_out(attn: Any, states: Tensor) -> Tensor:

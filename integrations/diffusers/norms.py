@@ -1,0 +1,62 @@
+"""The norms of queries and keys as diffusers has them, told to the preparation kernel."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.normalization import FP32LayerNorm, MochiRMSNorm, RMSNorm
+from torch import Tensor, nn
+
+from para_kernels.preparation import PREPARED_DTYPES, Norm
+
+
+def left_to_norm(module: nn.Module | None, x: Tensor) -> tuple[Tensor, Norm | None]:
+    """x (B, S, H, D), and the norm that is left to do on it: all of `module`'s, or, where the preparation cannot take
+    its place, none, and x has been through the module.
+
+    The module itself is called where it is of an unknown type and where calling it does more than the norm: with a hook
+    of offloading, its weight arrives with the call.
+    """
+    if module is None:
+        return x, None
+    norm = None if _is_hooked(module) else _described(module, x)
+    if norm is not None:
+        return x, norm
+    shape: tuple[int, ...] = tuple(getattr(module, "normalized_shape", None) or getattr(module, "dim", ()))
+    normed = module(x.flatten(2)).view(x.shape) if shape == (x.shape[2] * x.shape[3],) else module(x)
+    return normed.to(x.dtype), None
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    hooks = ("_hf_hook", "_diffusers_hook")  # of accelerate, of diffusers
+    return any(hasattr(module, name) for name in hooks) or bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _described(module: nn.Module, x: Tensor) -> Norm | None:
+    """What `module` does, or None where the kernel has no such norm."""
+    kind = type(module)
+    if kind is RMSNorm or kind is MochiRMSNorm:
+        shape, is_layer = module.dim, False
+    elif kind is nn.LayerNorm or kind is FP32LayerNorm:
+        shape, is_layer = module.normalized_shape, True
+    else:
+        return None
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not all(_fits(parameter, x) for parameter in (weight, bias)):
+        return None
+    heads, head_dim = x.shape[2:]
+    if tuple(shape) == (head_dim,):
+        over = "head"
+    elif tuple(shape) == (heads * head_dim,) and not is_layer:
+        over = "heads"
+    else:
+        return None
+    # diffusers' RMSNorm casts to a weight of half precision before it multiplies; Mochi's does not.
+    round_first = kind is RMSNorm and weight is not None and weight.dtype != torch.float32
+    return Norm("layer" if is_layer else "rms", weight, bias, float(module.eps), over, round_first)  # type: ignore[arg-type]
+
+
+def _fits(parameter: Tensor | None, x: Tensor) -> bool:
+    """Of a dtype whose rounding the kernel repeats, and where x is."""
+    if parameter is None:
+        return True
+    return parameter.dtype in (x.dtype, torch.float32) and parameter.device == x.device and x.dtype in PREPARED_DTYPES
