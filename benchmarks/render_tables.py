@@ -368,6 +368,49 @@ def _step_parallel(rows: Sequence[Row]) -> str:
     return _markdown(head, body, rows)
 
 
+def _predicted(rows: Sequence[Row]) -> str:
+    """What `scaling_model` says of numbers of GPUs that no record of a measurement has."""
+    body = [
+        [
+            row["notes"]["machine"],
+            str(row["shape"]["ranks"]),
+            row["kernel"],
+            f"{row['median_ms'] / 1e3:.2f}",
+            f"{row['notes']['video_s']:.0f}",
+            f"{row['notes']['speed_up_with_cache']:.2f}x",
+        ]
+        for row in rows
+        if row["shape"]["ranks"] != 2
+    ]
+    steps, reused = (rows[0]["notes"][key] for key in ("steps", "reused"))
+    with_cache = f"predicted s, {steps} steps, {reused} reused"
+    head = ["machine", "GPUs", "split", "predicted s per step", with_cache, "predicted speed-up, with the cache"]
+    return _table_of_model(head, body, rows)
+
+
+def _model_error(rows: Sequence[Row]) -> str:
+    body = [
+        [
+            row["kernel"],
+            f"{row['shape']['S']:,}",
+            f"{row['median_ms']:.2f}",
+            f"{row['peer_ms']:.2f}",
+            f"{row['notes']['error']:+.1%}",
+            row["peer"],
+        ]
+        for row in rows
+    ]
+    return _table_of_model(["way", "tokens", "predicted ms", "measured ms", "error", "row"], body, rows)
+
+
+def _table_of_model(head: Sequence[str], body: Iterable[Sequence[str]], rows: Sequence[Row]) -> str:
+    """Like `_markdown`, but under it stands that nothing ran, in place of where it ran."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    version = f"commit {rows[0]['commit']}, " if rows[0]["commit"] else ""
+    return f"\n{table}\n\n*Predicted by a model, not measured; {version}{rows[0]['date']}; `{rows[0]['command']}`*\n"
+
+
 def _demo(rows: Sequence[Row]) -> str:
     body = []
     for row in rows:
@@ -448,6 +491,9 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Row]], str]]] = {
     "ring-without-p2p": (("ring-without_p2p",), _ring),
     "ring-checks": (("ring-correctness", "ring-stress"), _checks),
     "step-parallel": (("hunyuan_step_parallel",), _step_parallel),
+    "scaling-predicted": (("scaling-predicted",), _predicted),
+    "scaling-validation": (("scaling-validation",), _model_error),
+    "toy-ranks": (("toy-ranks-cpu",), _checks),
     "demo": (("toy_demo",), _demo),
     "cpu": (
         (
