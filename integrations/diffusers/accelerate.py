@@ -128,6 +128,10 @@ def _recognised(pipe: Any) -> tuple[Family, Any]:
     """The pipe's family and its transformer, out of `torch.compile`'s wrapper."""
     family = _family(pipe)
     transformer = getattr(pipe.transformer, "_orig_mod", pipe.transformer)
+    for path in family.without:
+        if (value := _attribute(pipe, path)) not in (None, False):
+            got = repr(value) if isinstance(value, bool) else f"a {type(value).__name__}"
+            raise ValueError(f"pipe: its {path} is {got}, which is not supported; allowed is none")
     if not _class_names(transformer) & set(family.transformers):
         raise ValueError(
             f"pipe: its transformer is a {type(transformer).__name__}, allowed is {' or '.join(family.transformers)}"
@@ -145,6 +149,13 @@ def _family(pipe: Any) -> Family:
             return family
     supported = ", ".join(f"{' or '.join(family.pipelines)} [{family.name}]" for family in FAMILIES)
     raise ValueError(f"pipe: got a {type(pipe).__name__}, supported: {supported}")
+
+
+def _attribute(thing: Any, path: str) -> Any:
+    """What stands at a dotted path; None where the path ends early."""
+    for name in path.split("."):
+        thing = getattr(thing, name, None)
+    return thing
 
 
 def _class_names(thing: object) -> set[str]:

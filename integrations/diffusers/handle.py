@@ -13,7 +13,7 @@ from torch import nn
 from para_kernels.cache import FirstBlockCache, StepRecord
 
 from .agreement import quiet_progress, share_noise
-from .attention import AttentionLengths, ParaAttnProcessor
+from .attention import AttentionLengths
 from .cache import BlockCache, add_cache_hooks, transformer_blocks
 from .hooks import Argument, BranchName, CallHook, DropArgumentHook, add_hook, forget_child_registries
 from .models import Family
@@ -179,7 +179,9 @@ class Handle:
 
     def _add_listeners(self, undo: ExitStack, settings: Settings) -> None:
         transformer = self._transformer
-        self._text_mask = Argument.of(transformer, self.family.text_mask)
+        mask = self.family.text_mask
+        self._text_mask = None if mask is None else Argument.of(transformer, mask)
+        self._latents = Argument.of(transformer, self.family.shards.samples[0])
         # The list of blocks is itself never called and nobody else hooks it: a place to listen that stands in no
         # one's way.
         blocks = getattr(transformer, self.family.block_lists[0])
@@ -190,7 +192,7 @@ class Handle:
 
     def _add_attention(self, undo: ExitStack, settings: Settings) -> None:
         transformer = self._transformer
-        processor = ParaAttnProcessor(self._lengths)
+        processor = self.family.processor(self._lengths)
         undo.callback(self._give_back_processors, transformer.attn_processors)
         transformer.set_attn_processor(processor)
         if self.family.refiner is not None:
@@ -206,7 +208,7 @@ class Handle:
         )
 
     def _is_ours(self, processor: Any) -> bool:
-        return isinstance(processor, ParaAttnProcessor) and processor.lengths is self._lengths
+        return getattr(processor, "lengths", None) is self._lengths
 
     def _add_parallel(self, undo: ExitStack, settings: Settings) -> None:
         assert settings.parallel is not None
@@ -260,13 +262,13 @@ class Handle:
         self._notice_new_call()
         if self._spread is not None:
             args, kwargs = self._spread.begin(args, kwargs, self._branch.name, str(self.settings.cache))
-        text_mask = self._text_mask.get(args, kwargs)
+        text_mask = None if self._text_mask is None else self._text_mask.get(args, kwargs)
         if self._cache is not None:
             self._cache.begin_forward()
         if "attention" in self._parts:
             self._lengths.begin(text_mask)
-        self._device = text_mask.device
-        self._timeline.start(text_mask.device)
+        self._device = self._latents.get(args, kwargs).device
+        self._timeline.start(self._device)
         return args, kwargs
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
