@@ -19,6 +19,7 @@ from .hooks import Argument, BranchName, CallHook, DropArgumentHook, add_hook, f
 from .models import Family
 from .parallel import Spread
 from .places import Places
+from .processor_swap import attn_processors, set_attn_processors
 from .summary import render
 from .timeline import Timeline
 
@@ -114,7 +115,7 @@ class Handle:
     @property
     def processors(self) -> int:
         """How many attention modules have this installation's processor now."""
-        return sum(self._is_ours(processor) for processor in self._transformer.attn_processors.values())
+        return sum(self._is_ours(processor) for processor in attn_processors(self._transformer).values())
 
     @property
     def spread(self) -> Spread | None:
@@ -193,8 +194,9 @@ class Handle:
     def _add_attention(self, undo: ExitStack, settings: Settings) -> None:
         transformer = self._transformer
         processor = self.family.processor(self._lengths)
-        undo.callback(self._give_back_processors, transformer.attn_processors)
-        transformer.set_attn_processor(processor)
+        originals = attn_processors(transformer)
+        undo.callback(self._give_back_processors, originals)
+        set_attn_processors(transformer, dict.fromkeys(originals, processor))
         if self.family.refiner is not None:
             refiner = transformer.get_submodule(self.family.refiner)
             hook = DropArgumentHook(Argument.of(refiner, self.family.refiner_mask))
@@ -202,9 +204,9 @@ class Handle:
 
     def _give_back_processors(self, originals: dict[str, Any]) -> None:
         """The very objects that were there; where somebody has put another one since, that one stays."""
-        now = self._transformer.attn_processors
-        self._transformer.set_attn_processor(
-            {name: originals[name] if self._is_ours(processor) else processor for name, processor in now.items()}
+        now = attn_processors(self._transformer)
+        set_attn_processors(
+            self._transformer, {name: originals[name] for name, there in now.items() if self._is_ours(there)}
         )
 
     def _is_ours(self, processor: Any) -> bool:
