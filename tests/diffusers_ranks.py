@@ -17,8 +17,8 @@ from tiny_hunyuan import PROMPTS, generate, tiny_pipeline
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from para_kernels import ContextParallel, FirstBlockCache
-from para_kernels.cache import StepRecord
+from para_kernels import AdaCache, ContextParallel, FirstBlockCache, TeaCache
+from para_kernels.cache import Policy, StepRecord
 from para_kernels.integrations.diffusers import (
     accelerate,
     apply_cache_on_pipe,
@@ -37,7 +37,7 @@ class Equal:
 
     parallel: dict[str, int]
     prompts: int = 1
-    cache: FirstBlockCache | None = None
+    cache: Policy | None = None
     order: str = "together"
     arguments: dict[str, Any] = field(default_factory=dict)
     transformer: dict[str, Any] = field(default_factory=dict)
@@ -47,6 +47,9 @@ LONG = {"height": 80, "width": 48, "num_frames": 13, "max_sequence_length": 23} 
 SHORT = {"height": 16, "width": 16, "num_frames": 1, "max_sequence_length": 5}  # 1 video token and 5 of text
 GUIDED = {"negative_prompt": ["down", "up and down"], "true_cfg_scale": 3.0}
 CACHE = FirstBlockCache(0.35, warmup_steps=1)
+TEACACHE = TeaCache(0.6, rescale=(1.0, 0.0), taylor_order=1)
+ADACACHE = AdaCache(1.0, codebook=((0.3, 3), (1.0, 2)))
+ENDS = FirstBlockCache(0.35, first_blocks=1, last_blocks=2, taylor_order=2)
 TWO_HEADS = {"num_attention_heads": 2}
 
 EQUAL: dict[int, dict[str, Equal]] = {
@@ -59,6 +62,9 @@ EQUAL: dict[int, dict[str, Equal]] = {
         "cache first": Equal({"ring": 2}, prompts=2, cache=CACHE, order="cache first"),
         "parallel first": Equal({"ulysses": 2}, prompts=2, cache=CACHE, order="parallel first"),
         "guided": Equal({"ring": 2}, prompts=2, cache=CACHE, arguments=GUIDED),
+        "teacache": Equal({"ring": 2}, prompts=2, cache=TEACACHE, arguments=GUIDED),
+        "adacache": Equal({"ulysses": 2}, prompts=2, cache=ADACACHE),
+        "first and last blocks": Equal({"ring": 2}, prompts=2, cache=ENDS, arguments=LONG),
         "auto": Equal({}, prompts=1, arguments=LONG),
         "auto batch": Equal({}, prompts=2),
     },
@@ -67,6 +73,9 @@ EQUAL: dict[int, dict[str, Equal]] = {
         "ulysses, two heads": Equal({"ulysses": 3}, prompts=2, arguments=LONG, transformer=TWO_HEADS),
         "batch": Equal({"batch": 3}, prompts=3),
         "no dual-stream block, cache": Equal({"ring": 3}, prompts=2, cache=CACHE, transformer={"num_layers": 0}),
+        "teacache": Equal({"ring": 3}, prompts=2, cache=TEACACHE, arguments=LONG),
+        "adacache, batch": Equal({"batch": 3}, prompts=3, cache=ADACACHE),
+        "first and last blocks": Equal({"ulysses": 3}, prompts=2, cache=ENDS, arguments=LONG),
         "every third token compared": Equal(
             {"ring": 3}, prompts=2, cache=FirstBlockCache(0.35, downsample_factor=3), arguments=LONG
         ),
@@ -121,12 +130,19 @@ def equal(case: Equal) -> SEEN:
 # --- cases of their own -----------------------------------------------------------------------------------------------
 
 
-def straddle() -> SEEN:
+STRADDLED: dict[str, Callable[[float], Policy]] = {
+    "straddle": FirstBlockCache,
+    "straddle, teacache": partial(TeaCache, rescale=(1.0, 0.0)),
+    "straddle, adacache": partial(AdaCache, codebook=((1.0, 3),)),
+}
+
+
+def straddle(make: Callable[[float], Policy]) -> SEEN:
     """A threshold that lies between what the ranks alone would have measured."""
     pipe = tiny_pipeline()
     world = dist.get_world_size()
     everyone = {"prompts": PROMPTS[:2], "steps": 4, **LONG}
-    handle = accelerate(pipe, cache=FirstBlockCache(1e-9), parallel=ContextParallel(ring=world, timeout=TIMEOUT))
+    handle = accelerate(pipe, cache=make(1e-9), parallel=ContextParallel(ring=world, timeout=TIMEOUT))
     local = watched_diffs(handle)
     generate(pipe, **everyone)
     diffs = torch.tensor(local)
@@ -136,11 +152,11 @@ def straddle() -> SEEN:
     low, *_, high = sorted(first)
     threshold = (low + high) / 2
     local.clear()
-    accelerate(pipe, cache=threshold)
+    accelerate(pipe, cache=make(threshold))
     got = generate(pipe, **everyone)
     records = decisions(handle.records)
     handle.remove()
-    alone = accelerate(pipe, cache=threshold)
+    alone = accelerate(pipe, cache=make(threshold))
     expected = generate(pipe, **everyone)
     return {
         "would have reused": first[dist.get_rank()] < threshold,
@@ -375,9 +391,10 @@ def death(rank: int, world: int) -> str:
     return "nobody noticed"
 
 
+STRADDLING = (2, 3)  # worlds
 OTHERS: dict[int, list[Callable[[], SEEN]]] = {
-    2: [straddle, remove, retune, noise, progress, refused, after_failure, toy],
-    3: [straddle, shapes, noise],
+    2: [remove, retune, noise, progress, refused, after_failure, toy],
+    3: [shapes, noise],
     4: [remove],
 }
 
@@ -396,6 +413,8 @@ def digest(tensor: Tensor) -> str:
 def run(rank: int, world: int) -> dict[str, SEEN]:
     """All cases of a world size. After one that fails the ranks may stand at different places: it is the last."""
     cases: dict[str, Callable[[], SEEN]] = {name: partial(equal, case) for name, case in EQUAL[world].items()}
+    if world in STRADDLING:
+        cases |= {name: partial(straddle, make) for name, make in STRADDLED.items()}
     cases |= {case.__name__: case for case in OTHERS[world]}
     seen: dict[str, SEEN] = {}
     for name, case in cases.items():

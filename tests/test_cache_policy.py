@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from para_kernels import FirstBlockCache
-from para_kernels import cache as cache_module
-from para_kernels.cache import CacheState, StepRecord
+from para_kernels.cache import CacheState, StepRecord, first_block
 
 TOKENS, CHANNELS = 6, 2
 
@@ -149,8 +148,8 @@ def test_downsampling_makes_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
         given_tensors.extend([hidden_in, hidden_out])
         return original(hidden_in, hidden_out, previous)
 
-    original = cache_module.residual_diff
-    monkeypatch.setattr(cache_module, "residual_diff", spy)
+    original = first_block.residual_diff
+    monkeypatch.setattr(first_block, "residual_diff", spy)
     hidden = torch.zeros(1, TOKENS, CHANNELS)
     FirstBlockCache(0.1, downsample_factor=2).new_state().decide(hidden, hidden)
     assert [(x.data_ptr(), x.stride(1)) for x in given_tensors] == [(hidden.data_ptr(), 2 * CHANNELS)] * 2

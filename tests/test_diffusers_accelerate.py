@@ -370,7 +370,7 @@ BAD_CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "type": (
         lambda pipe: accelerate(pipe, cache="fast"),  # type: ignore[arg-type]
-        r"cache: got 'fast', allowed is a FirstBlockCache, a threshold >= 0, True, False or None",
+        r"cache: got 'fast', allowed is a policy, a threshold >= 0, True, False or None",
     ),
     "attention": (
         lambda pipe: accelerate(pipe, attention="int4"),
@@ -446,7 +446,7 @@ def test_the_summary_before_and_after_a_call(pipe: HunyuanVideoPipeline) -> None
     lines = text.splitlines()
     assert "exact, 7 of 7 processors swapped; kernel: torch CPU flash attention" in text
     assert "(cpu, torch.float32, head dim 16)" in text
-    assert "First Block Cache, threshold 100, 2 warm-up steps, one token in 2 compared" in text
+    assert "First Block Cache, threshold 100, warmup_steps 2, downsample_factor 2" in text
     assert sum("[cond]" in line or "[uncond]" in line for line in lines) == 2
     rows = [line.split() for line in lines if "computed  " in line or "reused  " in line]
     records = [record for branch in ("cond", "uncond") for record in handle.records if record.branch == branch]

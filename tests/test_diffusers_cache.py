@@ -260,7 +260,7 @@ def test_other_families_are_a_row_in_the_table(positional: bool) -> None:
         reused_streams=("hidden_states", "encoder_hidden_states"),
     )
     blocks: list[nn.Module] = [Block() for _ in range(3)]
-    cache = BlockCache(FirstBlockCache(0.1), family, BranchName())
+    cache = BlockCache(FirstBlockCache(0.1), family, BranchName(), len(blocks))
     with ExitStack() as undo:
         add_cache_hooks(undo, cache, blocks)
         for expect_reuse in (False, True):

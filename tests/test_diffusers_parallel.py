@@ -17,7 +17,7 @@ pytest.importorskip("diffusers")
 
 import diffusers_ranks
 import ranks
-from diffusers_ranks import EQUAL, OTHERS
+from diffusers_ranks import EQUAL, OTHERS, STRADDLED, STRADDLING
 from tiny_hunyuan import PROMPTS, tiny_pipeline
 
 from para_kernels import ContextParallel
@@ -114,9 +114,10 @@ def test_calls_of_other_shapes_follow_each_other(shared: Path) -> None:
 # --- one decision -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_that_would_decide_otherwise_decide_alike(shared: Path, world: int) -> None:
-    everyone = seen(shared, world, "straddle")
+@pytest.mark.parametrize("world", STRADDLING)
+@pytest.mark.parametrize("name", STRADDLED)
+def test_ranks_that_would_decide_otherwise_decide_alike(shared: Path, world: int, name: str) -> None:
+    everyone = seen(shared, world, name)
     assert {one["would have reused"] for one in everyone} == {True, False}
     assert reused(same(everyone, "decisions")) == reused(everyone[0]["alone"])
     same(everyone, "output")

@@ -10,7 +10,7 @@ from typing import Any
 from torch.distributed.device_mesh import DeviceMesh
 
 from para_kernels import ContextParallel
-from para_kernels.cache import FirstBlockCache, check_threshold
+from para_kernels.cache import FirstBlockCache, Policy, TeaCache, check_threshold
 from para_kernels.parallel.failure import DEFAULT_TIMEOUT
 
 from .handle import Handle, Settings
@@ -28,11 +28,11 @@ class Keep(Enum):
 
 def accelerate(
     pipe: Any,
-    cache: FirstBlockCache | float | bool | Keep | None = Keep.AS_IS,
+    cache: Policy | float | bool | Keep | None = Keep.AS_IS,
     attention: str = "exact",
     parallel: ContextParallel | Keep | None = Keep.AS_IS,
 ) -> Handle:
-    """Put this package's attention, and if asked for First Block Cache and context parallelism, under a diffusers
+    """Put this package's attention, and if asked for a cache of steps and context parallelism, under a diffusers
     pipeline.
 
     Works on this pipeline's transformer alone, and on its instance: pipelines that share the transformer share the
@@ -40,8 +40,9 @@ def accelerate(
 
     Args:
         pipe: a `HunyuanVideoPipeline` (text to video) or a subclass.
-        cache: a `FirstBlockCache`; or its threshold; True for the family's default threshold; None, False or 0 for no
-            cache, which is bit for bit the uncached pipe. Not given: as it is, that is none on a pipe that has not
+        cache: a policy: `FirstBlockCache`, `TeaCache` or `AdaCache`; a number is the threshold of a `FirstBlockCache`;
+            True for the family's default threshold; None, False or 0 for no cache, which is bit for bit the uncached
+            pipe. Not given: as it is, that is none on a pipe that has not
             been accelerated.
         attention: `"exact"`, the only kind there is.
         parallel: spreads the work over the ranks of the running `torch.distributed` world, see `parallelize_pipe`; None
@@ -87,7 +88,12 @@ def apply_cache_on_pipe(
     family, transformer = _recognised(pipe)
     threshold = family.cache_threshold if residual_diff_threshold is None else residual_diff_threshold
     check_threshold("residual_diff_threshold", threshold)
-    policy = FirstBlockCache(threshold, warmup_steps, max_consecutive_hits, downsample_factor)
+    policy = FirstBlockCache(
+        threshold,
+        warmup_steps=warmup_steps,
+        max_consecutive_hits=max_consecutive_hits,
+        downsample_factor=downsample_factor,
+    )
     handle = _handle(transformer, family)
     return _configured(handle, pipe, replace(handle.settings, cache=_unless_never(policy)))
 
@@ -163,15 +169,17 @@ def _class_names(thing: object) -> set[str]:
     return {cls.__name__ for cls in type(thing).__mro__}
 
 
-def _policy(cache: FirstBlockCache | float | bool | None, family: Family) -> FirstBlockCache | None:
+def _policy(cache: Policy | float | bool | None, family: Family) -> Policy | None:
     if cache is None or cache is False:
         return None
     if cache is True:
         return FirstBlockCache(family.cache_threshold)
-    if isinstance(cache, FirstBlockCache):
+    if isinstance(cache, TeaCache) and cache.rescale is None:
+        cache = _rescaled(cache, family)
+    if isinstance(cache, Policy):
         return _unless_never(cache)
     if not isinstance(cache, Real):
-        raise ValueError(f"cache: got {cache!r}, allowed is a FirstBlockCache, a threshold >= 0, True, False or None")
+        raise ValueError(f"cache: got {cache!r}, allowed is a policy, a threshold >= 0, True, False or None")
     check_threshold("cache", cache)
     return _unless_never(FirstBlockCache(cache))
 
@@ -186,7 +194,17 @@ def _places(parallel: ContextParallel | None, handle: Handle) -> Places | None:
     return there if there is not None and (there.wanted, there.mesh) == (parallel, None) else Places(parallel)
 
 
-def _unless_never(policy: FirstBlockCache) -> FirstBlockCache | None:
+def _rescaled(policy: TeaCache, family: Family) -> TeaCache:
+    """With the polynomial published for the family."""
+    if family.teacache_rescale is None:
+        raise ValueError(
+            f"cache: TeaCache has no published polynomial for {family.name}, allowed is rescale=(coefficients);"
+            " `para-kernels tune` fits one, (1.0, 0.0) rescales nothing"
+        )
+    return replace(policy, rescale=family.teacache_rescale)
+
+
+def _unless_never(policy: Policy) -> Policy | None:
     """No diff lies below 0: such a policy needs no hooks."""
     return policy if policy.threshold > 0 else None
 

@@ -1,4 +1,4 @@
-"""First Block Cache on a transformer's blocks: the first one decides whether the others run."""
+"""A cache of steps on a transformer's blocks: its policy decides whether the blocks in the middle run."""
 
 from __future__ import annotations
 
@@ -8,33 +8,38 @@ from typing import Any
 from diffusers.hooks.hooks import ModelHook
 from torch import Tensor, nn
 
-from para_kernels.cache import CacheState, FirstBlockCache, StepRecord
+from para_kernels.cache import CacheState, Policy, StepRecord
 
 from .hooks import Argument, BranchName, add_hook
-from .models import Family
+from .models import Family, Modulation
 from .parallel import Spread
 
-_HOOK = "para_kernels.first_block_cache"
+_HOOK = "para_kernels.block_cache"
 
 
 class BlockCache:
     """Shared by the block hooks of one transformer: the policy, a state per branch, the running forward's decision.
 
+    The policy's first and last blocks always run. Between them, `start` to `stop`, is what a reused step skips.
+
     Attributes:
         spread: where forwards are spread over ranks, None where they are not. All ranks then decide alike.
     """
 
-    def __init__(self, policy: FirstBlockCache, family: Family, branch: BranchName) -> None:
-        self.policy = policy
+    def __init__(self, policy: Policy, family: Family, branch: BranchName, count: int) -> None:
         self.family = family
         self.branch = branch
         self.spread: Spread | None = None
         self.states: dict[str, CacheState] = {}
-        self.end_forward()
+        self._count = count
+        self.retune(policy)
 
-    def retune(self, policy: FirstBlockCache) -> None:
+    def retune(self, policy: Policy) -> None:
         """Go on with another policy and no memory."""
         self.policy = policy
+        self.start, self.stop = policy.first_blocks, self._count - policy.last_blocks
+        # Behind the last block nobody may need the text; a block does.
+        self.reused = self.family.block_returns if policy.last_blocks else self.family.reused_streams
         self.reset()
 
     def reset(self) -> None:
@@ -51,35 +56,60 @@ class BlockCache:
         """The forward is over. A block that is called by itself from here on just runs."""
         self.running = False
         self.decision: StepRecord | None = None
-        self._first: dict[str, Tensor] = {}
+        self._hidden_in: Tensor | None = None
+        self._modulated: Tensor | None = None
+        self._before: dict[str, Tensor] = {}
 
     @property
     def reusing(self) -> bool:
-        """Whether the running forward skips the blocks after the first one."""
+        """Whether the running forward skips blocks."""
         return self.decision is not None and self.decision.reused
 
-    def after_first_block(self, hidden_in: Tensor, streams: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Decide; on a hit return the streams as the last block would have left them."""
-        video = self.family.block_arguments[0]
-        state = self._state()
-        self.decision = self._decide(state, hidden_in, streams[video])
-        kept = {name: streams[name] for name in self.family.reused_streams}
-        if self.decision.reused:
-            return streams | dict(zip(kept, state.reuse(tuple(kept.values())), strict=True))
-        self._first = kept
+    def skips(self, index: int) -> bool:
+        """Whether block number `index` hands its streams through."""
+        return self.reusing and self.start <= index < self.stop
+
+    def enter(self, streams: dict[str, Tensor], modulated: Tensor | None) -> dict[str, Tensor]:
+        """The first block is about to get `streams`: note them; where no block always runs, decide."""
+        self._hidden_in, self._modulated = streams[self.family.block_arguments[0]], modulated
+        return self._decided(streams) if self.start == 0 else streams
+
+    def leave(self, index: int, streams: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Block number `index` has run: decide after the last of the first ones; remember what was not skipped."""
+        if index == self.start - 1:
+            return self._decided(streams)
+        if index == self.stop - 1:
+            before, self._before = self._before, {}
+            self._state().remember(tuple(before.values()), tuple(streams[name] for name in before))
         return streams
 
-    def after_last_block(self, streams: dict[str, Tensor]) -> None:
-        """On a miss: remember what the blocks after the first one added."""
-        first, self._first = self._first, {}
-        self._state().remember(tuple(first.values()), tuple(streams[name] for name in first))
+    def watches(self, index: int) -> bool:
+        """Whether anything is to be done after block number `index`."""
+        return index in (self.start - 1, self.stop - 1)
 
-    def _decide(self, state: CacheState, hidden_in: Tensor, hidden_out: Tensor) -> StepRecord:
+    def _decided(self, streams: dict[str, Tensor]) -> dict[str, Tensor]:
+        """On a hit the streams as the last of the skipped blocks would have left them."""
+        state, hidden_in, modulated = self._state(), self._hidden_in, self._modulated
+        assert hidden_in is not None
+        self._hidden_in = self._modulated = None
+        self.decision = self._decide(state, hidden_in, streams[self.family.block_arguments[0]], modulated)
+        kept = {name: streams[name] for name in self.reused}
+        if self.decision.reused:
+            return streams | dict(zip(kept, state.reuse(tuple(kept.values())), strict=True))
+        self._before = kept
+        return streams
+
+    def _decide(self, state: CacheState, hidden_in: Tensor, hidden_out: Tensor, modulated: Tensor | None) -> StepRecord:
         spread = self.spread
         if spread is None:
-            return state.decide(hidden_in, hidden_out)
+            return state.decide(hidden_in, hidden_out, modulated=modulated)
         return state.decide(
-            hidden_in, hidden_out, reduce=spread.reduce, first_token=spread.first_token, whole=spread.whole
+            hidden_in,
+            hidden_out,
+            modulated=modulated,
+            reduce=spread.reduce,
+            first_token=spread.first_token,
+            whole=spread.whole,
         )
 
     def _state(self) -> CacheState:
@@ -89,15 +119,33 @@ class BlockCache:
         return self.states[name]
 
 
-class _BlockHook(ModelHook):
-    """A hook that stands in for a block's forward; knows the block's streams by name."""
+class BlockHook(ModelHook):
+    """Stands in for the forward of one block; knows the block's streams by name."""
 
     fn_ref: Any  # The registry's reference to the forward that this hook replaces.
 
-    def __init__(self, cache: BlockCache, block: nn.Module) -> None:
+    def __init__(self, cache: BlockCache, block: nn.Module, index: int) -> None:
         super().__init__()
         self._cache = cache
+        self._index = index
         self._arguments = [Argument.of(block, name) for name in cache.family.block_arguments]
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        cache, index = self._cache, self._index
+        if not cache.running:
+            return self.fn_ref.original_forward(*args, **kwargs)
+        entered = self._enter(module, args, kwargs) if index == 0 else None
+        if cache.skips(index):
+            return self._returned(entered or self._given(args, kwargs))
+        if not cache.watches(index):
+            return self.fn_ref.original_forward(*args, **kwargs)
+        return self._returned(cache.leave(index, self._run(args, kwargs)))
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        cache = self._cache
+        looks = cache.policy.uses_modulation
+        modulated = modulated_input(module, cache.family.modulation, args, kwargs) if looks else None
+        return cache.enter(self._given(args, kwargs), modulated)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
         output = self.fn_ref.original_forward(*args, **kwargs)
@@ -113,36 +161,14 @@ class _BlockHook(ModelHook):
         return streams[names[0]] if len(names) == 1 else tuple(streams[name] for name in names)
 
 
-class FirstBlockHook(_BlockHook):
-    """Runs the first block and decides about the others."""
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not self._cache.running:
-            return self.fn_ref.original_forward(*args, **kwargs)
-        hidden_in = self._arguments[0].get(args, kwargs)
-        return self._returned(self._cache.after_first_block(hidden_in, self._run(args, kwargs)))
-
-
-class MiddleBlockHook(_BlockHook):
-    """Hands the streams through on a hit."""
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self._cache.reusing:
-            return self._returned(self._given(args, kwargs))
-        return self.fn_ref.original_forward(*args, **kwargs)
-
-
-class LastBlockHook(_BlockHook):
-    """Hands the streams through on a hit, and on a miss has them remembered."""
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self._cache.reusing:
-            return self._returned(self._given(args, kwargs))
-        if not self._cache.running:
-            return self.fn_ref.original_forward(*args, **kwargs)
-        streams = self._run(args, kwargs)
-        self._cache.after_last_block(streams)
-        return self._returned(streams)
+def modulated_input(
+    block: nn.Module, modulation: Modulation | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    """The first block's input as the timestep embedding scales and shifts it, (B, rows, C)."""
+    assert modulation is not None, "check_cacheable has looked"
+    given = {theirs: Argument.of(block, ours).get(args, kwargs) for theirs, ours in modulation.arguments}
+    output = block.get_submodule(modulation.submodule)(**given)
+    return output[0] if isinstance(output, tuple) else output
 
 
 def transformer_blocks(transformer: nn.Module, family: Family) -> list[nn.Module]:
@@ -150,10 +176,31 @@ def transformer_blocks(transformer: nn.Module, family: Family) -> list[nn.Module
     return [block for name in family.block_lists for block in getattr(transformer, name)]
 
 
+def check_cacheable(transformer: Any, family: Family, policy: Policy, installed: bool) -> None:
+    """Find out whether `policy` can work on `transformer`, on which this package's cache is `installed` or not.
+
+    Raises:
+        ValueError: if another cache is enabled, no block is left to skip, or what the policy looks at is missing.
+    """
+    if not installed and getattr(transformer, "is_cache_enabled", False):
+        raise ValueError(
+            "cache: diffusers' own cache is enabled on this transformer, allowed is one cache;"
+            " call pipe.transformer.disable_cache() first"
+        )
+    blocks = transformer_blocks(transformer, family)
+    always = policy.first_blocks + policy.last_blocks
+    if len(blocks) <= always:
+        raise ValueError(f"cache: the transformer has {len(blocks)} block(s), allowed are {always + 1} or more")
+    if policy.uses_modulation and (
+        family.modulation is None or not hasattr(blocks[0], family.modulation.submodule.split(".")[0])
+    ):
+        raise ValueError(
+            f"cache: {policy.title} looks at the first block's modulated input, which is not known on {family.name};"
+            " allowed are the other policies"
+        )
+
+
 def add_cache_hooks(undo: ExitStack, cache: BlockCache, blocks: list[nn.Module]) -> None:
-    """Put the cache under two or more blocks; closing `undo` takes it off again."""
-    first, *middle, last = blocks
-    add_hook(undo, first, FirstBlockHook(cache, first), _HOOK)
-    for block in middle:
-        add_hook(undo, block, MiddleBlockHook(cache, block), _HOOK)
-    add_hook(undo, last, LastBlockHook(cache, last), _HOOK)
+    """Put the cache under the blocks; closing `undo` takes it off again."""
+    for index, block in enumerate(blocks):
+        add_hook(undo, block, BlockHook(cache, block, index), _HOOK)

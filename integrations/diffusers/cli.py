@@ -18,9 +18,10 @@ USER_ERROR = 2
 DESCRIPTION = """\
 Text to video with diffusers, on exact variable-length attention and First Block Cache.
 
-Three commands:
+Four commands:
   generate   a prompt goes in, an mp4 comes out
   demo       the same prompts through stock diffusers, exact attention and the cache: videos, pictures, a table
+  tune       which cache policy, at which threshold, is fastest without falling below a quality
   doctor     what this machine has and which kernels will run on it
 """
 
@@ -31,6 +32,7 @@ examples:
   para-kernels generate "a cat walks on the grass, realistic" --model hunyuanvideo-community/HunyuanVideo --cache auto
   torchrun --nproc-per-node 2 -m para_kernels generate "a handwritten 7 moving to the left"
   para-kernels demo --out demo-output
+  para-kernels tune --metric psnr --floor 30
   para-kernels doctor
 """
 
@@ -73,6 +75,20 @@ examples:
   para-kernels demo --quick                      two prompts, two thresholds, fewer steps
   para-kernels demo --rounds 3 --out measured    each setting timed three times, the fastest counts
   para-kernels demo --thresholds 0.05 0.1 0.2 --prompts "a 3 moving up" "a handwritten 8 moving down"
+"""
+
+TUNE_DESCRIPTION = """\
+Search every cache policy for the highest threshold that keeps a quality, on your prompts, and say which one is fastest:
+First Block Cache, TeaCache (its polynomial is fitted on the same prompts) and AdaCache, with and without Taylor
+extrapolation. Prints a table and the line of Python to use; writes pareto.png and tune.json to --out.
+"""
+
+TUNE_EXAMPLES = """\
+examples:
+  para-kernels tune                                   PSNR of at least 30 dB to the uncached videos
+  para-kernels tune --metric ssim --floor 0.97
+  para-kernels tune --model hunyuanvideo-community/HunyuanVideo --height 544 --width 960 --frames 61 --batch 1 \\
+      --prompts "a cat walks on the grass, realistic" "rain on a tin roof, close up"
 """
 
 DOCTOR_DESCRIPTION = """\
@@ -133,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     _add_generate(commands)
     _add_demo(commands)
+    _add_tune(commands)
     _add_doctor(commands)
     return parser
 
@@ -193,6 +210,28 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         "--out", type=Path, default=Path("demo-output"), metavar="DIR", help="folder to write (default: demo-output)"
     )
     parser.set_defaults(run=_demo)
+
+
+def _add_tune(commands: argparse._SubParsersAction) -> None:
+    parser = _command(commands, "tune", "find the fastest cache for a quality", TUNE_DESCRIPTION, TUNE_EXAMPLES)
+    _add_model(parser)
+    _add_sampling(parser)
+    parser.add_argument("--prompts", nargs="+", metavar="PROMPT", help="yours, instead of the demo's four")
+    parser.add_argument(
+        "--metric", choices=("psnr", "ssim"), default="psnr", help="against the uncached videos (default: psnr)"
+    )
+    parser.add_argument("--floor", type=float, metavar="X", help="quality to keep (default: psnr 30, ssim 0.97)")
+    parser.add_argument(
+        "--evaluations", type=int, default=6, metavar="N", help="thresholds tried for each policy (default: 6)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=1, metavar="N", help="time each N times, the fastest counts (default: 1)"
+    )
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="prompts in a call (default: 8)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("tune-output"), metavar="DIR", help="folder to write (default: tune-output)"
+    )
+    parser.set_defaults(run=_tune)
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:
@@ -346,6 +385,38 @@ def _demo(options: argparse.Namespace) -> None:
             fps=_given(options.fps, defaults.fps),
             zoom=_given(options.zoom, defaults.zoom),
             processes=options.processes,
+        )
+    )
+
+
+def _tune(options: argparse.Namespace) -> None:
+    from . import demo, tune
+    from .generate import Request
+    from .loading import defaults_for, resolve_device, resolve_dtype
+
+    defaults = defaults_for(options.model)
+    device = resolve_device(options.device)
+    tune.run(
+        tune.TuneJob(
+            model=options.model,
+            revision=options.revision,
+            device=device,
+            dtype=resolve_dtype(options.dtype, device),
+            request=Request(
+                prompts=tuple(_given(options.prompts, demo.PROMPTS)),
+                height=_given(options.height, defaults.height),
+                width=_given(options.width, defaults.width),
+                num_frames=_given(options.frames, defaults.num_frames),
+                steps=_given(options.steps, defaults.steps),
+                guidance=_given(options.guidance, defaults.guidance),
+                seed=options.seed,
+            ),
+            metric=options.metric,
+            floor=_given(options.floor, 30.0 if options.metric == "psnr" else 0.97),
+            evaluations=options.evaluations,
+            rounds=options.rounds,
+            batch=options.batch,
+            out=options.out,
         )
     )
 

@@ -90,7 +90,7 @@ class Acceleration:
             raise ValueError(f"attention: {self.attention!r}; must be exact on several ranks")
         # True stands for a threshold that only the model's family knows; any valid one lets the others be checked.
         threshold = 0.0 if self.cache is None or self.cache is True else self.cache
-        FirstBlockCache(threshold, self.warmup_steps, self.max_consecutive_hits)
+        FirstBlockCache(threshold, warmup_steps=self.warmup_steps, max_consecutive_hits=self.max_consecutive_hits)
         if self.cache is None and (self.warmup_steps or self.max_consecutive_hits is not None):
             raise ValueError(
                 "warmup-steps, max-consecutive-hits: have no effect without a cache; give a cache threshold"

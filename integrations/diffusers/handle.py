@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from para_kernels.cache import FirstBlockCache, StepRecord
+from para_kernels.cache import Policy, StepRecord
 
 from .agreement import quiet_progress, share_noise
 from .attention import AttentionLengths
-from .cache import BlockCache, add_cache_hooks, transformer_blocks
+from .cache import BlockCache, add_cache_hooks, check_cacheable, transformer_blocks
 from .hooks import Argument, BranchName, CallHook, DropArgumentHook, add_hook, forget_child_registries
 from .models import Family
 from .parallel import Spread
@@ -37,7 +37,7 @@ class Settings:
     """
 
     attention: str = STOCK
-    cache: FirstBlockCache | None = None
+    cache: Policy | None = None
     parallel: Places | None = None
 
 
@@ -126,10 +126,11 @@ class Handle:
         """Put on what is missing, take off what is not wanted, re-tune the rest. A failure changes nothing.
 
         Raises:
-            ValueError: if the cache is wanted and another cache is enabled, or there are too few blocks to skip any.
+            ValueError: if the cache is wanted and another cache is enabled, or there are too few blocks to skip any, or
+                what the policy looks at is missing.
         """
-        if settings.cache is not None and self._cache is None:
-            self._check_cacheable()
+        if settings.cache is not None:
+            check_cacheable(self._transformer, self.family, settings.cache, installed=self._cache is not None)
         wanted = {
             "listeners": True,
             "attention": settings.attention != STOCK,
@@ -241,20 +242,12 @@ class Handle:
     def _add_cache(self, undo: ExitStack, settings: Settings) -> None:
         assert settings.cache is not None
         undo.callback(self._forget_cache)
-        self._cache = BlockCache(settings.cache, self.family, self._branch)
-        add_cache_hooks(undo, self._cache, transformer_blocks(self._transformer, self.family))
+        blocks = transformer_blocks(self._transformer, self.family)
+        self._cache = BlockCache(settings.cache, self.family, self._branch, len(blocks))
+        add_cache_hooks(undo, self._cache, blocks)
 
     def _forget_cache(self) -> None:
         self._cache = None
-
-    def _check_cacheable(self) -> None:
-        if getattr(self._transformer, "is_cache_enabled", False):
-            raise ValueError(
-                "cache: diffusers' own cache is enabled on this transformer, allowed is one cache;"
-                " call pipe.transformer.disable_cache() first"
-            )
-        if (count := len(transformer_blocks(self._transformer, self.family))) < 2:
-            raise ValueError(f"cache: the transformer has {count} block(s), allowed are 2 or more")
 
     # --- what the listeners hear ------------------------------------------------------------------------------------
 

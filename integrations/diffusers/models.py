@@ -40,6 +40,19 @@ class ShardPlan:
 
 
 @dataclass(frozen=True)
+class Modulation:
+    """What scales and shifts the first block's normalised input by the timestep embedding, for TeaCache.
+
+    Attributes:
+        submodule: path of it in the first block; its output, or the first of a tuple, is (B, rows, C).
+        arguments: (its argument, the block's argument that is given for it).
+    """
+
+    submodule: str
+    arguments: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
 class Family:
     """One row: how a family's pipeline and transformer are recognised, and where things stand in them.
 
@@ -62,6 +75,8 @@ class Family:
         reused_streams: the streams that are still needed after the last block; of the others no residual is kept.
         cache_threshold: First Block Cache's default threshold.
         shards: how the forward is spread over ranks.
+        modulation: what TeaCache looks at; None where it cannot be used.
+        teacache_rescale: TeaCache's published polynomial, the highest power first; None where there is none.
     """
 
     name: str
@@ -80,6 +95,8 @@ class Family:
     text_mask: str | None = None
     refiner: str | None = None
     refiner_mask: str = "attention_mask"
+    modulation: Modulation | None = None
+    teacache_rescale: tuple[float, ...] | None = None
 
 
 HUNYUAN_VIDEO = Family(
@@ -104,6 +121,9 @@ HUNYUAN_VIDEO = Family(
         patch=((2, "patch_size_t"), (3, "patch_size"), (4, "patch_size")),
         sequence=("hidden_states", "encoder_hidden_states"),
     ),
+    modulation=Modulation("norm1", (("x", "hidden_states"), ("emb", "temb"))),
+    # github.com/ali-vilab/TeaCache, TeaCache4HunyuanVideo: fitted on the 13B model at 50 steps.
+    teacache_rescale=(7.33226126e02, -4.01131952e02, 6.75869174e01, -3.14987800e00, 9.61237896e-02),
 )
 
 FLUX = Family(

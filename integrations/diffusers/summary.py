@@ -7,7 +7,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from para_kernels.attention import selected_kernel
-from para_kernels.cache import FirstBlockCache, StepRecord
+from para_kernels.cache import StepRecord
 
 from .processor_swap import attn_processors
 
@@ -22,7 +22,7 @@ def render(handle: Handle) -> str:
     lines = [
         f"para-kernels on {handle.family.name}",
         f"attention   {_attention(handle)}",
-        f"cache       {_cache(handle.settings.cache)}",
+        f"cache       {_cache(handle)}",
         *_parallel(handle.spread),
     ]
     if not records:
@@ -62,17 +62,8 @@ def _kernel(handle: Handle) -> str:
     return f"{selected_kernel(device, dtype, head_dim)} ({device}, {dtype}, head dim {head_dim})"
 
 
-def _cache(policy: FirstBlockCache | None) -> str:
-    if policy is None:
-        return "none"
-    parts = [f"First Block Cache, threshold {policy.threshold:g}"]
-    if policy.warmup_steps:
-        parts.append(f"{policy.warmup_steps} warm-up steps")
-    if policy.max_consecutive_hits is not None:
-        parts.append(f"at most {policy.max_consecutive_hits} reused in a row")
-    if policy.downsample_factor > 1:
-        parts.append(f"one token in {policy.downsample_factor} compared")
-    return ", ".join(parts)
+def _cache(handle: Handle) -> str:
+    return "none" if handle.settings.cache is None else handle.settings.cache.description()
 
 
 def _parallel(spread: Spread | None) -> list[str]:
