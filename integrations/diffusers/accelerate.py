@@ -13,8 +13,9 @@ from para_kernels import ContextParallel
 from para_kernels.cache import FirstBlockCache, Policy, TeaCache, check_threshold
 from para_kernels.parallel.failure import DEFAULT_TIMEOUT
 
+from .families import check_transformer, known_families
 from .handle import Handle, Settings
-from .models import FAMILIES, Family
+from .models import Family
 from .places import Places
 
 ATTENTION = ("exact",)
@@ -39,7 +40,7 @@ def accelerate(
     installation, others are not touched. Called again it re-tunes what is there.
 
     Args:
-        pipe: a `HunyuanVideoPipeline` (text to video) or a subclass.
+        pipe: a pipeline of one of the families in models.py, or of a registered one; or a subclass.
         cache: a policy: `FirstBlockCache`, `TeaCache` or `AdaCache`; a number is the threshold of a `FirstBlockCache`;
             True for the family's default threshold; None, False or 0 for no cache, which is bit for bit the uncached
             pipe. Not given: as it is, that is none on a pipe that has not
@@ -145,15 +146,16 @@ def _recognised(pipe: Any) -> tuple[Family, Any]:
     for name, allowed in family.config:
         if (value := getattr(transformer.config, name, None)) != allowed:
             raise ValueError(f"pipe: its transformer has {name}={value!r}, allowed is {allowed!r}")
+    check_transformer(family, transformer)
     return family, transformer
 
 
 def _family(pipe: Any) -> Family:
     names = _class_names(pipe)
-    for family in FAMILIES:
+    for family in known_families():
         if names & set(family.pipelines):
             return family
-    supported = ", ".join(f"{' or '.join(family.pipelines)} [{family.name}]" for family in FAMILIES)
+    supported = ", ".join(f"{' or '.join(family.pipelines)} [{family.name}]" for family in known_families())
     raise ValueError(f"pipe: got a {type(pipe).__name__}, supported: {supported}")
 
 

@@ -32,7 +32,13 @@ from .norms import left_to_norm
 _ALL = slice(None)
 
 
-class _Processor:
+class Processor:
+    """What all have in common, for processors of your own too: the lengths that `accelerate` passes.
+
+    Args:
+        lengths: of the transformer's running forward.
+    """
+
     def __init__(self, lengths: AttentionLengths) -> None:
         self.lengths = lengths
 
@@ -41,7 +47,7 @@ class _Processor:
         return self.lengths.shard or Shard(video_tokens, slice(video_tokens), attend_here, _ALL, attend_here)
 
 
-class FluxProcessor(_Processor):
+class FluxProcessor(Processor):
     """FLUX.1's joint attention, the text before the image, with RoPE over both."""
 
     def __call__(
@@ -64,7 +70,7 @@ class FluxProcessor(_Processor):
         return video_out(attn, out[:, cut:]), text_out(attn, out[:, :cut])
 
 
-class CogVideoXProcessor(_Processor):
+class CogVideoXProcessor(Processor):
     """CogVideoX's joint attention: one set of projections, the text before the video, with RoPE over the video."""
 
     def __call__(
@@ -87,7 +93,7 @@ class CogVideoXProcessor(_Processor):
         return out[:, cut:], out[:, :cut]
 
 
-class JointProcessor(_Processor):
+class JointProcessor(Processor):
     """SD3's and Mochi's joint attention, the text behind the video; and SD3.5's self attention of the image alone."""
 
     def __call__(
@@ -113,7 +119,7 @@ class JointProcessor(_Processor):
         return video_out(attn, out[:, :cut]), text_out(attn, out[:, cut:])
 
 
-class WanProcessor(_Processor):
+class WanProcessor(Processor):
     """Wan's self attention of the video, with RoPE, and its cross attention to the text and to an image's tokens."""
 
     def __call__(
