@@ -89,3 +89,24 @@ def test_ranks_equal_one(spread: list[Any], name: str) -> None:
         difference, alone, decided = seen[name]
         assert difference <= ERROR
         assert decided == alone
+
+
+@torch.no_grad()
+def test_wan_looks_at_an_image() -> None:
+    """Image to video has keys of an image before the 512 of the text, with projections of their own."""
+    pipe = tiny_family("Wan 2.1")
+    config = dict(TINY["Wan 2.1"].config, image_dim=8, added_kv_proj_dim=48)
+    torch.manual_seed(0)
+    pipe.transformer = type(pipe.transformer)(**config).eval()
+    inputs = {
+        "hidden_states": torch.randn(2, 16, 3, 6, 4),
+        "timestep": torch.full((2,), 500.0),
+        "encoder_hidden_states": torch.randn(2, 512, 16),
+        "encoder_hidden_states_image": torch.randn(2, 5, 8),
+    }
+    stock = pipe.transformer(**inputs).sample
+    other = pipe.transformer(**inputs | {"encoder_hidden_states_image": torch.randn(2, 5, 8)}).sample
+    handle = accelerate(pipe)
+    assert (pipe.transformer(**inputs).sample - stock).abs().max() <= ERROR * stock.abs().max()
+    assert (other - stock).abs().max() > 100 * ERROR * stock.abs().max()
+    handle.remove()

@@ -1,6 +1,6 @@
 """Pipelines of every family but HunyuanVideo with random weights: the real pipeline and transformer classes, only small.
 
-They are called with embedded prompts and return latents, so they need neither text encoders nor a VAE.
+They are called with embedded prompts and return latents, so they need no text encoders, and a VAE only for images.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class Tiny:
         guided: arguments of a call with classifier-free guidance, the others are without; None without such.
         scheduler: name of its class.
         frames: what the output is called.
+        image: which arguments of a call hold an image or its mask, (1, channels, height, width); there is a VAE then.
     """
 
     pipeline: str
@@ -44,6 +45,7 @@ class Tiny:
     guided: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 4.0})
     scheduler: str = "FlowMatchEulerDiscreteScheduler"
     frames: str = "frames"
+    image: dict[str, int] = field(default_factory=dict)
 
 
 _FLUX = {
@@ -119,6 +121,28 @@ TINY = {
     "FLUX.1-schnell": Tiny(
         "FluxPipeline", "FluxTransformer2DModel", _FLUX, _NO_FLUX, _IMAGE, pooled=True, guided=_SPLIT, frames="images"
     ),
+    "FLUX.1-Kontext": Tiny(
+        "FluxKontextPipeline",
+        "FluxTransformer2DModel",
+        {**_FLUX, "guidance_embeds": True},
+        _NO_FLUX,
+        {"height": 16, "width": 12, "max_area": 192, "_auto_resize": False},
+        pooled=True,
+        guided=_SPLIT,
+        frames="images",
+        image={"image": 3},
+    ),
+    "FLUX.1-Fill": Tiny(
+        "FluxFillPipeline",
+        "FluxTransformer2DModel",
+        {**_FLUX, "in_channels": 36, "out_channels": 16, "guidance_embeds": True},
+        _NO_FLUX,
+        {"height": 16, "width": 12},
+        pooled=True,
+        guided={},
+        frames="images",
+        image={"image": 3, "mask_image": 1},
+    ),
     "Wan 2.1": Tiny("WanPipeline", "WanTransformer3DModel", _WAN, _NO_VAE, {**_VIDEO, "guidance_scale": 1.0}),
     "CogVideoX-2b": Tiny(
         "CogVideoXPipeline",
@@ -186,7 +210,8 @@ def tiny_family(name: str) -> Any:
                 if "norm_q" in parameter_name or "norm_k" in parameter_name or "norm_added" in parameter_name:
                     parameter.uniform_(1.0, 3.0)  # As drawn, attention would be nearly uniform and hide mistakes.
         scheduler = getattr(diffusers, tiny.scheduler)()
-        pipe = getattr(diffusers, tiny.pipeline)(transformer=transformer, scheduler=scheduler, **tiny.arguments)
+        arguments = tiny.arguments | ({"vae": _vae()} if tiny.image else {})
+        pipe = getattr(diffusers, tiny.pipeline)(transformer=transformer, scheduler=scheduler, **arguments)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -201,7 +226,10 @@ def generate_family(name: str, pipe: Any, *, guided: bool = False, prompts: int 
         **tiny.call,
         **_prompts(tiny, prompts, seed=1),
     }
-    if guided:
+    generator = torch.Generator().manual_seed(3)
+    for argument, channels in tiny.image.items():
+        settings[argument] = torch.rand(1, channels, tiny.call["height"], tiny.call["width"], generator=generator)
+    if guided and tiny.guided:
         negative = {f"negative_{key}": value for key, value in _prompts(tiny, prompts, seed=2).items()}
         settings |= tiny.guided | negative
     return pipe(**settings)[tiny.frames]
@@ -216,3 +244,9 @@ def _prompts(tiny: Tiny, prompts: int, seed: int) -> dict[str, Tensor]:
         lengths = torch.tensor([5, 9, 11])[:prompts]
         made["prompt_attention_mask"] = torch.arange(tiny.tokens)[None] < lengths[:, None]
     return made
+
+
+def _vae() -> Any:
+    return diffusers.AutoencoderKL(
+        block_out_channels=(4,), latent_channels=4, norm_num_groups=2, shift_factor=0.1
+    ).eval()

@@ -144,8 +144,8 @@ FLUX = Family(
 )
 
 WAN = Family(
-    name="Wan (text and image to video, of one transformer)",
-    pipelines=("WanPipeline", "WanImageToVideoPipeline"),
+    name="Wan (text to video, of one transformer)",
+    pipelines=("WanPipeline",),
     transformers=("WanTransformer3DModel",),
     without=("transformer_2", "config.expand_timesteps"),
     processor=WanProcessor,
@@ -162,8 +162,8 @@ WAN = Family(
 )
 
 COGVIDEOX = Family(
-    name="CogVideoX (text and image to video)",
-    pipelines=("CogVideoXPipeline", "CogVideoXImageToVideoPipeline"),
+    name="CogVideoX (text to video)",
+    pipelines=("CogVideoXPipeline",),
     transformers=("CogVideoXTransformer3DModel",),
     processor=CogVideoXProcessor,
     cache_threshold=0.04,
