@@ -35,7 +35,7 @@ class HopperConfig:
 # By head dim. Three consumers fill a multiprocessor. Of one consumer's programs two share one: fewer rows at a time,
 # but the start and the end of one run beside the other.
 CONFIGS = {64: HopperConfig(3, 8, 2, 1, None), 128: HopperConfig(3, 4, 2, 1, None)}
-SMALL_CONFIGS = {64: HopperConfig(1, 4, 1, 2, 96), 128: HopperConfig(1, 3, 1, 2, 96)}
+SMALL_CONFIGS = {64: HopperConfig(1, 4, 1, 2, 104), 128: HopperConfig(1, 3, 1, 2, 104)}
 
 
 class Choice(NamedTuple):
@@ -80,8 +80,8 @@ def _microseconds_of_rows(problem: _Problem, uneven: bool) -> dict[Choice, float
     stays = problem.blocks <= _BLOCKS_OF_A_PROGRAM and not uneven
     rows_192, rows_128 = Choice(large, 3, stays), Choice(large, 2, stays)
     return {
-        rows_192: 5.0 + problem.rounds(rows_192) * (5.0 + 0.85 * problem.blocks),
-        rows_128: 4.0 + problem.rounds(rows_128) * (3.8 + 0.65 * problem.blocks),
+        rows_192: 4.0 + problem.rounds(rows_192) * (3.3 + 0.9 * problem.blocks),
+        rows_128: 3.5 + problem.rounds(rows_128) * (2.7 + 0.68 * problem.blocks),
     }
 
 
@@ -100,14 +100,14 @@ def choose(*problem: int, uneven: bool = False) -> Choice:
     `problem`: the fields of `_Problem`. Samples of `uneven` lengths make tiles that take more and less time: there, as
     for long sequences, the hardware hands out the tiles.
 
-    The constants give the fastest choice, or one within 2 %, at each of the 16 shapes of
+    The constants give the fastest choice, or one within 2 %, at each of the shapes of
     `python -m benchmarks.gpu_tune --only hopper` (H100, D = 128, 24 heads).
     """
     of = _Problem(*problem)
     rows_64 = Choice(SMALL_CONFIGS[of.head_dim], 1, False)
     # Two of the small programs share a multiprocessor; one alone is faster than one of two.
     shared, alone = divmod(of.rounds(rows_64), 2)
-    small = {rows_64: 1.0 + (shared + 0.6 * alone) * (4.5 + 0.7 * of.blocks)}
+    small = {rows_64: 1.0 + (shared + 0.8 * alone) * (4.2 + 0.78 * of.blocks)}
     return _fastest(_microseconds_of_rows(of, uneven) | small)
 
 

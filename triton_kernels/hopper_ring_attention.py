@@ -44,10 +44,11 @@ from .hopper_parts import (
     _async_load,
     _attend_blocks,
     _attend_window,
+    _await_free_queries,
     _await_queries,
+    _clean,
     _descriptor,
     _integer,
-    _keep_last_rows,
     _load_queries,
     _make_descriptor,
     _meet,
@@ -62,7 +63,6 @@ from .hopper_parts import (
     _thread_barrier,
     _tile,
     _turns,
-    _wait_full,
     _write_empty_rows,
     _write_rows,
 )
@@ -132,6 +132,15 @@ def _first_piece(parameters, kv_total):
     while (piece < pieces) & (_piece_len(parameters, gl.minimum(piece, pieces - 1), kv_total) == 0):
         piece += 1
     return piece
+
+
+@gluon.jit
+def _output_span(parameters, first_m, sample, consumer: gl.constexpr):
+    """(row of the tensor, rows with queries, rows to store) of a consumer's 64 rows."""
+    _, q_len = _sequence_len(parameters, first_m, sample)
+    first = first_m + consumer * _ROWS
+    stored = gl.where(consumer < _integer(parameters, _ACTIVE), _integer(parameters, _ROWS_Q) - first, 0)
+    return first, q_len - first, stored
 
 
 # --- the producer -----------------------------------------------------------------------------------------------------
@@ -208,6 +217,7 @@ def _feed(
         first = _first_piece(parameters, kv_total)
         pieces = _integer(parameters, _PIECES)
         active = gl.where(first < pieces, _integer(parameters, _ACTIVE), 0)
+        _await_free_queries(barriers, before + i, STAGES, Q_STAGES)
         _load_queries(q, queries, barriers, before + i, sample, head, first_m, active, CONSUMERS, STAGES, Q_STAGES)
         kv_head = head // _integer(parameters, _HEADS_PER_KV)
         for piece in range(first, pieces):
@@ -245,14 +255,6 @@ def _producer(
 
 
 @gluon.jit
-def _clean(ring, turn, kv_len, CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
-    """Before the first value of a short piece lies what is no value of this sample, and 0 * NaN is not 0."""
-    if kv_len < _KEYS:
-        _keep_last_rows(_tile(ring, _V, turn, STAGES).reshape([_KEYS, D]), kv_len, D)
-        _meet(CONSUMERS)
-
-
-@gluon.jit
 def _attend_pieces(
     q, ring, barriers, parameters, turn, first, kv_total, scale_log2, CONSUMERS: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr, ONLINE: gl.constexpr,
@@ -262,14 +264,14 @@ def _attend_pieces(
     OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
     kv_len = _piece_len(parameters, first, kv_total)
+    if kv_len < _KEYS:
+        _clean(ring, barriers, turn, kv_len, CONSUMERS, D, STAGES)
     weights, m_i, l_i = _attend_window(q, ring, barriers, turn, kv_len, scale_log2, S, P, D, STAGES)
-    _clean(ring, turn, kv_len, CONSUMERS, D, STAGES)
     acc = gl.zeros([_ROWS, D], gl.float32, OUT)
     for piece in range(first, _integer(parameters, _PIECES)):
         kv_len = _piece_len(parameters, piece, kv_total)
         if (piece > first) & (kv_len > 0) & (kv_len < _KEYS):
-            _wait_full(barriers, turn + 1, STAGES)
-            _clean(ring, turn + 1, kv_len, CONSUMERS, D, STAGES)
+            _clean(ring, barriers, turn + 1, kv_len, CONSUMERS, D, STAGES)
         windows = gl.where((piece > first) & (kv_len > 0), 1, 0)
         weights, acc, m_i, l_i, turn = _attend_blocks(
             q, ring, barriers, turn, windows, weights, acc, m_i, l_i, scale_log2, kv_len, S, P, D, STAGES, ONLINE, True
@@ -316,12 +318,14 @@ def _consume(
             if not ONLINE:
                 _note_overflow(notes.index(consumer), acc, l_i, rows - consumer * _ROWS)
             first_m, head, sample = _place(parameters, i)
-            _write_rows(parameters, first_m, head, sample, mine, consumer, acc, m_i, l_i, D)
+            row, alive_rows, stored_rows = _output_span(parameters, first_m, sample, consumer)
+            _write_rows(parameters, row, head, sample, alive_rows, stored_rows, mine, acc, m_i, l_i, D)
             fence_async_shared()
         else:
             turn = _stand_aside_pieces(barriers, parameters, turn, first, kv_total, CONSUMERS, STAGES)
             first_m, head, sample = _place(parameters, i)
-            _write_empty_rows(parameters, first_m, head, sample, consumer, queries.dtype, 0.0, float("-inf"), D)
+            row, _, stored_rows = _output_span(parameters, first_m, sample, consumer)
+            _write_empty_rows(parameters, row, head, sample, stored_rows, queries.dtype, 0.0, float("-inf"), D)
         mbarrier.arrive(_queries_empty(barriers, before + i, STAGES, Q_STAGES))
     return turn
 
@@ -348,7 +352,8 @@ def _consumer(
         # The producer has waited in vain: what was computed is no result, and must not look like one.
         for i in range(_turns(parameters)):
             first_m, head, sample = _place(parameters, i)
-            _write_empty_rows(parameters, first_m, head, sample, consumer, queries.dtype, float("nan"), float("nan"), D)
+            row, _, stored_rows = _output_span(parameters, first_m, sample, consumer)
+            _write_empty_rows(parameters, row, head, sample, stored_rows, queries.dtype, float("nan"), float("nan"), D)
 
 
 _RUNTIME_INTEGERS = (
