@@ -262,8 +262,9 @@ class Handle:
             self._cache.begin_forward()
         if "attention" in self._parts:
             self._lengths.begin(text_mask)
-        self._device = self._latents.get(args, kwargs).device
-        self._timeline.start(self._device)
+        device: torch.device = self._latents.get(args, kwargs).device
+        self._device = device
+        self._timeline.start(device)
         return args, kwargs
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
