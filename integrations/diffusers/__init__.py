@@ -9,16 +9,23 @@ from para_kernels.parallel.mesh import init_context_parallel_mesh
 
 from .accelerate import accelerate, apply_cache_on_pipe, parallelize_pipe
 from .attention import ParaAttnProcessor
+from .families import register_family
 from .handle import Handle
+from .models import Family, ShardPlan
+from .processors import Processor
 from .vae import ParallelVae, parallelize_vae
 
 __all__ = [
+    "Family",
     "Handle",
     "ParaAttnProcessor",
     "ParallelVae",
+    "Processor",
+    "ShardPlan",
     "accelerate",
     "apply_cache_on_pipe",
     "init_context_parallel_mesh",
     "parallelize_pipe",
     "parallelize_vae",
+    "register_family",
 ]

@@ -13,8 +13,9 @@ from para_kernels import ContextParallel
 from para_kernels.cache import FirstBlockCache, Policy, TeaCache, check_threshold
 from para_kernels.parallel.failure import DEFAULT_TIMEOUT
 
+from .families import check_transformer, known_families
 from .handle import Handle, Settings
-from .models import FAMILIES, Family
+from .models import Family
 from .places import Places
 
 ATTENTION = ("exact",)
@@ -39,7 +40,7 @@ def accelerate(
     installation, others are not touched. Called again it re-tunes what is there.
 
     Args:
-        pipe: a `HunyuanVideoPipeline` (text to video) or a subclass.
+        pipe: a pipeline of one of the families in models.py, or of a registered one; or a subclass.
         cache: a policy: `FirstBlockCache`, `TeaCache` or `AdaCache`; a number is the threshold of a `FirstBlockCache`;
             True for the family's default threshold; None, False or 0 for no cache, which is bit for bit the uncached
             pipe. Not given: as it is, that is none on a pipe that has not
@@ -134,6 +135,10 @@ def _recognised(pipe: Any) -> tuple[Family, Any]:
     """The pipe's family and its transformer, out of `torch.compile`'s wrapper."""
     family = _family(pipe)
     transformer = getattr(pipe.transformer, "_orig_mod", pipe.transformer)
+    for path in family.without:
+        if (value := _attribute(pipe, path)) not in (None, False):
+            got = repr(value) if isinstance(value, bool) else f"a {type(value).__name__}"
+            raise ValueError(f"pipe: its {path} is {got}, which is not supported; allowed is none")
     if not _class_names(transformer) & set(family.transformers):
         raise ValueError(
             f"pipe: its transformer is a {type(transformer).__name__}, allowed is {' or '.join(family.transformers)}"
@@ -141,16 +146,24 @@ def _recognised(pipe: Any) -> tuple[Family, Any]:
     for name, allowed in family.config:
         if (value := getattr(transformer.config, name, None)) != allowed:
             raise ValueError(f"pipe: its transformer has {name}={value!r}, allowed is {allowed!r}")
+    check_transformer(family, transformer)
     return family, transformer
 
 
 def _family(pipe: Any) -> Family:
     names = _class_names(pipe)
-    for family in FAMILIES:
+    for family in known_families():
         if names & set(family.pipelines):
             return family
-    supported = ", ".join(f"{' or '.join(family.pipelines)} [{family.name}]" for family in FAMILIES)
+    supported = ", ".join(f"{' or '.join(family.pipelines)} [{family.name}]" for family in known_families())
     raise ValueError(f"pipe: got a {type(pipe).__name__}, supported: {supported}")
+
+
+def _attribute(thing: Any, path: str) -> Any:
+    """What stands at a dotted path; None where the path ends early."""
+    for name in path.split("."):
+        thing = getattr(thing, name, None)
+    return thing
 
 
 def _class_names(thing: object) -> set[str]:

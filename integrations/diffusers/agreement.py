@@ -75,9 +75,11 @@ def share_noise(undo: ExitStack, pipe: Any, method: str, from_first_rank: Callab
     function = getattr(type(pipe), method)
 
     @wraps(function)
-    def noise(*args: Any, **kwargs: Any) -> Tensor:
+    def noise(*args: Any, **kwargs: Any) -> Any:
         _check_scheduler(known())
         latents = own(*args, **kwargs) if own is not None else function(known(), *args, **kwargs)
+        if isinstance(latents, tuple):  # the noise, and what the pipeline has made of images
+            return tuple(from_first_rank(x, "latents") if isinstance(x, Tensor) else x for x in latents)
         return from_first_rank(latents, "latents")
 
     _set(undo, pipe, method, noise)

@@ -26,11 +26,15 @@ class Shard:
         video_tokens: of the whole video, on all ranks.
         rows: which of them are here.
         attend: attention of the rows that are here over those of all ranks.
+        joint_rows: which rows of the joint sequence are here.
+        attend_video: as `attend`, of the video alone.
     """
 
     video_tokens: int
     rows: slice
     attend: Attend
+    joint_rows: slice
+    attend_video: Attend
 
 
 class AttentionLengths:
@@ -49,9 +53,9 @@ class AttentionLengths:
         self._joint: tuple[int, Tensor] | None = None
         self._mask: tuple[weakref.ref[Tensor], Tensor] | None = None
 
-    def begin(self, text_mask: Tensor) -> None:
-        """Start a forward whose text has the key mask (B, T), of any dtype, ones before zeros."""
-        self._text = text_mask.sum(dim=1, dtype=torch.int32)
+    def begin(self, text_mask: Tensor | None) -> None:
+        """Start a forward whose text has the key mask (B, T), of any dtype, ones before zeros; None: no padding."""
+        self._text = None if text_mask is None else text_mask.sum(dim=1, dtype=torch.int32)
         self._joint = None
 
     def end(self) -> None:
@@ -114,31 +118,31 @@ class ParaAttnProcessor:
         """
         if encoder_hidden_states is None:
             lens = self.lengths.text(attention_mask)
-            query, key, value = _self_attention(attn, hidden_states, image_rotary_emb)
-            return _video_out(attn, _attend_here(query, key, value, lens).flatten(2))
+            query, key, value = self_attention(attn, hidden_states, image_rotary_emb)
+            return video_out(attn, attend_here(query, key, value, lens).flatten(2))
 
         cut = hidden_states.shape[1]
-        shard = self.lengths.shard or Shard(cut, slice(cut), _attend_here)
+        shard = self.lengths.shard or Shard(cut, slice(cut), attend_here, slice(None), attend_here)
         lens = self.lengths.joint(shard.video_tokens, attention_mask)
-        rotary = None if image_rotary_emb is None else _rows(image_rotary_emb, shard.rows)
+        rotary = None if image_rotary_emb is None else rotary_rows(image_rotary_emb, shard.rows)
         streams = _single_stream if attn.add_q_proj is None else _dual_stream
         out = shard.attend(*streams(attn, hidden_states, encoder_hidden_states, rotary), lens).flatten(2)
-        return _video_out(attn, out[:, :cut]), _text_out(attn, out[:, cut:])
+        return video_out(attn, out[:, :cut]), text_out(attn, out[:, cut:])
 
 
-def _attend_here(query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None) -> Tensor:
+def attend_here(query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None) -> Tensor:
     """Queries past the length are padding as much as the keys are: they cost nothing."""
     return flash_attention(query, key, value, kv_lens=lens, q_lens=lens)
 
 
-def _rows(rotary: Rotary, rows: slice) -> Rotary:
+def rotary_rows(rotary: Rotary, rows: slice) -> Rotary:
     cos, sin = rotary
     return cos[rows], sin[rows]
 
 
-def _self_attention(attn: Any, states: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+def self_attention(attn: Any, states: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
     """One stream, which needs no joining: what is neither normed nor rotated stays where it is."""
-    stream = _projected(attn, states, rotary)
+    stream = projected(attn, states, rotary)
     assert stream.value is not None
     if stream.norm_query is None and stream.norm_key is None and rotary is None:
         return stream.query, stream.key, stream.value
@@ -153,12 +157,12 @@ def _single_stream(attn: Any, video: Tensor, text: Tensor, rotary: Rotary | None
     """
     both = torch.cat([video, text], dim=1)
     if rotary is None:
-        return _self_attention(attn, both, None)
+        return self_attention(attn, both, None)
     rows = rotary[0].shape[0]
-    joint = _projected(attn, both, None)
+    joint = projected(attn, both, None)
     query, key = joint.query, joint.key
     streams = [
-        joint._replace(query=query[:, :rows], key=key[:, :rows], value=None, rotary=_on(rotary, query)),
+        joint._replace(query=query[:, :rows], key=key[:, :rows], value=None, rotary=on_device_of(rotary, query)),
         joint._replace(query=query[:, rows:], key=key[:, rows:], value=None),
     ]
     return prepare_attention(streams, value=joint.value)
@@ -166,38 +170,44 @@ def _single_stream(attn: Any, video: Tensor, text: Tensor, rotary: Rotary | None
 
 def _dual_stream(attn: Any, video: Tensor, text: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
     """Projections of their own for each stream, joined with the text behind the video."""
-    query, norm_query = left_to_norm(attn.norm_added_q, _heads(attn, attn.add_q_proj(text)))
-    key, norm_key = left_to_norm(attn.norm_added_k, _heads(attn, attn.add_k_proj(text)))
-    value = _heads(attn, attn.add_v_proj(text))
-    return prepare_attention([_projected(attn, video, rotary), Stream(query, key, value, norm_query, norm_key)])
+    return prepare_attention([projected(attn, video, rotary), text_projected(attn, text, None)])
 
 
-def _projected(attn: Any, states: Tensor, rotary: Rotary | None) -> Stream:
+def projected(attn: Any, states: Tensor, rotary: Rotary | None) -> Stream:
     """Query, key and value (B, S, H, D), and what is left to do to them."""
-    query, norm_query = left_to_norm(attn.norm_q, _heads(attn, attn.to_q(states)))
-    key, norm_key = left_to_norm(attn.norm_k, _heads(attn, attn.to_k(states)))
-    value = _heads(attn, attn.to_v(states))
-    return Stream(query, key, value, norm_query, norm_key, None if rotary is None else _on(rotary, query))
+    query, norm_query = left_to_norm(attn.norm_q, heads_of(attn, attn.to_q(states)))
+    key, norm_key = left_to_norm(attn.norm_k, heads_of(attn, attn.to_k(states)))
+    value = heads_of(attn, attn.to_v(states))
+    return Stream(query, key, value, norm_query, norm_key, None if rotary is None else on_device_of(rotary, query))
 
 
-def _on(rotary: Rotary, x: Tensor) -> Rotary:
+def text_projected(attn: Any, text: Tensor, rotary: Rotary | None) -> Stream:
+    """As `projected`, by the projections that joint attention has for the text."""
+    query, norm_query = left_to_norm(attn.norm_added_q, heads_of(attn, attn.add_q_proj(text)))
+    key, norm_key = left_to_norm(attn.norm_added_k, heads_of(attn, attn.add_k_proj(text)))
+    value = heads_of(attn, attn.add_v_proj(text))
+    return Stream(query, key, value, norm_query, norm_key, None if rotary is None else on_device_of(rotary, query))
+
+
+def on_device_of(rotary: Rotary, x: Tensor) -> Rotary:
     cos, sin = rotary
     return cos.to(x.device), sin.to(x.device)
 
 
-def _heads(attn: Any, x: Tensor) -> Tensor:
+def heads_of(attn: Any, x: Tensor) -> Tensor:
     return x.unflatten(2, (attn.heads, -1))
 
 
-def _video_out(attn: Any, states: Tensor) -> Tensor:
+def video_out(attn: Any, states: Tensor) -> Tensor:
     if attn.to_out is None:  # A single-stream block projects later, together with its MLP.
         return states
     projection, dropout = attn.to_out
     return dropout(projection(states))
 
 
-def _text_out(attn: Any, states: Tensor) -> Tensor:
-    return states if attn.to_add_out is None else attn.to_add_out(states)
+def text_out(attn: Any, states: Tensor) -> Tensor:
+    project = getattr(attn, "to_add_out", None)  # Not in the last block of some models, whose text nobody needs.
+    return states if project is None else project(states)
 
 
 def _key_lengths(mask: Tensor) -> Tensor:

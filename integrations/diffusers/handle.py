@@ -13,12 +13,13 @@ from torch import nn
 from para_kernels.cache import Policy, StepRecord
 
 from .agreement import quiet_progress, share_noise
-from .attention import AttentionLengths, ParaAttnProcessor
+from .attention import AttentionLengths
 from .cache import BlockCache, add_cache_hooks, check_cacheable, transformer_blocks
 from .hooks import Argument, BranchName, CallHook, DropArgumentHook, add_hook, forget_child_registries
 from .models import Family
 from .parallel import Spread
 from .places import Places
+from .processor_swap import attn_processors, set_attn_processors
 from .summary import render
 from .timeline import Timeline
 
@@ -114,7 +115,7 @@ class Handle:
     @property
     def processors(self) -> int:
         """How many attention modules have this installation's processor now."""
-        return sum(self._is_ours(processor) for processor in self._transformer.attn_processors.values())
+        return sum(self._is_ours(processor) for processor in attn_processors(self._transformer).values())
 
     @property
     def spread(self) -> Spread | None:
@@ -180,7 +181,9 @@ class Handle:
 
     def _add_listeners(self, undo: ExitStack, settings: Settings) -> None:
         transformer = self._transformer
-        self._text_mask = Argument.of(transformer, self.family.text_mask)
+        mask = self.family.text_mask
+        self._text_mask = None if mask is None else Argument.of(transformer, mask)
+        self._latents = Argument.of(transformer, self.family.shards.samples[0])
         # The list of blocks is itself never called and nobody else hooks it: a place to listen that stands in no
         # one's way.
         blocks = getattr(transformer, self.family.block_lists[0])
@@ -191,9 +194,10 @@ class Handle:
 
     def _add_attention(self, undo: ExitStack, settings: Settings) -> None:
         transformer = self._transformer
-        processor = ParaAttnProcessor(self._lengths)
-        undo.callback(self._give_back_processors, transformer.attn_processors)
-        transformer.set_attn_processor(processor)
+        processor = self.family.processor(self._lengths)
+        originals = attn_processors(transformer)
+        undo.callback(self._give_back_processors, originals)
+        set_attn_processors(transformer, dict.fromkeys(originals, processor))
         if self.family.refiner is not None:
             refiner = transformer.get_submodule(self.family.refiner)
             hook = DropArgumentHook(Argument.of(refiner, self.family.refiner_mask))
@@ -201,13 +205,13 @@ class Handle:
 
     def _give_back_processors(self, originals: dict[str, Any]) -> None:
         """The very objects that were there; where somebody has put another one since, that one stays."""
-        now = self._transformer.attn_processors
-        self._transformer.set_attn_processor(
-            {name: originals[name] if self._is_ours(processor) else processor for name, processor in now.items()}
+        now = attn_processors(self._transformer)
+        set_attn_processors(
+            self._transformer, {name: originals[name] for name, there in now.items() if self._is_ours(there)}
         )
 
     def _is_ours(self, processor: Any) -> bool:
-        return isinstance(processor, ParaAttnProcessor) and processor.lengths is self._lengths
+        return getattr(processor, "lengths", None) is self._lengths
 
     def _add_parallel(self, undo: ExitStack, settings: Settings) -> None:
         assert settings.parallel is not None
@@ -253,13 +257,14 @@ class Handle:
         self._notice_new_call()
         if self._spread is not None:
             args, kwargs = self._spread.begin(args, kwargs, self._branch.name, str(self.settings.cache))
-        text_mask = self._text_mask.get(args, kwargs)
+        text_mask = None if self._text_mask is None else self._text_mask.get(args, kwargs)
         if self._cache is not None:
             self._cache.begin_forward()
         if "attention" in self._parts:
             self._lengths.begin(text_mask)
-        self._device = text_mask.device
-        self._timeline.start(text_mask.device)
+        device: torch.device = self._latents.get(args, kwargs).device
+        self._device = device
+        self._timeline.start(device)
         return args, kwargs
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from .attention import AttentionLengths, ParaAttnProcessor
+from .processors import CogVideoXProcessor, FluxProcessor, JointProcessor, WanProcessor
 
 
 @dataclass(frozen=True)
@@ -13,25 +17,26 @@ class ShardPlan:
         samples: names of the transformer's arguments whose first dimension is the batch, the latents first: what a
             batch of prompts is split by.
         output: name of the transformer's only output, whose first dimension is the batch.
-        text: name of the transformer argument that holds the text (B, T, ...).
-        patch: names of the config entries with the patch's extent along the last dimensions of the latents, an entry
-            for each: what turns latents into video tokens.
+        text: name of the transformer argument that holds the text (B, T, ...); None where it is not in the joint
+            sequence.
+        patch: what turns latents into video tokens: their dimensions that count, each with the patch's extent along
+            it, as a number, the name of a config entry, or such a name and an index into its value.
         heads: name of the config entry with the number of attention heads.
         sequence: names of the blocks' streams, (B, rows, C) each, in the order in which attention joins them. Padding
             may stand at the end of the last one only. This joint sequence is what the ranks share out.
-        gathered_at: path of the submodule, called once after the last block with the first stream alone, whose output
+        gathered_at: path of the submodule, called once after the last block with the video stream alone, whose output
             (B, rows, ...) is gathered: the later, the less there is to send.
-        noise: name of the pipeline's method that returns the latents that a call starts from.
+        noise: name of the pipeline's method that returns the latents that a call starts from, alone or in a tuple.
     """
 
     samples: tuple[str, ...]
-    output: str
-    text: str
-    patch: tuple[str, ...]
-    heads: str
+    text: str | None
+    patch: tuple[tuple[int, str | tuple[str, int] | int], ...]
     sequence: tuple[str, ...]
-    gathered_at: str
-    noise: str
+    output: str = "sample"
+    heads: str = "num_attention_heads"
+    gathered_at: str = "proj_out"
+    noise: str = "prepare_latents"
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,11 @@ class Family:
         pipelines: class names of the pipelines that are supported; subclasses are too.
         transformers: class names of their transformers.
         config: values that the transformer's config must have.
+        without: dotted paths from the pipeline that must lead to None, False or nothing.
         head_dim: name of the config entry with the channels per attention head.
-        text_mask: name of the transformer argument that holds the text's key mask (B, T), ones before zeros.
+        processor: makes the attention processor from the lengths it is to read, an object with those as `lengths`.
+        text_mask: name of the transformer argument that holds the text's key mask (B, T), ones before zeros; None
+            where no key is masked.
         refiner: path of the submodule that refines the text by self attention and would build a (B, 1, T, T) mask
             from `refiner_mask`.
         refiner_mask: name of that submodule's mask argument.
@@ -74,17 +82,19 @@ class Family:
     name: str
     pipelines: tuple[str, ...]
     transformers: tuple[str, ...]
-    config: tuple[tuple[str, object], ...]
-    head_dim: str
-    text_mask: str
-    refiner: str | None
-    refiner_mask: str
-    block_lists: tuple[str, ...]
-    block_arguments: tuple[str, ...]
-    block_returns: tuple[str, ...]
-    reused_streams: tuple[str, ...]
     cache_threshold: float
     shards: ShardPlan
+    block_lists: tuple[str, ...] = ("transformer_blocks",)
+    block_arguments: tuple[str, ...] = ("hidden_states", "encoder_hidden_states")
+    block_returns: tuple[str, ...] = ("hidden_states", "encoder_hidden_states")
+    reused_streams: tuple[str, ...] = ("hidden_states",)
+    processor: Callable[[AttentionLengths], object] = ParaAttnProcessor
+    config: tuple[tuple[str, object], ...] = ()
+    without: tuple[str, ...] = ()
+    head_dim: str = "attention_head_dim"
+    text_mask: str | None = None
+    refiner: str | None = None
+    refiner_mask: str = "attention_mask"
     modulation: Modulation | None = None
     teacache_rescale: tuple[float, ...] | None = None
 
@@ -94,14 +104,9 @@ HUNYUAN_VIDEO = Family(
     pipelines=("HunyuanVideoPipeline",),
     transformers=("HunyuanVideoTransformer3DModel",),
     config=(("image_condition_type", None),),
-    head_dim="attention_head_dim",
     text_mask="encoder_attention_mask",
     refiner="context_embedder.token_refiner",
-    refiner_mask="attention_mask",
     block_lists=("transformer_blocks", "single_transformer_blocks"),
-    block_arguments=("hidden_states", "encoder_hidden_states"),
-    block_returns=("hidden_states", "encoder_hidden_states"),
-    reused_streams=("hidden_states",),
     cache_threshold=0.06,
     shards=ShardPlan(
         samples=(
@@ -112,17 +117,93 @@ HUNYUAN_VIDEO = Family(
             "pooled_projections",
             "guidance",
         ),
-        output="sample",
         text="encoder_hidden_states",
-        patch=("patch_size_t", "patch_size", "patch_size"),
-        heads="num_attention_heads",
+        patch=((2, "patch_size_t"), (3, "patch_size"), (4, "patch_size")),
         sequence=("hidden_states", "encoder_hidden_states"),
-        gathered_at="proj_out",
-        noise="prepare_latents",
     ),
     modulation=Modulation("norm1", (("x", "hidden_states"), ("emb", "temb"))),
     # github.com/ali-vilab/TeaCache, TeaCache4HunyuanVideo: fitted on the 13B model at 50 steps.
     teacache_rescale=(7.33226126e02, -4.01131952e02, 6.75869174e01, -3.14987800e00, 9.61237896e-02),
 )
 
-FAMILIES = (HUNYUAN_VIDEO,)
+FLUX = Family(
+    name="FLUX.1 (dev, schnell, Fill, Kontext)",
+    pipelines=("FluxPipeline", "FluxFillPipeline", "FluxKontextPipeline"),
+    transformers=("FluxTransformer2DModel",),
+    without=("transformer.encoder_hid_proj",),  # an IP adapter, whose attention is of its own
+    processor=FluxProcessor,
+    block_lists=("transformer_blocks", "single_transformer_blocks"),
+    block_returns=("encoder_hidden_states", "hidden_states"),
+    cache_threshold=0.08,
+    shards=ShardPlan(
+        samples=("hidden_states", "timestep", "encoder_hidden_states", "pooled_projections", "guidance"),
+        text="encoder_hidden_states",
+        patch=((1, 1),),
+        sequence=("encoder_hidden_states", "hidden_states"),
+    ),
+)
+
+WAN = Family(
+    name="Wan (text to video, of one transformer)",
+    pipelines=("WanPipeline",),
+    transformers=("WanTransformer3DModel",),
+    without=("transformer_2", "config.expand_timesteps"),
+    processor=WanProcessor,
+    block_lists=("blocks",),
+    block_arguments=("hidden_states",),
+    block_returns=("hidden_states",),
+    cache_threshold=0.03,
+    shards=ShardPlan(
+        samples=("hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image"),
+        text=None,
+        patch=((2, ("patch_size", 0)), (3, ("patch_size", 1)), (4, ("patch_size", 2))),
+        sequence=("hidden_states",),
+    ),
+)
+
+COGVIDEOX = Family(
+    name="CogVideoX (text to video)",
+    pipelines=("CogVideoXPipeline",),
+    transformers=("CogVideoXTransformer3DModel",),
+    processor=CogVideoXProcessor,
+    cache_threshold=0.04,
+    shards=ShardPlan(
+        samples=("hidden_states", "timestep", "encoder_hidden_states", "ofs"),
+        text="encoder_hidden_states",
+        patch=((1, 1), (3, "patch_size"), (4, "patch_size")),
+        sequence=("encoder_hidden_states", "hidden_states"),
+    ),
+)
+
+MOCHI = Family(
+    name="Mochi",
+    pipelines=("MochiPipeline",),
+    transformers=("MochiTransformer3DModel",),
+    processor=JointProcessor,
+    text_mask="encoder_attention_mask",
+    cache_threshold=0.06,
+    shards=ShardPlan(
+        samples=("hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask"),
+        text="encoder_hidden_states",
+        patch=((2, 1), (3, "patch_size"), (4, "patch_size")),
+        sequence=("hidden_states", "encoder_hidden_states"),
+    ),
+)
+
+STABLE_DIFFUSION_3 = Family(
+    name="Stable Diffusion 3 and 3.5",
+    pipelines=("StableDiffusion3Pipeline",),
+    transformers=("SD3Transformer2DModel",),
+    without=("transformer.image_proj",),  # an IP adapter, whose attention is of its own
+    processor=JointProcessor,
+    block_returns=("encoder_hidden_states", "hidden_states"),
+    cache_threshold=0.08,
+    shards=ShardPlan(
+        samples=("hidden_states", "timestep", "encoder_hidden_states", "pooled_projections"),
+        text="encoder_hidden_states",
+        patch=((2, "patch_size"), (3, "patch_size")),
+        sequence=("hidden_states", "encoder_hidden_states"),
+    ),
+)
+
+FAMILIES = (HUNYUAN_VIDEO, FLUX, WAN, COGVIDEOX, MOCHI, STABLE_DIFFUSION_3)

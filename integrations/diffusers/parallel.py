@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,10 +71,11 @@ class Spread:
         self._plan = family.shards
         self._blocks = family.block_lists
         self._returns = family.block_returns
+        self._video = family.block_arguments[0]
         self._head_dim = family.head_dim
         self._lengths = lengths
         self._samples = [Argument.of(transformer, name) for name in self._plan.samples]
-        self._text = Argument.of(transformer, self._plan.text)
+        self._text = None if self._plan.text is None else Argument.of(transformer, self._plan.text)
         self._forward: _Forward | None = None
         self._agreed: set[str] = set()
 
@@ -127,9 +129,10 @@ class Spread:
         if branch not in self._agreed:
             agree(self.places.everyone, {"parallel": str(self.places.wanted), "cache": cache}, inputs)
             self._agreed.add(branch)
-        latents, text = inputs[self._plan.samples[0]], self._text.get(args, kwargs)
-        tokens = self._video_tokens(latents) + text.shape[1]
-        place = self.places.of(latents.shape[0], tokens, *self._heads(), like=text)
+        latents = inputs[self._plan.samples[0]]
+        text = None if self._text is None else self._text.get(args, kwargs)
+        tokens = self._video_tokens(latents) + (0 if text is None else text.shape[1])
+        place = self.places.of(latents.shape[0], tokens, *self._heads(), like=latents if text is None else text)
         if latents.shape[0] < place.batch:
             raise ValueError(
                 f"parallel: the mesh splits a batch over {place.batch} groups of ranks, but the batch has"
@@ -162,9 +165,13 @@ class Spread:
         return (samples, *output[1:])
 
     def _video_tokens(self, latents: Tensor) -> int:
-        patch = [getattr(self._transformer.config, name) for name in self._plan.patch]
-        extents = latents.shape[-len(patch) :]
-        return math.prod(extent // size for extent, size in zip(extents, patch, strict=True))
+        return math.prod(latents.shape[dim] // self._patch(entry) for dim, entry in self._plan.patch)
+
+    def _patch(self, entry: str | tuple[str, int] | int) -> int:
+        if isinstance(entry, int):
+            return entry
+        config = self._transformer.config
+        return getattr(config, entry) if isinstance(entry, str) else getattr(config, entry[0])[entry[1]]
 
     def _heads(self) -> tuple[int, int]:
         """Number and width of the attention heads."""
@@ -185,16 +192,21 @@ class Spread:
             forward.streams[name] = forward.shards.stream(start, stream.shape[1])
             start += stream.shape[1]
             args, kwargs = self._streams[name].replaced(args, kwargs, stream[:, forward.own(name)])
-        video = self._plan.sequence[0]
-        self._lengths.shard = Shard(forward.streams[video].total, forward.own(video), self._attend)
+        video = forward.streams[self._video]
+        self._lengths.shard = Shard(
+            video.total,
+            forward.own(self._video),
+            partial(self._attend, forward.shards),
+            forward.shards.piece(forward.place.piece),
+            partial(self._attend, video),
+        )
         return args, kwargs
 
     @torch._disable_dynamo
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None) -> Tensor:
-        """This rank's rows of attention over the whole joint sequence, whose lengths are `lens`."""
+    def _attend(self, shards: Shards, query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None) -> Tensor:
+        """This rank's rows of attention over all that `shards` shares out, whose lengths are `lens`."""
         forward = self._forward
         assert forward is not None
-        assert forward.shards is not None
         set_layer(forward.layers)
         forward.layers += 1
         if forward.place.pieces == 1:
@@ -205,7 +217,7 @@ class Spread:
             key,
             value,
             mesh=forward.place.mesh,
-            lengths=forward.shards.sizes,
+            lengths=shards.sizes,
             kv_lens=lens,
             q_lens=lens,
             transport=wanted,
@@ -225,7 +237,7 @@ class Spread:
         if forward is None or forward.shards is None:
             return streams
         rows = {name: shards.sizes[forward.place.piece] for name, shards in forward.streams.items()}
-        if all(streams[name].shape[1] == count for name, count in rows.items()):
+        if all(streams[name] is None or streams[name].shape[1] == count for name, count in rows.items()):
             return streams
         joint = torch.cat([streams[name] for name in rows], dim=1)
         return streams | dict(zip(rows, joint.split(list(rows.values()), dim=1), strict=True))
@@ -234,6 +246,8 @@ class Spread:
         """Before anything after the blocks looks at the video."""
         if self._forward is None:
             return None
+        if isinstance(output, Tensor):
+            return self.recut({self._returns[0]: output})[self._returns[0]]
         streams = self.recut(dict(zip(self._returns, output, strict=True)))
         return tuple(streams[name] for name in self._returns)
 
@@ -243,7 +257,7 @@ class Spread:
         forward = self._forward
         if forward is None:
             return None
-        rows = forward.streams[self._plan.sequence[0]]
+        rows = forward.streams[self._video]
         return gather_rows(output, rows, forward.place.sequence_group, what="what the rows have become")
 
     # --- for the cache ----------------------------------------------------------------------------------------------
@@ -252,7 +266,7 @@ class Spread:
     def first_token(self) -> int:
         """Where this rank's part of the video begins."""
         forward = self._forward
-        return 0 if forward is None else forward.own(self._plan.sequence[0]).start
+        return 0 if forward is None else forward.own(self._video).start
 
     @property
     def whole(self) -> tuple[int, ...] | None:

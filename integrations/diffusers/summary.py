@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from para_kernels.attention import selected_kernel
 from para_kernels.cache import StepRecord
 
+from .processor_swap import attn_processors
+
 if TYPE_CHECKING:
     from .handle import Handle
     from .parallel import Spread
@@ -50,7 +52,7 @@ def _attention(handle: Handle) -> str:
         return "diffusers' own (the installation was removed)"
     if handle.settings.attention == "stock":
         return "diffusers' own"
-    modules = f"{handle.processors} of {len(handle.transformer.attn_processors)} processors swapped"
+    modules = f"{handle.processors} of {len(attn_processors(handle.transformer))} processors swapped"
     return f"{handle.settings.attention}, {modules}; kernel: {_kernel(handle)}"
 
 

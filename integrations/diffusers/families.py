@@ -1,0 +1,88 @@
+"""The families there are: those of models.py, and those that have been registered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from para_kernels.cache import check_threshold
+
+from .models import FAMILIES, Family
+
+_registered: list[Family] = []
+
+
+def register_family(family: Family) -> Callable[[], None]:
+    """Let `accelerate` and its like know a model that this package has never seen. docs/your_own_family.md has a
+    worked example.
+
+    Args:
+        family: its row. Its pipelines and those of the other rows must have different class names.
+
+    Returns:
+        A function that forgets the family again; what is installed on pipelines stays. A second call does nothing.
+
+    Raises:
+        ValueError: if the row contradicts itself or names a pipeline that another row has.
+    """
+    _check(family)
+    _registered.append(family)
+
+    def forget() -> None:
+        _registered[:] = [known for known in _registered if known is not family]
+
+    return forget
+
+
+def known_families() -> tuple[Family, ...]:
+    """Every row, the package's own first."""
+    return (*FAMILIES, *_registered)
+
+
+def check_transformer(family: Family, transformer: nn.Module) -> None:
+    """Raise a ValueError if what the row names is not in the transformer."""
+    kind = type(transformer).__name__
+    for name in family.block_lists:
+        if not isinstance(getattr(transformer, name, None), nn.ModuleList):
+            raise ValueError(f"block_lists: {kind} has no nn.ModuleList {name!r}")
+    modules = dict(transformer.named_modules())
+    for path in (family.shards.gathered_at, *filter(None, [family.refiner])):
+        if path not in modules:
+            raise ValueError(f"gathered_at, refiner: {kind} has no submodule {path!r}")
+    config = getattr(transformer, "config", None)
+    for entry in (family.head_dim, family.shards.heads):
+        if not hasattr(config, entry):
+            raise ValueError(f"head_dim, heads: the config of {kind} has no entry {entry!r}")
+
+
+def _check(family: Family) -> None:
+    if not isinstance(family, Family):
+        raise ValueError(f"family: got {family!r}, allowed is a Family")
+    for name in ("pipelines", "transformers", "block_lists", "block_arguments", "block_returns", "reused_streams"):
+        _check_names(name, getattr(family, name))
+    for name in ("samples", "sequence"):
+        _check_names(f"shards.{name}", getattr(family.shards, name))
+    check_threshold("cache_threshold", family.cache_threshold)
+    if not callable(family.processor):
+        raise ValueError(f"processor: got {family.processor!r}, allowed is a function of AttentionLengths")
+    streams = family.block_arguments
+    _check_within("block_returns", family.block_returns, streams)
+    _check_within("reused_streams", family.reused_streams, streams)
+    _check_within("shards.sequence", family.shards.sequence, streams)
+    if streams[0] not in family.shards.sequence:
+        raise ValueError(f"shards.sequence: got {family.shards.sequence}, must hold the video stream {streams[0]!r}")
+    for known in known_families():
+        if both := set(known.pipelines) & set(family.pipelines):
+            raise ValueError(f"pipelines: {sorted(both)} belong to {known.name!r} already")
+
+
+def _check_names(name: str, value: Any) -> None:
+    if not isinstance(value, tuple) or not value or not all(isinstance(x, str) for x in value):
+        raise ValueError(f"{name}: got {value!r}, allowed is a tuple of one or more names")
+
+
+def _check_within(name: str, names: tuple[str, ...], streams: tuple[str, ...]) -> None:
+    if unknown := set(names) - set(streams):
+        raise ValueError(f"{name}: got {sorted(unknown)}, allowed are the block_arguments {list(streams)}")

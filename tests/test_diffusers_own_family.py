@@ -1,0 +1,156 @@
+"""A transformer that the package has never seen, registered with one row: docs/your_own_family.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from para_kernels.integrations.diffusers import Family, Processor, ShardPlan, accelerate, register_family
+
+
+class NovelAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 2
+        self.to_qkv, self.to_out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.processor: Any = stock_processor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.processor(self, x)
+
+
+def stock_processor(attn: Any, x: Tensor) -> Tensor:
+    q, k, v = (part.unflatten(2, (attn.heads, -1)).transpose(1, 2) for part in attn.to_qkv(x).chunk(3, dim=-1))
+    weights = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(dim=-1)
+    return attn.to_out((weights @ v).transpose(1, 2).flatten(2))
+
+
+class NovelBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = NovelAttention()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return x + self.attention(x * emb[:, None])
+
+
+class NovelTransformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(num_attention_heads=2, attention_head_dim=8)
+        self.layers = nn.ModuleList(NovelBlock() for _ in range(3))
+        self.head = nn.Linear(16, 16)
+
+    def forward(self, latents: Tensor, timestep: Tensor) -> tuple[Tensor]:
+        emb = torch.cos(timestep[:, None] * torch.arange(16))
+        for layer in self.layers:
+            latents = layer(latents, emb)
+        return (self.head(latents),)
+
+
+class NovelPipeline:
+    def __init__(self) -> None:
+        self.transformer = NovelTransformer().eval()
+        self.scheduler = SimpleNamespace(timesteps=None)
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        latents = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(0))
+        self.scheduler.timesteps = torch.linspace(1.0, 0.1, 4)
+        for timestep in self.scheduler.timesteps:
+            latents = latents - 0.1 * self.transformer(latents, timestep.expand(2))[0]
+        return latents
+
+
+class NovelProcessor(Processor):
+    def __call__(self, attn: Any, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(2, (attn.heads, -1)) for part in attn.to_qkv(x).chunk(3, dim=-1))
+        return attn.to_out(self.shard(x.shape[1]).attend(q, k, v, None).flatten(2))
+
+
+NOVEL = Family(
+    name="Novel",
+    pipelines=("NovelPipeline",),
+    transformers=("NovelTransformer",),
+    processor=NovelProcessor,
+    block_lists=("layers",),
+    block_arguments=("x",),
+    block_returns=("x",),
+    reused_streams=("x",),
+    cache_threshold=0.05,
+    shards=ShardPlan(samples=("latents", "timestep"), text=None, patch=((1, 1),), sequence=("x",), gathered_at="head"),
+)
+
+
+@pytest.fixture
+def pipe() -> Iterator[NovelPipeline]:
+    torch.manual_seed(0)
+    forget = register_family(NOVEL)
+    yield NovelPipeline()
+    forget()
+    forget()
+
+
+def test_accelerated_and_removed(pipe: NovelPipeline) -> None:
+    stock = pipe()
+    handle = accelerate(pipe)
+    assert handle.processors == 3
+    torch.testing.assert_close(pipe(), stock, rtol=1e-5, atol=1e-5)
+    accelerate(pipe, cache=1e6)
+    pipe()
+    assert [record.reused for record in handle.records] == [False, True, True, True]
+    handle.remove()
+    assert pipe().equal(stock)
+
+
+def test_unknown_before_and_after() -> None:
+    with pytest.raises(ValueError, match="pipe: got a NovelPipeline, supported: "):
+        accelerate(NovelPipeline())
+    register_family(NOVEL)()
+    with pytest.raises(ValueError, match="pipe: got a NovelPipeline, supported: "):
+        accelerate(NovelPipeline())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pipelines": ("FluxPipeline",)}, r"pipelines: \['FluxPipeline'\] belong to 'FLUX"),
+        ({"pipelines": "NovelPipeline"}, "pipelines: got 'NovelPipeline', allowed is a tuple"),
+        ({"block_arguments": ()}, r"block_arguments: got \(\), allowed is a tuple"),
+        ({"block_returns": ("y",)}, r"block_returns: got \['y'\], allowed are the block_arguments \['x'\]"),
+        ({"reused_streams": ("y",)}, "reused_streams: got"),
+        ({"cache_threshold": -1.0}, "cache_threshold"),
+        ({"processor": None}, "processor: got None"),
+        ({"shards": replace(NOVEL.shards, sequence=("y",))}, "shards.sequence: got"),
+    ],
+)
+def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        register_family(replace(NOVEL, **changes))
+    with pytest.raises(ValueError, match="supported: "):
+        accelerate(NovelPipeline())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_lists": ("blocks",)}, "block_lists: NovelTransformer has no nn.ModuleList 'blocks'"),
+        ({"head_dim": "dim"}, "the config of NovelTransformer has no entry 'dim'"),
+        ({"shards": replace(NOVEL.shards, gathered_at="tail")}, "NovelTransformer has no submodule 'tail'"),
+    ],
+)
+def test_names_that_are_not_there_are_refused(changes: dict[str, Any], message: str) -> None:
+    pipe = NovelPipeline()
+    forget = register_family(replace(NOVEL, **changes))
+    try:
+        with pytest.raises(ValueError, match=message):
+            accelerate(pipe)
+        assert not pipe.transformer._forward_pre_hooks
+    finally:
+        forget()

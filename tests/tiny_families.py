@@ -1,0 +1,252 @@
+"""Pipelines of every family but HunyuanVideo with random weights: the real pipeline and transformer classes, only small.
+
+They are called with embedded prompts and return latents, so they need no text encoders, and a VAE only for images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+TEXT = 16  # channels of the text
+POOLED = 8
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """How a family's pipeline is built and called.
+
+    Attributes:
+        pipeline, transformer: names of the classes.
+        config: of the transformer.
+        arguments: of the pipeline's constructor beside transformer and scheduler.
+        call: arguments of a call.
+        tokens: of the text.
+        masked: whether prompts have a mask.
+        pooled: whether there are pooled prompts.
+        guided: arguments of a call with classifier-free guidance, the others are without; None without such.
+        scheduler: name of its class.
+        frames: what the output is called.
+        image: which arguments of a call hold an image or its mask, (1, channels, height, width); there is a VAE then.
+    """
+
+    pipeline: str
+    transformer: str
+    config: dict[str, Any]
+    arguments: dict[str, Any]
+    call: dict[str, Any]
+    tokens: int = 11
+    masked: bool = False
+    pooled: bool = False
+    guided: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 4.0})
+    scheduler: str = "FlowMatchEulerDiscreteScheduler"
+    frames: str = "frames"
+    image: dict[str, int] = field(default_factory=dict)
+
+
+_FLUX = {
+    "patch_size": 1,
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 3,
+    "joint_attention_dim": TEXT,
+    "pooled_projection_dim": POOLED,
+    "axes_dims_rope": (4, 6, 6),
+}
+_WAN = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 3,
+    "attention_head_dim": 16,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": TEXT,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 3,
+    "cross_attn_norm": True,
+    "rope_max_seq_len": 32,
+}
+_COGVIDEOX = {
+    "num_attention_heads": 3,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "time_embed_dim": 8,
+    "text_embed_dim": TEXT,
+    "num_layers": 3,
+    "sample_width": 4,
+    "sample_height": 6,
+    "sample_frames": 9,
+    "patch_size": 2,
+    "temporal_compression_ratio": 4,
+    "max_text_seq_length": 11,
+}
+_SD3 = {
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 3,
+    "attention_head_dim": 16,
+    "num_attention_heads": 3,
+    "joint_attention_dim": TEXT,
+    "caption_projection_dim": 48,
+    "pooled_projection_dim": POOLED,
+    "pos_embed_max_size": 8,
+}
+_NO_VAE = {"vae": None, "text_encoder": None, "tokenizer": None}
+_NO_FLUX = {**_NO_VAE, "text_encoder_2": None, "tokenizer_2": None}
+_NO_SD3 = {**_NO_FLUX, "text_encoder_3": None, "tokenizer_3": None}
+_IMAGE = {"height": 64, "width": 48}
+_VIDEO = {**_IMAGE, "num_frames": 9}
+_SPLIT = {"true_cfg_scale": 3.0}
+
+TINY = {
+    "FLUX.1-dev": Tiny(
+        "FluxPipeline",
+        "FluxTransformer2DModel",
+        {**_FLUX, "guidance_embeds": True},
+        _NO_FLUX,
+        _IMAGE,
+        pooled=True,
+        guided=_SPLIT,
+        frames="images",
+    ),
+    "FLUX.1-schnell": Tiny(
+        "FluxPipeline", "FluxTransformer2DModel", _FLUX, _NO_FLUX, _IMAGE, pooled=True, guided=_SPLIT, frames="images"
+    ),
+    "FLUX.1-Kontext": Tiny(
+        "FluxKontextPipeline",
+        "FluxTransformer2DModel",
+        {**_FLUX, "guidance_embeds": True},
+        _NO_FLUX,
+        {"height": 16, "width": 12, "max_area": 192, "_auto_resize": False},
+        pooled=True,
+        guided=_SPLIT,
+        frames="images",
+        image={"image": 3},
+    ),
+    "FLUX.1-Fill": Tiny(
+        "FluxFillPipeline",
+        "FluxTransformer2DModel",
+        {**_FLUX, "in_channels": 36, "out_channels": 16, "guidance_embeds": True},
+        _NO_FLUX,
+        {"height": 16, "width": 12},
+        pooled=True,
+        guided={},
+        frames="images",
+        image={"image": 3, "mask_image": 1},
+    ),
+    "Wan 2.1": Tiny("WanPipeline", "WanTransformer3DModel", _WAN, _NO_VAE, {**_VIDEO, "guidance_scale": 1.0}),
+    "CogVideoX-2b": Tiny(
+        "CogVideoXPipeline",
+        "CogVideoXTransformer3DModel",
+        _COGVIDEOX,
+        _NO_VAE,
+        {"height": 48, "width": 32, "num_frames": 9, "guidance_scale": 1.0},
+        scheduler="CogVideoXDDIMScheduler",
+    ),
+    "CogVideoX-5b": Tiny(
+        "CogVideoXPipeline",
+        "CogVideoXTransformer3DModel",
+        {**_COGVIDEOX, "use_rotary_positional_embeddings": True},
+        _NO_VAE,
+        {"height": 48, "width": 32, "num_frames": 9, "guidance_scale": 1.0},
+        scheduler="CogVideoXDDIMScheduler",
+    ),
+    "Mochi": Tiny(
+        "MochiPipeline",
+        "MochiTransformer3DModel",
+        {
+            "patch_size": 2,
+            "num_attention_heads": 3,
+            "attention_head_dim": 16,
+            "num_layers": 3,
+            "pooled_projection_dim": 16,
+            "in_channels": 12,
+            "text_embed_dim": TEXT,
+            "time_embed_dim": 8,
+            "max_sequence_length": 11,
+        },
+        {**_NO_VAE, "force_zeros_for_empty_prompt": False},
+        {**_IMAGE, "num_frames": 7, "guidance_scale": 1.0},
+        masked=True,
+    ),
+    "Stable Diffusion 3": Tiny(
+        "StableDiffusion3Pipeline",
+        "SD3Transformer2DModel",
+        _SD3,
+        _NO_SD3,
+        {**_IMAGE, "guidance_scale": 1.0},
+        pooled=True,
+        frames="images",
+    ),
+    "Stable Diffusion 3.5 medium": Tiny(
+        "StableDiffusion3Pipeline",
+        "SD3Transformer2DModel",
+        {**_SD3, "qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
+        _NO_SD3,
+        {**_IMAGE, "guidance_scale": 1.0},
+        pooled=True,
+        frames="images",
+    ),
+}
+
+
+def tiny_family(name: str) -> Any:
+    """The pipeline, with weights that are the same every time."""
+    tiny = TINY[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformer = getattr(diffusers, tiny.transformer)(**tiny.config).eval()
+        with torch.no_grad():
+            for parameter_name, parameter in transformer.named_parameters():
+                if "norm_q" in parameter_name or "norm_k" in parameter_name or "norm_added" in parameter_name:
+                    parameter.uniform_(1.0, 3.0)  # As drawn, attention would be nearly uniform and hide mistakes.
+        scheduler = getattr(diffusers, tiny.scheduler)()
+        arguments = tiny.arguments | ({"vae": _vae()} if tiny.image else {})
+        pipe = getattr(diffusers, tiny.pipeline)(transformer=transformer, scheduler=scheduler, **arguments)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate_family(name: str, pipe: Any, *, guided: bool = False, prompts: int = 2, steps: int = 4) -> Tensor:
+    """Latents of one call with different prompts, each with noise from a seed of its own."""
+    tiny = TINY[name]
+    settings: dict[str, Any] = {
+        "num_inference_steps": steps,
+        "generator": [torch.Generator().manual_seed(i) for i in range(prompts)],
+        "output_type": "latent",
+        **tiny.call,
+        **_prompts(tiny, prompts, seed=1),
+    }
+    generator = torch.Generator().manual_seed(3)
+    for argument, channels in tiny.image.items():
+        settings[argument] = torch.rand(1, channels, tiny.call["height"], tiny.call["width"], generator=generator)
+    if guided and tiny.guided:
+        negative = {f"negative_{key}": value for key, value in _prompts(tiny, prompts, seed=2).items()}
+        settings |= tiny.guided | negative
+    return pipe(**settings)[tiny.frames]
+
+
+def _prompts(tiny: Tiny, prompts: int, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    made = {"prompt_embeds": torch.randn(prompts, tiny.tokens, TEXT, generator=generator)}
+    if tiny.pooled:
+        made["pooled_prompt_embeds"] = torch.randn(prompts, POOLED, generator=generator)
+    if tiny.masked:
+        lengths = torch.tensor([5, 9, 11])[:prompts]
+        made["prompt_attention_mask"] = torch.arange(tiny.tokens)[None] < lengths[:, None]
+    return made
+
+
+def _vae() -> Any:
+    return diffusers.AutoencoderKL(
+        block_out_channels=(4,), latent_channels=4, norm_num_groups=2, shift_factor=0.1
+    ).eval()
