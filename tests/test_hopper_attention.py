@@ -90,6 +90,15 @@ class TestOnHopper:
             expected[rows] = flash_attention(q[None, rows].float(), k[None, rows].float(), v[None, rows].float())[0]
         assert error(out, expected) < TOLERANCES[torch.bfloat16]
 
+    @pytest.mark.parametrize("dtype", HALF, ids=str)
+    @pytest.mark.parametrize("keys", [1, 63, 64, 200])
+    def test_scale_of_zero_is_the_mean(self, keys: int, dtype: torch.dtype) -> None:
+        """What masks scores is -inf, and 0 * -inf is NaN."""
+        q = random(1, 70, 2, 128, dtype=dtype)
+        k, v = (random(1, keys, 2, 128, dtype=dtype) for _ in range(2))
+        out = flash_attention(q, k, v, scale=0.0)
+        assert error(out, v.float().mean(1, keepdim=True).expand(out.shape)) < TOLERANCES[dtype]
+
     @pytest.mark.parametrize("growth", [10.0, 60.0, 100.0, 300.0])
     @pytest.mark.parametrize("dtype", HALF, ids=str)
     @pytest.mark.parametrize("length", [200, 3000])

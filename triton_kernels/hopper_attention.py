@@ -44,6 +44,7 @@ from .hopper_parts import (
     _HEADS_PER_KV,
     _K,
     _KEYS,
+    _LEAST_SCALE,
     _LOG2_E,
     _PACKED,
     _PARAMETERS,
@@ -270,6 +271,7 @@ def _hopper_attention(
 
     `tiles` = samples x heads x blocks of `active` x 64 queries; only so many consumers compute.
     """
+    scale_log2 = gl.maximum(scale_log2, _LEAST_SCALE)
     queries = gl.allocate_shared_memory(q.dtype, [Q_STAGES * CONSUMERS, 1, 1, _ROWS, D], q.layout)
     ring = gl.allocate_shared_memory(k.dtype, [2 * STAGES, 1, 1, _KEYS, D], k.layout)
     barriers = gl.allocate_shared_memory(gl.int64, [2 * (STAGES + Q_STAGES), 1], mbarrier.MBarrierLayout())

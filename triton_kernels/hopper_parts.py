@@ -32,6 +32,8 @@ _async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_g
 
 _LN_2 = gl.constexpr(0.6931471805599453)
 _LOG2_E = 1.4426950408889634
+# What a scale of 0 becomes: masked scores are -inf, and 0 * -inf is NaN.
+_LEAST_SCALE = gl.constexpr(1e-30)
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _ROWS = gl.constexpr(ROWS)
 _KEYS = gl.constexpr(KEYS)

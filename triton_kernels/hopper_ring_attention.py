@@ -35,6 +35,7 @@ from .hopper_parts import (
     _K,
     _KEYS,
     _KV_LENS,
+    _LEAST_SCALE,
     _LOG2_E,
     _Q_LENS,
     _ROWS,
@@ -372,6 +373,7 @@ def _hopper_ring_attention(
     CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, ONLINE: gl.constexpr,
 ):  # fmt: skip
     """q: a descriptor of (B, H, S, D) in blocks of (1, 1, 64, D); memory: one of (rows, D) in blocks of (64, D)."""
+    scale_log2 = gl.maximum(scale_log2, _LEAST_SCALE)
     queries = gl.allocate_shared_memory(q.dtype, [Q_STAGES * CONSUMERS, 1, 1, _ROWS, D], q.layout)
     ring = gl.allocate_shared_memory(memory.dtype, [2 * STAGES, _KEYS, D], memory.layout)
     barriers = gl.allocate_shared_memory(gl.int64, [2 * (STAGES + Q_STAGES), 1], mbarrier.MBarrierLayout())
