@@ -1,4 +1,4 @@
-"""cuDNN's attention, for the few sizes at which it is faster than the Hopper kernel (`hopper_choice.is_cudnn_faster`)."""
+"""cuDNN's attention, for the sizes at which `hopper_choice.is_cudnn_faster` says that it is faster than the kernel."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Which attention kernel runs: the Hopper kernel where it can, cuDNN at the few sizes at which that is faster, the portable
-one everywhere else."""
+"""Which attention kernel runs: the Hopper kernel where it can, cuDNN at the few sizes at which that is faster, and the
+portable one everywhere else."""
 
 from __future__ import annotations
 
