@@ -2,7 +2,8 @@
 
 What replaces the GPU: each stream is a thread (fake_cuda.c); memory that a peer reaches is shared memory; the kernels
 are the few lines of torch below, which wait for each head's flag as the kernel does, and read what lies in the arena.
-Attention is a thread too: the host goes on while it runs, and its results are there after `_synchronize`.
+They run in a thread too, in the order of the main stream: the host goes on meanwhile, as with a GPU, and results are
+there after `_synchronize`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import contextlib
 import ctypes
 import threading
 import time
+from collections.abc import Callable
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -32,11 +35,13 @@ GONE = 0xFF  # what the bytes of an arena become that has been given back: NaN
 class FakeDevice(DeviceRing):
     """What a GPU does for a ring, done by the processor."""
 
-    _running: threading.Thread | None = None
-
     def __init__(self, group: ProcessGroup, library: str, delay_us: int = 0) -> None:
         self.fake = ctypes.CDLL(library)
-        self.fake.steps_enqueued.argtypes = [ctypes.c_void_p]
+        self.fake.steps_enqueued.argtypes = self.fake.steps_finished.argtypes = [ctypes.c_void_p]
+        self.fake.cuStreamWaitValue32_v2.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
+        self._launches: SimpleQueue[tuple[int, Callable[[], None]]] = SimpleQueue()
+        self._launched, self._ended = 0, torch.zeros(1, dtype=torch.int32)
+        threading.Thread(target=self._run_kernels, daemon=True).start()
         self.fake.stream_is_idle.argtypes = [ctypes.c_void_p]
         ctypes.c_uint.in_dll(self.fake, "delay_us").value = delay_us
         super().__init__(group, CPU, library)
@@ -54,7 +59,8 @@ class FakeDevice(DeviceRing):
         return MAIN
 
     def _synchronize(self) -> None:
-        self._end_kernel()
+        while int(self._ended) < self._launched:
+            time.sleep(1e-4)
         for stream in (MAIN, *self._sides):
             self._drain(stream)
 
@@ -62,17 +68,24 @@ class FakeDevice(DeviceRing):
         while not self.fake.stream_is_idle(stream):
             time.sleep(1e-4)
 
-    def _end_kernel(self) -> None:
-        if self._running is not None:
-            self._running.join()
+    def _launch(self, kernel: Callable[[], None]) -> None:
+        """Run it after what stands in the main stream, and what comes there after it."""
+        self._launches.put((self.fake.steps_enqueued(MAIN), kernel))
+        self._launched += 1
+        self.fake.cuStreamWaitValue32_v2(MAIN, self._ended.data_ptr(), self._launched, 0)
+
+    def _run_kernels(self) -> None:
+        while True:
+            steps, kernel = self._launches.get()
+            while self.fake.steps_finished(MAIN) < steps:
+                time.sleep(2e-5)
+            kernel()
+            self._ended += 1
 
     def _pack(self, k: Tensor, v: Tensor, memory: Tensor, first_row: int) -> None:
-        # Kernels of the main stream run after what stands before them.
-        self._end_kernel()
-        self._drain(MAIN)
         batch, rows, heads, dim = k.shape
         piece = memory[first_row : first_row + 2 * batch * heads * rows].view(heads, batch, 2, rows, dim)
-        piece.copy_(torch.stack((k, v), 2).permute(3, 0, 2, 1, 4))
+        self._launch(lambda: piece.copy_(torch.stack((k, v), 2).permute(3, 0, 2, 1, 4)))
 
     def _attend(
         self,
@@ -86,9 +99,8 @@ class FakeDevice(DeviceRing):
         kv_lens: Tensor | None,
         scale: float | None,
     ) -> None:
-        arguments = (q, layout, slot, epoch, out, lse, q_lens, kv_lens, softmax_scale(scale, q.shape[3]))
-        self._running = threading.Thread(target=self._kernel, args=(*arguments, current_timeout()), daemon=True)
-        self._running.start()
+        how = softmax_scale(scale, q.shape[3]), current_timeout()
+        self._launch(lambda: self._kernel(q, layout, slot, epoch, out, lse, q_lens, kv_lens, *how))
 
     def _kernel(
         self,
