@@ -98,7 +98,7 @@ class Handle:
     def remove(self) -> None:
         """Take everything off again, for every pipeline that has this transformer. A second time does nothing.
 
-        Spread over ranks: to be called on all of them. The memory through which keys and values travelled is given back.
+        Spread over ranks: to be called on all of them. The memory that keys and values travelled through is given back.
         """
         self.settings = Settings()
         self._take_off(list(self._parts))

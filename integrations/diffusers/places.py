@@ -125,8 +125,8 @@ class Places:
         """Give back the buffers in which keys and values have travelled here; the next forward makes them anew.
 
         To be called on all ranks alike, as forwards are. No rank waits for another's call, but for a rank that is late
-        to have taken what lies in the buffers. Groups are kept: they are dear, and other places may have the same, whose
-        next forward then makes its buffers anew too.
+        to have taken what lies in the buffers. Groups are kept: they are dear. Other places may have the same ones, and
+        their next forward then makes its buffers anew too.
         """
         fixed = () if self.fixed is None else (self.fixed,)
         with deadline(self.wanted.timeout):

@@ -17,8 +17,8 @@ The host enqueues the main stream's part first. A device that was idle then comp
 enqueues the transfers, some 30 calls of the driver. It does not matter that the kernel may wait for flags whose copies
 have not been enqueued yet: the streams order all that counts by words, not by the order in which the host came, and
 copies need no multiprocessor. Should the host fail in between, no copy brings the flags: `give_up` ends the peers, the
-flags are written without the copies, and if the driver refuses even that, the kernel ends by its own bounded wait. Where
-a launch blocks the host until the kernel is done (CUDA_LAUNCH_BLOCKING), the transfers are enqueued first.
+flags are written without the copies, and if the driver refuses even that, the kernel ends by its own bounded wait.
+Where a launch blocks the host until the kernel is done (CUDA_LAUNCH_BLOCKING), the transfers are enqueued first.
 
 The memory of a rank is one range, the arena: two slots, then the world - 1 received pieces, `capacity` bytes each.
 """
@@ -150,7 +150,7 @@ class DeviceRing(ABC):
 
     @abstractmethod
     def _steps(self, place: Place, slot: int, base: int, flags: Tensor) -> tuple[list[Any], int]:
-        """One layer's work of the side streams, which begins when this rank has announced, and how many events it uses."""
+        """One layer's work of the side streams, and how many events it uses; it waits for this rank's announcement."""
 
     @property
     @abstractmethod
