@@ -43,6 +43,7 @@ DEATH_TIMEOUT = 30.0  # seconds, what `generate` is told; a dead process is noti
 # Both processes and one differ by rounding alone, here that of float32 in [0, 1] after all steps.
 PIXEL_TOLERANCE = 1e-3
 GENERATE_STEPS = 8  # what is wrong between ranks shows in the first; nearly all of the time is starting and compiling
+CPU_PATIENCE = 4.0  # times the limits on GPUs
 # Seconds that a section leaves to each of those after it, when the whole run has a limit.
 RESERVED = {"ring": 60.0, "death": 40.0, "vae": 35.0, "generate": 35.0, "sanitize": 60.0}
 
@@ -68,7 +69,7 @@ class Options:
         return ["--device", "cpu"] if self.small else ["--device", "cuda"]
 
     def limit(self, most: float) -> float:
-        """Seconds that something may take: `most`, or what is left.
+        """Seconds that something may take: `most`, or what is left; more on a CPU, which may have other work.
 
         Raises:
             SectionFailedError: if nothing is left.
@@ -76,7 +77,7 @@ class Options:
         left = self.end - time.monotonic()
         if left <= 0:
             raise SectionFailedError("no time is left")
-        return min(most, left)
+        return min(CPU_PATIENCE * most if self.small else most, left)
 
 
 class SectionFailedError(RuntimeError):
