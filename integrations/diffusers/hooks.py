@@ -114,7 +114,7 @@ class BranchName(StateManager):
         that ran longest ago, so that no more is kept than there are names.
 
         Args:
-            prompts: what tells the call apart, held until the call's end so that no other object takes an identity over.
+            prompts: what tells the call apart; held until the call's end, so that no other object gets its identity.
 
         Returns:
             Whether what is known of the name's earlier calls belongs to other prompts.
