@@ -286,6 +286,12 @@ void bind_attention(py::module_& m) {
       py::arg("q_lens"), py::arg("kv_lens"), py::arg("packed_max_q"), py::arg("launch"), py::arg("grid"),
       py::arg("sources"), py::arg("lens_are_pointers"), py::arg("integers"),
       "Launch calls like this one, whatever their addresses, lengths and scale, without Python from now on.");
+  m.def(
+      "keep_cudnn_plan",
+      [](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+        para_kernels::keep_cudnn_plan({q, k, v, std::nullopt, std::nullopt, 0.0, std::nullopt});
+      },
+      py::arg("q"), py::arg("k"), py::arg("v"), "Leave calls like this one, without lengths, to cuDNN from now on.");
   m.def("forget_attention_plans", &para_kernels::forget_attention_plans);
   m.def("use_stream_for", &para_kernels::use_stream_for, py::arg("stream_for"));
   m.def("use_attention_forward", &para_kernels::use_attention_forward, py::arg("forward"));

@@ -970,6 +970,57 @@ def test_the_step_over_several_gpus_rehearses_without_any(tmp_path: Path) -> Non
         assert notes["closest_to_threshold"] > 1e-2
 
 
+@pytest.mark.parametrize("model", ["hunyuan", "flux", "cogvideox"])
+def test_the_settings_of_a_step_run_small(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    from benchmarks import step_settings
+
+    settings = ["diffusers", "exact", "exact, cache"]
+    monkeypatch.setattr(
+        step_settings,
+        "SETTINGS",
+        (*step_settings.SETTINGS, step_settings.Setting("exact, cache", {"cache": 0.08})),
+    )
+    arguments = [model, "--small", "--steps", "4", "--out", str(tmp_path), "--only", *settings]
+    monkeypatch.setattr(sys, "argv", ["step_settings", *arguments])
+    assert step_settings.main() == 0
+    rows = record.read_records(f"{model}_step_settings", tmp_path)
+    assert [row["kernel"] for row in rows] == settings
+    stock, exact, cached = rows
+    assert (stock["ratio"], stock["notes"]["difference"]) == (1.0, 0.0)
+    assert exact["notes"]["difference"] < (1e-2 if torch.cuda.is_available() else 1e-5)
+    assert (exact["notes"]["reused"], cached["notes"]["reused"]) == (0, 2)
+
+
+def test_a_setting_that_fails_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("diffusers")
+    from benchmarks import step_settings
+
+    bad = step_settings.Setting("bad", {"attention": "none such"})
+    monkeypatch.setattr(step_settings, "SETTINGS", (bad, *step_settings.SETTINGS))
+    arguments = ["flux", "--small", "--steps", "1", "--out", str(tmp_path), "--only", "bad", "exact"]
+    monkeypatch.setattr(sys, "argv", ["step_settings", *arguments])
+    assert step_settings.main() == 1
+    assert "failed: bad" in capsys.readouterr().out
+    (row,) = record.read_records("flux_step_settings", tmp_path)
+    assert (row["kernel"], row["peer"]) == ("exact", None)
+
+
+@pytest.mark.parametrize("model", ["flux", "cogvideox"])
+def test_steps_over_several_gpus_rehearse_without_any(model: str, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    printed = torchrun("benchmarks.step_ranks", model, "--small", "--steps", "2", "--out", str(tmp_path))
+    assert "failed: none" in printed
+    rows = {row["kernel"]: row for row in record.read_records(f"{model}_step_ranks", tmp_path)}
+    assert list(rows) == ["one GPU", "auto", "ring", "ulysses", "diffusers on one GPU"]
+    for row in rows.values():
+        assert row["notes"]["difference"] < 1e-5
+        assert row["ratio"] > 0
+    assert rows["ring"]["notes"]["place"] == "batch 1 x ring 2 x ulysses 1"
+
+
 def test_the_kept_demo_writes_its_record_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("diffusers")
     from tiny_hunyuan import PROMPTS, tiny_pipeline

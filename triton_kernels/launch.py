@@ -56,6 +56,17 @@ def use_extension(module: ModuleType | None, library: str = "libcuda.so.1") -> N
     _extension = None if module is None else _Extension(module, library)
 
 
+def keeps_plans() -> bool:
+    """Whether C++ can be told how later calls are to be made."""
+    return _extension is not None
+
+
+def keep_cudnn_plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Let C++ leave calls of attention like this one, without lengths, to cuDNN."""
+    assert _extension is not None
+    _extension.module.keep_cudnn_plan(q, k, v)
+
+
 class NotDirectError(Exception):
     """Why a compiled kernel has to be launched by Triton."""
 

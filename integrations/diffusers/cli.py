@@ -53,8 +53,8 @@ examples:
   para-kernels generate "a cat walks on the grass" --model hunyuanvideo-community/HunyuanVideo \\
       --height 544 --width 960 --frames 61 --steps 30 --cache auto
       the real model, from the Hugging Face hub or from a directory
-  para-kernels generate "a 7 moving to the left" --attention stock
-      diffusers' own attention, to compare with
+  para-kernels generate "a 7 moving to the left" --attention stock --output stock.npy
+      diffusers' own attention, and the very numbers of its frames, to compare with
   torchrun --nproc-per-node 2 -m para_kernels generate "a 7 moving to the left"
       the same video on two GPUs, or two processes; --ring, --ulysses and --batch say how it is split
 
@@ -188,7 +188,13 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     _add_parallel(parser)
     parser.add_argument("--one-by-one", action="store_true", help="a call per prompt instead of one batch")
     _add_video(parser)
-    parser.add_argument("--output", type=Path, default=Path("video.mp4"), help="mp4 to write (default: video.mp4)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("video.mp4"),
+        metavar="NAME.mp4|NAME.npy",
+        help="video to write (default: video.mp4); npy: the very frames, float32 in [0, 1], neither zoomed nor coded",
+    )
     parser.set_defaults(run=_generate)
 
 

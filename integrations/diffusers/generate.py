@@ -18,7 +18,7 @@ from .handle import Handle
 from .loading import load_pipeline
 from .processes import is_first, joined
 from .vae import ParallelVae, parallelize_vae
-from .video import check_video, make_folder, write_mp4
+from .video import check_video, make_folder, write_video
 
 ATTENTION = ("exact", "stock")
 SPATIAL_MULTIPLE = 16  # the VAE halves three times and the transformer takes patches of two
@@ -188,7 +188,7 @@ class GenerateJob:
 
 
 def run(job: GenerateJob) -> None:
-    """Generate, write one mp4 per prompt, print what was written and the step summary; on rank 0 alone."""
+    """Generate, write one video per prompt, print what was written and the step summary; on rank 0 alone."""
     job.request.check()
     job.acceleration.check()
     check_video(job.output, job.fps, job.zoom)
@@ -210,16 +210,16 @@ def run(job: GenerateJob) -> None:
 
 def _write(job: GenerateJob, request: Request, generation: Generation, paths: list[Path]) -> None:
     for path, prompt, video in zip(paths, request.prompts, generation.videos, strict=True):
-        write_mp4(path, video, job.fps, job.zoom)
+        write_video(path, video, job.fps, job.zoom)
         print(f"{path}  {prompt!r}")
     print(f"\n{generation.seconds:.2f} s for {len(request.prompts)} video(s), {request.steps} steps\n")
 
 
 def output_paths(output: Path, count: int) -> list[Path]:
-    """`output` itself for one video, else ``NAME-1.mp4``, ``NAME-2.mp4``, ..."""
+    """`output` itself for one video, else ``NAME-1.mp4``, ``NAME-2.mp4``, ...; or with its other ending."""
     if count == 1:
         return [output]
-    return [output.with_name(f"{output.stem}-{i + 1}.mp4") for i in range(count)]
+    return [output.with_name(f"{output.stem}-{i + 1}{output.suffix}") for i in range(count)]
 
 
 def _calls(request: Request, paths: list[Path], batched: bool) -> list[tuple[Request, list[Path]]]:

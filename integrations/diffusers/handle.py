@@ -96,9 +96,12 @@ class Handle:
         return render(self)
 
     def remove(self) -> None:
-        """Take everything off again, for every pipeline that has this transformer. A second time does nothing."""
-        self._take_off(list(self._parts))
+        """Take everything off again, for every pipeline that has this transformer. A second time does nothing.
+
+        Spread over ranks: to be called on all of them. The memory that keys and values travelled through is given back.
+        """
         self.settings = Settings()
+        self._take_off(list(self._parts))
 
     # --- for `accelerate` and the summary ---------------------------------------------------------------------------
 
@@ -175,9 +178,10 @@ class Handle:
         forget_child_registries(self._transformer)
 
     def _take_off(self, parts: list[str]) -> None:
-        for part in reversed(parts):
-            self._parts.pop(part).close()
-        forget_child_registries(self._transformer)
+        with ExitStack() as undo:  # the last one first, and all of them even if one fails
+            undo.callback(forget_child_registries, self._transformer)
+            for part in parts:
+                undo.push(self._parts.pop(part))
 
     def _add_listeners(self, undo: ExitStack, settings: Settings) -> None:
         transformer = self._transformer
@@ -225,11 +229,13 @@ class Handle:
                 self._share(undo, pipe)
 
     def _forget_parallel(self) -> None:
-        self._spread = None
+        spread, self._spread = self._spread, None
         self._shared.clear()
         if self._cache is not None:
             self._cache.spread = None
             self._cache.reset()
+        if spread is not None:
+            spread.close()
 
     def _share(self, undo: ExitStack, pipe: Any) -> None:
         """Once for each pipe: `pipe` starts from the same noise on all ranks, and shows its progress on one."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from diffusers.models.normalization import FP32LayerNorm, MochiRMSNorm, RMSNorm
 from torch import Tensor, nn
@@ -35,9 +37,9 @@ def _described(module: nn.Module, x: Tensor) -> Norm | None:
     """What `module` does, or None where the kernel has no such norm."""
     kind = type(module)
     if kind is RMSNorm or kind is MochiRMSNorm:
-        shape, is_layer = module.dim, False
+        shape, is_layer = cast("tuple[int, ...]", module.dim), False
     elif kind is nn.LayerNorm or kind is FP32LayerNorm:
-        shape, is_layer = module.normalized_shape, True
+        shape, is_layer = cast("tuple[int, ...]", module.normalized_shape), True
     else:
         return None
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)

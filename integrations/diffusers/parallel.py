@@ -81,11 +81,16 @@ class Spread:
 
     def retune(self, places: Places) -> None:
         """Go on with another mesh."""
-        if places is not self.places:
+        before, self.places = self.places, places
+        self._agreed.clear()
+        if before is not places:
             self.last_place = None
             self.transport = NOT_YET
-        self.places = places
-        self._agreed.clear()
+            before.close()
+
+    def close(self) -> None:
+        """Give back what the ranks' buffers for keys and values hold: see `Places.close`."""
+        self.places.close()
 
     def add_hooks(self, undo: ExitStack) -> None:
         """Put the hooks on the transformer's modules; closing `undo` takes them off again."""
