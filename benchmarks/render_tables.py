@@ -258,6 +258,44 @@ def _checks(rows: Sequence[Row]) -> str:
     return _markdown(["check", "cases", "failures", "worst", "allowed"], body, rows)
 
 
+def _prepare_checks(rows: Sequence[Row]) -> str:
+    """The forms of the preparation, with the errors of the unfused expressions beside."""
+    body = [
+        [
+            f"{row['check'].removeprefix('preparation, ')}, {row['dtype']}",
+            f"{row['worst']:.2g}",
+            f"{row['allowed']:.2g}",
+            f"{row['notes']['unfused']:.2g}",
+            f"{row['notes']['equal']:.2%}",
+        ]
+        for row in rows
+    ]
+    return _markdown(["form", "worst", "allowed", "unfused", "equal to unfused"], body, rows)
+
+
+def _prepare_speed(rows: Sequence[Row]) -> str:
+    body = [
+        [
+            f"{row['notes']['block']}, {row['shape']['S']:,} tokens",
+            f"{row['median_ms']:.3f}",
+            f"{row['gbps']:,.0f}",
+            f"{row['notes']['of_copy']:.0%}",
+            f"{row['peer_ms']:.3f} ({row['ratio']:.1f}x)",
+            _compiled(row),
+            f"{row['notes']['host_us']:.0f}",
+        ]
+        for row in rows
+    ]
+    head = ["block", "ms", "GB/s", "of a copy's", "unfused, eager, ms", "unfused, compiled, ms", "us of the host"]
+    return _markdown(head, body, rows)
+
+
+def _compiled(row: Row) -> str:
+    """Time and ratio of what torch.compile made of the unfused expressions; empty where it did not run."""
+    compiled = row["notes"].get("compiled_ms")
+    return "" if compiled is None else f"{compiled:.3f} ({compiled / row['median_ms']:.1f}x)"
+
+
 def _first_calls(rows: Sequence[Row]) -> str:
     body = [
         [
@@ -485,6 +523,8 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Row]], str]]] = {
     ),
     "step-profile": (("hunyuan_step_profile",), _where),
     "step-kernels": (("hunyuan_step_profile",), _kernels),
+    "prepare-checks": (("prepare-checks",), _prepare_checks),
+    "prepare-speed": (("prepare-speed",), _prepare_speed),
     "memory-bound": (("gpu-residual_diff", "gpu-merge_states"), _memory_bound),
     "step": (("hunyuan_step",), _step),
     "ring": (("ring-speed",), _ring),

@@ -8,8 +8,9 @@ import torch
 from tiny_families import TINY, generate_family, tiny_family
 
 from para_kernels import ContextParallel, FirstBlockCache
-from para_kernels.integrations.diffusers import accelerate
+from para_kernels.integrations.diffusers import Handle, accelerate
 
+Decision = tuple[str, int, bool]  # branch, step, whether it was reused
 CACHE = FirstBlockCache(0.3, warmup_steps=1)
 TIMEOUT = 60.0
 WAYS = {2: {"ulysses": 2}, 3: {"ring": 3}}  # three heads on two ranks; on three the first or the last has text alone
@@ -21,11 +22,15 @@ def run(rank: int, world: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _compared(name: str, split: dict[str, int]) -> tuple[float, list[bool], list[bool]]:
+def _compared(name: str, split: dict[str, int]) -> tuple[float, list[Decision], list[Decision]]:
     pipe = tiny_family(name)
     handle = accelerate(pipe, cache=CACHE)
     expected = generate_family(name, pipe, guided=True, steps=3)
-    alone = [record.reused for record in handle.records]
+    alone = _decisions(handle)
     handle = accelerate(pipe, cache=CACHE, parallel=ContextParallel(**split, timeout=TIMEOUT))
     got = generate_family(name, pipe, guided=True, steps=3)
-    return float((got - expected).abs().max() / expected.abs().max()), alone, [r.reused for r in handle.records]
+    return float((got - expected).abs().max() / expected.abs().max()), alone, _decisions(handle)
+
+
+def _decisions(handle: Handle) -> list[Decision]:
+    return [(record.branch, record.step, record.reused) for record in handle.records]

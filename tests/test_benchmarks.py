@@ -754,6 +754,28 @@ def test_a_run_that_is_not_done_in_time_is_ended(monkeypatch: pytest.MonkeyPatch
     assert sanitize._output([sys.executable, "-c", script]) == "begun\n\nnot done after 1 s"
 
 
+# --- the preparation --------------------------------------------------------------------------------------------------
+
+
+def test_the_preparation_as_tables(tmp_path: Path) -> None:
+    notes = {"unfused": 1e-7, "equal": 0.75}
+    check = record.Check("preparation, rms, half", 1, 0, "float32", 2e-7, 1e-6, notes)
+    record.write_records("prepare-checks", [check], tmp_path)
+    assert rows_of("prepare-checks", tmp_path)[2:] == ["| rms, half, float32 | 2e-07 | 1e-06 | 1e-07 | 75.00% |"]
+    speeds = [
+        Record(
+            "prepare_attention", {"S": 4608}, "bfloat16", OURS, 0.5, "eager", 2.0, gbps=1500.0,
+            notes={"block": "dual", "of_copy": 0.9, "host_us": 410.2, "compiled_ms": compiled},
+        )
+        for compiled in (1.0, None)  # no compiler on a CPU
+    ]  # fmt: skip
+    record.write_records("prepare-speed", speeds, tmp_path)
+    assert rows_of("prepare-speed", tmp_path)[2:] == [
+        "| dual, 4,608 tokens | 0.500 | 1,500 | 90% | 2.000 (4.0x) | 1.000 (2.0x) | 410 |",
+        "| dual, 4,608 tokens | 0.500 | 1,500 | 90% | 2.000 (4.0x) |  | 410 |",
+    ]
+
+
 # --- the profile of a step --------------------------------------------------------------------------------------------
 
 # Names as torch.profiler gives them on an H100: (kernel, operator, innermost module, category).
@@ -844,6 +866,26 @@ def test_work_is_found_under_the_module_that_did_it() -> None:
     assert ("aten::randn", "") in launched  # outside of every module
     assert 0 < sum(launch.microseconds for launch in found.launches) <= found.span * 1e6
     assert before == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+
+
+def test_the_profiled_step_prepares_as_the_timed_one_does() -> None:
+    """No norm is called that the preparation takes over; others are, and are marked."""
+    pytest.importorskip("diffusers")
+    from tiny_hunyuan import tiny_pipeline, transformer_inputs
+
+    from para_kernels.integrations.diffusers import accelerate
+
+    pipe, called = tiny_pipeline(), []
+    accelerate(pipe)
+    norms = {name: module for name, module in pipe.transformer.named_modules() if type(module).__name__ == "RMSNorm"}
+    assert norms
+    for name, norm in norms.items():
+        norm.forward = lambda x, name=name, forward=norm.forward: called.append(name) or forward(x)
+    inputs = transformer_inputs()
+    with torch.no_grad():
+        found = step_profile.profiled(pipe.transformer, lambda: pipe.transformer(**inputs), CPU)
+    assert called == []
+    assert {"Attention", "LayerNorm", "HunyuanVideoTransformer3DModel"} <= {launch.module for launch in found.launches}
 
 
 def test_the_profile_as_records_and_tables(tmp_path: Path) -> None:

@@ -47,6 +47,10 @@ class BlockCache:
         self.states.clear()
         self.end_forward()
 
+    def forget(self, branch: str) -> None:
+        """The branch's next call has nothing to do with its earlier ones."""
+        self.states.pop(branch, None)
+
     def begin_forward(self) -> None:
         """A forward of the transformer begins: no decision yet, blocks run."""
         self.end_forward()
@@ -84,8 +88,10 @@ class BlockCache:
         return streams
 
     def watches(self, index: int) -> bool:
-        """Whether anything is to be done after block number `index`."""
-        return index in (self.start - 1, self.stop - 1)
+        """Whether anything is to be done after block number `index`; not if the model has left out the first block."""
+        if index == self.start - 1:
+            return self._hidden_in is not None
+        return index == self.stop - 1 and bool(self._before)
 
     def _decided(self, streams: dict[str, Tensor]) -> dict[str, Tensor]:
         """On a hit the streams as the last of the skipped blocks would have left them."""

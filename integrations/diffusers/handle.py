@@ -59,7 +59,7 @@ class Handle:
         self._shared: list[weakref.ref[Any]] = []
         self._schedules: tuple[Any, ...] = ()
         self._call_over = True
-        self._branch = BranchName()
+        self._branch = BranchName(family.passes.names if family.passes else ())
         self._lengths = AttentionLengths()
         self._timeline = Timeline()
         self._cache: BlockCache | None = None
@@ -188,6 +188,8 @@ class Handle:
         mask = self.family.text_mask
         self._text_mask = None if mask is None else Argument.of(transformer, mask)
         self._latents = Argument.of(transformer, self.family.shards.samples[0])
+        passes = self.family.passes
+        self._prompts = [Argument.of(transformer, name) for name in passes.prompts] if passes else []
         # The list of blocks is itself never called and nobody else hooks it: a place to listen that stands in no
         # one's way.
         blocks = getattr(transformer, self.family.block_lists[0])
@@ -261,6 +263,9 @@ class Handle:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self._notice_new_call()
+        other = self._branch.begin(tuple(argument.get(args, kwargs) for argument in self._prompts))
+        if other and self._cache is not None:
+            self._cache.forget(self._branch.name)
         if self._spread is not None:
             args, kwargs = self._spread.begin(args, kwargs, self._branch.name, str(self.settings.cache))
         text_mask = None if self._text_mask is None else self._text_mask.get(args, kwargs)
@@ -299,6 +304,7 @@ class Handle:
 
     def _end_call(self) -> None:
         self._call_over = True
+        self._branch.end_call()
         if self._cache is not None:
             self._cache.reset()
         if self._spread is not None:

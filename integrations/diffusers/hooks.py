@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook, StateManager
 from torch import nn
 
@@ -79,21 +81,52 @@ class Argument:
 
 
 class BranchName(StateManager):
-    """The name that the pipeline gives the running call by `cache_context`: `"cond"`, `"uncond"`, ...
+    """The name of the running call among those of one step: `"cond"`, `"uncond"`, ...
 
-    diffusers announces it to every `StateManager` that it finds on a stateful hook: as a string in 0.36, later as an
-    object with a name.
+    The pipeline gives it by `cache_context`, which diffusers announces to every `StateManager` that it finds on a
+    stateful hook: as a string in 0.36, later as an object with a name. Calls without one are told apart by their
+    prompts, which are the same objects from step to step: no value of theirs is looked at, so the device is not read.
+
+    Args:
+        passes: names for calls that are not announced, in the order of their first appearance; () if all are one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, passes: tuple[str, ...] = ()) -> None:
         super().__init__(state_cls=object)  # type: ignore[arg-type]  # Never asked for a state: only the name is of interest.
-        self.name = DEFAULT_BRANCH
+        self._passes = passes
+        self.reset()
 
     def set_context(self, context: Any) -> None:
+        self._announced = context is not None
         self.name = DEFAULT_BRANCH if context is None else getattr(context, "name", context)
 
     def reset(self, *args: Any, **kwargs: Any) -> None:
-        self.name = DEFAULT_BRANCH
+        self.set_context(None)
+        self.end_call()
+
+    def end_call(self) -> None:
+        """Let go of the prompts: the next call has others."""
+        self._prompts: dict[str, tuple[Any, ...]] = {}  # of each pass, the one that ran longest ago first
+
+    @torch._disable_dynamo  # Compiled code would be compiled anew for other objects.
+    def begin(self, prompts: tuple[Any, ...]) -> bool:
+        """A call begins: name it, if nobody has. Prompts that are new when all names are taken get the name of those
+        that ran longest ago, so that no more is kept than there are names.
+
+        Args:
+            prompts: what tells the call apart; held until the call's end, so that no other object gets its identity.
+
+        Returns:
+            Whether what is known of the name's earlier calls belongs to other prompts.
+        """
+        if self._announced or not self._passes:
+            return False
+        known = [name for name, theirs in self._prompts.items() if all(map(operator.is_, prompts, theirs))]
+        free = [name for name in self._passes if name not in self._prompts]
+        self.name = [*known, *free, *self._prompts][0]
+        self._prompts.pop(self.name, None)
+        self._prompts[self.name] = prompts
+        return not known
 
 
 class CallHook(ModelHook):

@@ -53,6 +53,20 @@ class Modulation:
 
 
 @dataclass(frozen=True)
+class Passes:
+    """How the passes of one step are told apart where the pipeline announces them by no `cache_context`.
+
+    Attributes:
+        names: of the passes, in the order in which a step runs them.
+        prompts: names of the transformer's arguments in which a pass is given the same objects at every step, and
+            every pass of a step others.
+    """
+
+    names: tuple[str, ...]
+    prompts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Family:
     """One row: how a family's pipeline and transformer are recognised, and where things stand in them.
 
@@ -77,6 +91,8 @@ class Family:
         shards: how the forward is spread over ranks.
         modulation: what TeaCache looks at; None where it cannot be used.
         teacache_rescale: TeaCache's published polynomial, the highest power first; None where there is none.
+        passes: what tells calls apart that a pipeline makes without a `cache_context`; None where they are all one
+            pass, or there are none.
     """
 
     name: str
@@ -97,6 +113,7 @@ class Family:
     refiner_mask: str = "attention_mask"
     modulation: Modulation | None = None
     teacache_rescale: tuple[float, ...] | None = None
+    passes: Passes | None = None
 
 
 HUNYUAN_VIDEO = Family(
@@ -141,6 +158,7 @@ FLUX = Family(
         patch=((1, 1),),
         sequence=("encoder_hidden_states", "hidden_states"),
     ),
+    passes=Passes(("cond", "uncond"), ("encoder_hidden_states", "pooled_projections")),  # Kontext; Fill has one pass
 )
 
 WAN = Family(
@@ -204,6 +222,8 @@ STABLE_DIFFUSION_3 = Family(
         patch=((2, "patch_size"), (3, "patch_size")),
         sequence=("hidden_states", "encoder_hidden_states"),
     ),
+    # Skip layer guidance has a second pass, in some of the steps.
+    passes=Passes(("cond_uncond", "skip_layers"), ("encoder_hidden_states", "pooled_projections")),
 )
 
 FAMILIES = (HUNYUAN_VIDEO, FLUX, WAN, COGVIDEOX, MOCHI, STABLE_DIFFUSION_3)
