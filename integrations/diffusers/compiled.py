@@ -26,27 +26,59 @@ DEFAULT_BACKEND = "inductor"
 Forward = Callable[..., Any]
 
 
-class CompiledForward:
-    """In the place of one block's own forward.
+class CompiledBlocks:
+    """What the compiled blocks of one transformer share: what they read, and one function for each kind.
 
-    Attributes:
-        original: that forward.
+    Args:
+        lengths: what the blocks' attention processors read.
+        streams: names of the blocks' arguments that are (B, rows, C).
+        backend: of `torch.compile`.
     """
 
-    def __init__(
-        self, original: Forward, block: nn.Module, function: Forward, lengths: AttentionLengths, streams: Sequence[str]
-    ) -> None:
+    def __init__(self, lengths: AttentionLengths, streams: Sequence[str], backend: str) -> None:
+        self.lengths = lengths
+        self.streams = streams
+        self._backend = backend
+        self._functions: dict[type[nn.Module], Forward] = {}
+
+    def retune(self, backend: str) -> None:
+        """Go on with another backend: blocks are compiled anew."""
+        if backend != self._backend:
+            self._backend = backend
+            self._functions.clear()
+
+    def run(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The block's forward, compiled when its kind first runs."""
+        kind = type(block)
+        if kind not in self._functions:
+            self._functions[kind] = _compiled(kind, self._backend)
+        return self._functions[kind](self.lengths, kind.forward, block, *args, **kwargs)
+
+    def add_to(self, blocks: Sequence[nn.Module], undo: ExitStack) -> None:
+        """Put the compiled forward under the blocks, which `check_compilable` has passed; closing `undo` takes it off
+        again.
+        """
+        for block in blocks:
+            original = type(block).forward.__get__(block)
+            forward = CompiledForward(original, block, self)
+            undo.callback(drop_plain_forward, block)
+            undo.callback(_replace, block, lambda found, ours=forward: found is ours, original)
+            _replace(block, functools.partial(_is_own, block), forward)
+
+
+class CompiledForward:
+    """In the place of one block's own forward, `original`."""
+
+    def __init__(self, original: Forward, block: nn.Module, compiled: CompiledBlocks) -> None:
         functools.update_wrapper(self, original)  # hooks ask a forward for its signature
-        self.original = original
         self._block = block
-        self._function = function
-        self._lengths = lengths
-        self._streams = [Argument.of(block, name) for name in streams]
+        self._compiled = compiled
+        self._streams = [Argument.of(block, name) for name in compiled.streams]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for stream in self._streams:
             args, kwargs = stream.replaced(args, kwargs, laid_out(stream.get(args, kwargs)))
-        return self._function(self._lengths, type(self._block).forward, self._block, *args, **kwargs)
+        return self._compiled.run(self._block, args, kwargs)
 
 
 def laid_out(stream: Tensor) -> Tensor:
@@ -58,29 +90,8 @@ def laid_out(stream: Tensor) -> Tensor:
     return stream.contiguous().view(-1).view(stream.shape).detach()
 
 
-def add_compiled(
-    undo: ExitStack, blocks: Sequence[nn.Module], lengths: AttentionLengths, streams: Sequence[str], backend: str
-) -> None:
-    """Compile the blocks, which `check_compilable` has passed; closing `undo` takes all of it off again.
-
-    Nothing is compiled before a block runs.
-
-    Args:
-        lengths: what the blocks' attention processors read.
-        streams: names of the blocks' arguments that are (B, rows, C).
-        backend: of `torch.compile`.
-    """
-    functions = {kind: _compiled(kind, backend) for kind in {type(block) for block in blocks}}
-    for block in blocks:
-        original = type(block).forward.__get__(block)
-        forward = CompiledForward(original, block, functions[type(block)], lengths, streams)
-        undo.callback(drop_plain_forward, block)
-        undo.callback(_replace, block, lambda found, ours=forward: found is ours, original)
-        _replace(block, functools.partial(_is_own, block), forward)
-
-
 def _compiled(kind: type[nn.Module], backend: str) -> Forward:
-    """The forward of all blocks of a kind.
+    """A function that runs the blocks of a kind.
 
     Dynamo keeps at most eight graphs for one code object, and fails where a ninth is needed. Each kind, and each
     installation, has a code object of its own: other models in the process do not count.

@@ -15,7 +15,7 @@ from para_kernels.cache import Policy, StepRecord
 from .agreement import quiet_progress, share_noise
 from .attention import AttentionLengths
 from .cache import BlockCache, add_cache_hooks, check_cacheable, transformer_blocks
-from .compiled import add_compiled, check_compilable, check_no_hooks_inside
+from .compiled import CompiledBlocks, check_compilable, check_no_hooks_inside
 from .hooks import Argument, BranchName, CallHook, DropArgumentHook, add_hook, forget_child_registries
 from .models import Family
 from .parallel import Spread
@@ -48,9 +48,9 @@ class Handle:
     """The installation on one transformer, made by `accelerate`, `apply_cache_on_pipe` and `parallelize_pipe`.
 
     It has five parts, each put on and taken off as a whole: the listeners (which call, which branch, what length, how
-    long), the attention processors, the compiled blocks, the spreading over ranks, the cache. What must run around the transformer's forward
-    is a hook of torch's own: those stay on the module when CPU offload unwraps and wraps `forward` anew after every
-    call, which loses any hook of diffusers' that wraps the same `forward`.
+    long), the attention processors, the compiled blocks, the spreading over ranks, the cache. What must run around the
+    transformer's forward is a hook of torch's own: those stay on the module when CPU offload unwraps and wraps
+    `forward` anew after every call, which loses any hook of diffusers' that wraps the same `forward`.
     """
 
     def __init__(self, transformer: Any, family: Family) -> None:
@@ -67,6 +67,7 @@ class Handle:
         self._timeline = Timeline()
         self._cache: BlockCache | None = None
         self._spread: Spread | None = None
+        self._compiled: CompiledBlocks | None = None
         self._device: torch.device | None = None
 
     @staticmethod
@@ -140,7 +141,7 @@ class Handle:
         if settings.cache is not None:
             check_cacheable(self._transformer, self.family, settings.cache, installed=self._cache is not None)
         if settings.compile is not None:
-            check_compilable(self.blocks, settings.compile, installed="compile" in self._parts)
+            check_compilable(self.blocks, settings.compile, installed=self._compiled is not None)
         wanted = {
             "listeners": True,
             "attention": settings.attention != STOCK,
@@ -153,6 +154,8 @@ class Handle:
         if self._cache is not None and settings.cache is not None:
             self._cache.retune(settings.cache)
             self._cache.spread = self._spread
+        if self._compiled is not None and settings.compile is not None:
+            self._compiled.retune(settings.compile)
         if self._spread is not None and settings.parallel is not None:
             self._spread.retune(settings.parallel)
         if settings != self.settings:
@@ -227,7 +230,12 @@ class Handle:
 
     def _add_compiled(self, undo: ExitStack, settings: Settings) -> None:
         assert settings.compile is not None
-        add_compiled(undo, self.blocks, self._lengths, self.family.block_arguments, settings.compile)
+        undo.callback(self._forget_compiled)
+        self._compiled = CompiledBlocks(self._lengths, self.family.block_arguments, settings.compile)
+        self._compiled.add_to(self.blocks, undo)
+
+    def _forget_compiled(self) -> None:
+        self._compiled = None
 
     def _add_parallel(self, undo: ExitStack, settings: Settings) -> None:
         assert settings.parallel is not None
@@ -305,7 +313,7 @@ class Handle:
         if self._call_over or not same:
             self._end_call()
             self._timeline.clear()
-            if "compile" in self._parts:
+            if self._compiled is not None:
                 check_no_hooks_inside(self.blocks)  # They may have come after the installation.
         self._schedules, self._call_over = schedules, False
 

@@ -61,9 +61,7 @@ class _Function:
 
 
 @torch.library.register_fake("para_kernels::attend_outside", lib=_library)
-def _attend_outside_fake(
-    ticket: Tensor, video: bool, q: Tensor, k: Tensor, v: Tensor, lens: Tensor | None
-) -> Tensor:
+def _attend_outside_fake(ticket: Tensor, video: bool, q: Tensor, k: Tensor, v: Tensor, lens: Tensor | None) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 

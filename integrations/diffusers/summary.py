@@ -71,7 +71,7 @@ def _cache(handle: Handle) -> str:
 def _compiled(handle: Handle) -> list[str]:
     """What is compiled, and by what: nothing where nothing is."""
     backend = handle.settings.compile
-    return [] if backend is None else [f"compile     {kinds(handle.blocks)}; one graph each; {backend}"]
+    return [] if backend is None else [f"compile     {kinds(handle.blocks)}; no graph breaks; {backend}"]
 
 
 def _parallel(spread: Spread | None) -> list[str]:
