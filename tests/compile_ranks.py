@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
+import torch
 from tiny_families import generate_family, tiny_family
 from tiny_hunyuan import PROMPTS, generate, tiny_pipeline
 from torch import Tensor
@@ -69,7 +72,10 @@ def added_and_removed(world: int) -> dict[str, Any]:
 
 
 def orders(world: int) -> dict[tuple[str, ...], float]:
-    """Compiling, cache and ranks put on in every order, then taken off again in the same order."""
+    """Compiling, cache and ranks put on in every order, then taken off again in the same order.
+
+    Compiling takes seconds: but for the first order and the last it is left out, and only its place is taken.
+    """
     name = "Wan 2.1"  # one kind of block, and no text in the sequence: one graph
     pipe = tiny_family(name)
     ring = ContextParallel(ring=world, timeout=TIMEOUT)
@@ -79,9 +85,11 @@ def orders(world: int) -> dict[tuple[str, ...], float]:
     handle.remove()
     seen = {}
     for order in ORDERS:
-        for part in order:
-            handle = accelerate(pipe, **{part: parts[part][0]})
-        together = difference(generate_family(name, pipe, steps=3), expected)
+        really = order in (ORDERS[0], ORDERS[-1])
+        with nullcontext() if really else patch.object(torch, "compile", lambda function, **_: function):
+            for part in order:
+                handle = accelerate(pipe, **{part: parts[part][0]})
+            together = difference(generate_family(name, pipe, steps=3), expected)
         for part in order:
             accelerate(pipe, **{part: parts[part][1]})
         handle.remove()

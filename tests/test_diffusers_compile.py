@@ -415,7 +415,7 @@ def test_the_option_needs_this_packages_attention() -> None:
 def spread(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    seen = ranks.once(Path(folder), "compiled", lambda: ranks.launch(2, compile_ranks.run, timeout=300.0))
+    seen = ranks.once(Path(folder), "compiled", lambda: ranks.launch(2, compile_ranks.run, timeout=480.0))
     for one in seen:
         if isinstance(one, Exception):
             raise one
