@@ -13,6 +13,7 @@ from para_kernels import ContextParallel
 from para_kernels.cache import FirstBlockCache, Policy, TeaCache, check_threshold
 from para_kernels.parallel.failure import DEFAULT_TIMEOUT
 
+from .compiled import DEFAULT_BACKEND
 from .families import check_transformer, known_families
 from .handle import Handle, Settings
 from .models import Family
@@ -32,9 +33,10 @@ def accelerate(
     cache: Policy | float | bool | Keep | None = Keep.AS_IS,
     attention: str = "exact",
     parallel: ContextParallel | Keep | None = Keep.AS_IS,
+    compile: bool | str | Keep | None = Keep.AS_IS,  # noqa: A002
 ) -> Handle:
-    """Put this package's attention, and if asked for a cache of steps and context parallelism, under a diffusers
-    pipeline.
+    """Put this package's attention, and if asked for a cache of steps, context parallelism and compiled blocks, under a
+    diffusers pipeline.
 
     Works on this pipeline's transformer alone, and on its instance: pipelines that share the transformer share the
     installation, others are not touched. Called again it re-tunes what is there.
@@ -48,6 +50,10 @@ def accelerate(
         attention: `"exact"`, the only kind there is.
         parallel: spreads the work over the ranks of the running `torch.distributed` world, see `parallelize_pipe`; None
             for no spreading. Not given: as it is.
+        compile: True to compile the transformer's blocks, each kind as one graph of `torch.compile` that serves every
+            resolution; None or False not to; a name for another backend than "inductor". They are compiled when they
+            first run. Hooks of offloading may stand on blocks and on the transformer, not inside of blocks. Not given:
+            as it is.
 
     Returns:
         The handle of the installation: `summary()`, `records`, `remove()`. The same one every time until it is removed.
@@ -61,7 +67,8 @@ def accelerate(
     handle = _handle(transformer, family)
     policy = handle.settings.cache if isinstance(cache, Keep) else _policy(cache, family)
     places = handle.settings.parallel if isinstance(parallel, Keep) else _places(parallel, handle)
-    return _configured(handle, pipe, Settings(attention, policy, places))
+    backend = handle.settings.compile if isinstance(compile, Keep) else _backend(compile)
+    return _configured(handle, pipe, Settings(attention, policy, places, backend))
 
 
 def apply_cache_on_pipe(
@@ -128,7 +135,7 @@ def parallelize_pipe(
     wanted = ContextParallel("auto" if mesh is None else None, transport=transport, timeout=timeout)
     handle = _handle(transformer, family)
     places = _places(wanted, handle) if mesh is None else Places(wanted, mesh)
-    return _configured(handle, pipe, Settings("exact", handle.settings.cache, places))
+    return _configured(handle, pipe, replace(handle.settings, attention="exact", parallel=places))
 
 
 def _recognised(pipe: Any) -> tuple[Family, Any]:
@@ -194,6 +201,16 @@ def _places(parallel: ContextParallel | None, handle: Handle) -> Places | None:
         raise ValueError(f"parallel: got {parallel!r}, allowed is a ContextParallel or None")
     there = handle.settings.parallel
     return there if there is not None and (there.wanted, there.mesh) == (parallel, None) else Places(parallel)
+
+
+def _backend(wanted: bool | str | None) -> str | None:
+    if wanted is None or wanted is False:
+        return None
+    if wanted is True:
+        return DEFAULT_BACKEND
+    if not isinstance(wanted, str):
+        raise ValueError(f"compile: got {wanted!r}, allowed is True, False, None or the name of a backend")
+    return wanted
 
 
 def _rescaled(policy: TeaCache, family: Family) -> TeaCache:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +11,8 @@ from torch import Tensor
 
 from para_kernels import flash_attention
 from para_kernels.integrations.diffusers.norms import left_to_norm
+from para_kernels.integrations.diffusers.outside import Attend
 from para_kernels.preparation import Rotary, Stream, prepare_attention
-
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""q, k, v (B, S, H, D) and the lengths (B,) of the whole sequence, None for full ones: to out (B, S, H, D)."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +67,8 @@ class AttentionLengths:
         """Lengths of the video with the text behind it. None: every token is real."""
         if self._text is None:
             return self._from_mask(mask)
+        if torch.compiler.is_compiling():  # What a graph keeps here it would want to find here the next time.
+            return self._text + video_tokens
         if self._joint is None or self._joint[0] != video_tokens:
             self._joint = (video_tokens, self._text + video_tokens)
         return self._joint[1]
@@ -77,6 +76,8 @@ class AttentionLengths:
     def _from_mask(self, mask: Tensor | None) -> Tensor | None:
         if mask is None:
             return None
+        if torch.compiler.is_compiling():
+            return _key_lengths(mask)
         if self._mask is None or self._mask[0]() is not mask:
             self._mask = (weakref.ref(mask), _key_lengths(mask))
         return self._mask[1]

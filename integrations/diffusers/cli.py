@@ -185,6 +185,9 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         default="exact",
         help="this package's attention or diffusers' own (default: exact)",
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the transformer's blocks, once for every size of video"
+    )
     _add_parallel(parser)
     parser.add_argument("--one-by-one", action="store_true", help="a call per prompt instead of one batch")
     _add_video(parser)
@@ -351,6 +354,7 @@ def _generate(options: argparse.Namespace) -> None:
                 max_consecutive_hits=options.max_consecutive_hits,
                 parallel=parallel,
                 parallel_vae=not options.no_parallel_vae,
+                compile=options.compile,
             ),
             batched=not options.one_by_one,
             output=options.output,

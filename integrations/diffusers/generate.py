@@ -73,6 +73,7 @@ class Acceleration:
         max_consecutive_hits: reused steps in a row after which one is computed; None for no limit.
         parallel: how the work is spread over the ranks of the world; None for one process.
         parallel_vae: with `parallel`, whether the ranks share out the VAE's tiles too. Turns tiling on.
+        compile: whether the transformer's blocks are compiled.
     """
 
     attention: str = "exact"
@@ -81,6 +82,7 @@ class Acceleration:
     max_consecutive_hits: int | None = None
     parallel: ContextParallel | None = None
     parallel_vae: bool = True
+    compile: bool = False
 
     def check(self) -> None:
         """Raise a ValueError that names the first bad field, before a model is loaded."""
@@ -88,6 +90,8 @@ class Acceleration:
             raise ValueError(f"attention: {self.attention!r}; must be one of {', '.join(ATTENTION)}")
         if self.parallel is not None and self.attention != "exact":
             raise ValueError(f"attention: {self.attention!r}; must be exact on several ranks")
+        if self.compile and self.attention != "exact":
+            raise ValueError(f"attention: {self.attention!r}; must be exact with compile")
         # True stands for a threshold that only the model's family knows; any valid one lets the others be checked.
         threshold = 0.0 if self.cache is None or self.cache is True else self.cache
         FirstBlockCache(threshold, warmup_steps=self.warmup_steps, max_consecutive_hits=self.max_consecutive_hits)
@@ -100,7 +104,7 @@ class Acceleration:
         """Put the parts under `pipe`. With neither of them the handle still reports the steps."""
         self.check()
         if self.attention == "exact":
-            handle = accelerate(pipe, cache=None, parallel=self.parallel)
+            handle = accelerate(pipe, cache=None, parallel=self.parallel, compile=self.compile)
             if self.cache is None:
                 return handle
         return apply_cache_on_pipe(

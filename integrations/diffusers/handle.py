@@ -15,6 +15,7 @@ from para_kernels.cache import Policy, StepRecord
 from .agreement import quiet_progress, share_noise
 from .attention import AttentionLengths
 from .cache import BlockCache, add_cache_hooks, check_cacheable, transformer_blocks
+from .compiled import CompiledBlocks, check_compilable, check_no_hooks_inside
 from .hooks import Argument, BranchName, CallHook, DropArgumentHook, add_hook, forget_child_registries
 from .models import Family
 from .parallel import Spread
@@ -34,20 +35,22 @@ class Settings:
         attention: `"exact"` or `"stock"`, diffusers' own.
         cache: None without one.
         parallel: where forwards run, None in one process; needs `"exact"`.
+        compile: the backend of `torch.compile` for the blocks, None where they are not compiled.
     """
 
     attention: str = STOCK
     cache: Policy | None = None
     parallel: Places | None = None
+    compile: str | None = None
 
 
 class Handle:
     """The installation on one transformer, made by `accelerate`, `apply_cache_on_pipe` and `parallelize_pipe`.
 
-    It has four parts, each put on and taken off as a whole: the listeners (which call, which branch, what length, how
-    long), the attention processors, the spreading over ranks, the cache. What must run around the transformer's forward
-    is a hook of torch's own: those stay on the module when CPU offload unwraps and wraps `forward` anew after every
-    call, which loses any hook of diffusers' that wraps the same `forward`.
+    It has five parts, each put on and taken off as a whole: the listeners (which call, which branch, what length, how
+    long), the attention processors, the compiled blocks, the spreading over ranks, the cache. What must run around the
+    transformer's forward is a hook of torch's own: those stay on the module when CPU offload unwraps and wraps
+    `forward` anew after every call, which loses any hook of diffusers' that wraps the same `forward`.
     """
 
     def __init__(self, transformer: Any, family: Family) -> None:
@@ -64,6 +67,7 @@ class Handle:
         self._timeline = Timeline()
         self._cache: BlockCache | None = None
         self._spread: Spread | None = None
+        self._compiled: CompiledBlocks | None = None
         self._device: torch.device | None = None
 
     @staticmethod
@@ -125,18 +129,26 @@ class Handle:
         """How forwards are spread over ranks; None where they are not."""
         return self._spread
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer's blocks, in the order in which they run."""
+        return transformer_blocks(self._transformer, self.family)
+
     def configure(self, settings: Settings) -> None:
         """Put on what is missing, take off what is not wanted, re-tune the rest. A failure changes nothing.
 
         Raises:
             ValueError: if the cache is wanted and another cache is enabled, or there are too few blocks to skip any, or
-                what the policy looks at is missing.
+                what the policy looks at is missing; if compiled blocks are wanted and the blocks cannot be compiled.
         """
         if settings.cache is not None:
             check_cacheable(self._transformer, self.family, settings.cache, installed=self._cache is not None)
+        if settings.compile is not None:
+            check_compilable(self.blocks, settings.compile, installed=self._compiled is not None)
         wanted = {
             "listeners": True,
             "attention": settings.attention != STOCK,
+            "compile": settings.compile is not None,
             "parallel": settings.parallel is not None,
             "cache": settings.cache is not None,
         }
@@ -145,6 +157,8 @@ class Handle:
         if self._cache is not None and settings.cache is not None:
             self._cache.retune(settings.cache)
             self._cache.spread = self._spread
+        if self._compiled is not None and settings.compile is not None:
+            self._compiled.retune(settings.compile)
         if self._spread is not None and settings.parallel is not None:
             self._spread.retune(settings.parallel)
         if settings != self.settings:
@@ -164,6 +178,7 @@ class Handle:
         add = {
             "listeners": self._add_listeners,
             "attention": self._add_attention,
+            "compile": self._add_compiled,
             "parallel": self._add_parallel,
             "cache": self._add_cache,
         }
@@ -219,6 +234,15 @@ class Handle:
     def _is_ours(self, processor: Any) -> bool:
         return getattr(processor, "lengths", None) is self._lengths
 
+    def _add_compiled(self, undo: ExitStack, settings: Settings) -> None:
+        assert settings.compile is not None
+        undo.callback(self._forget_compiled)
+        self._compiled = CompiledBlocks(self._lengths, self.family.block_arguments, settings.compile)
+        self._compiled.add_to(self.blocks, undo)
+
+    def _forget_compiled(self) -> None:
+        self._compiled = None
+
     def _add_parallel(self, undo: ExitStack, settings: Settings) -> None:
         assert settings.parallel is not None
         undo.callback(self._forget_parallel)
@@ -250,7 +274,7 @@ class Handle:
     def _add_cache(self, undo: ExitStack, settings: Settings) -> None:
         assert settings.cache is not None
         undo.callback(self._forget_cache)
-        blocks = transformer_blocks(self._transformer, self.family)
+        blocks = self.blocks
         self._cache = BlockCache(settings.cache, self.family, self._branch, len(blocks))
         add_cache_hooks(undo, self._cache, blocks)
 
@@ -300,6 +324,8 @@ class Handle:
         if self._call_over or not same:
             self._end_call()
             self._timeline.clear()
+            if self._compiled is not None:
+                check_no_hooks_inside(self.blocks)  # They may have come after the installation.
         self._schedules, self._call_over = schedules, False
 
     def _end_call(self) -> None:

@@ -20,7 +20,7 @@ def add_hook(undo: ExitStack, module: nn.Module, hook: ModelHook, name: str) -> 
     """Register `hook` on `module`; closing `undo` takes it off again, with all that came with it."""
     if not hasattr(module, "_diffusers_hook"):
         undo.callback(_drop_empty_registry, module)
-    undo.callback(_drop_plain_forward, module)
+    undo.callback(drop_plain_forward, module)
     registry = HookRegistry.check_if_exists_or_initialize(module)
     registry.register_hook(hook, name)
     undo.callback(registry.remove_hook, name, recurse=False)
@@ -43,7 +43,7 @@ def _drop_empty_registry(module: Any) -> None:
         del module._diffusers_hook
 
 
-def _drop_plain_forward(module: nn.Module) -> None:
+def drop_plain_forward(module: nn.Module) -> None:
     """A registry leaves `forward` behind as an attribute of the instance. Where it is the class's own, delete it."""
     forward = module.__dict__.get("forward")
     if inspect.ismethod(forward) and forward.__self__ is module and forward.__func__ is type(module).forward:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from para_kernels.attention import selected_kernel
 from para_kernels.cache import StepRecord
 
+from .compiled import kinds
 from .processor_swap import attn_processors
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def render(handle: Handle) -> str:
         f"para-kernels on {handle.family.name}",
         f"attention   {_attention(handle)}",
         f"cache       {_cache(handle)}",
+        *_compiled(handle),
         *_parallel(handle.spread),
     ]
     if not records:
@@ -64,6 +66,12 @@ def _kernel(handle: Handle) -> str:
 
 def _cache(handle: Handle) -> str:
     return "none" if handle.settings.cache is None else handle.settings.cache.description()
+
+
+def _compiled(handle: Handle) -> list[str]:
+    """What is compiled, and by what: nothing where nothing is."""
+    backend = handle.settings.compile
+    return [] if backend is None else [f"compile     {kinds(handle.blocks)}; no graph breaks; {backend}"]
 
 
 def _parallel(spread: Spread | None) -> list[str]:
