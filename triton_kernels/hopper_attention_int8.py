@@ -657,3 +657,94 @@ def constants(variant: Int8Variant, head_dim: int) -> dict[str, object]:
         "ORDER": variant.order, "POLYNOMIAL": variant.polynomial, "BY_PRODUCT": variant.sum_by_product,
         "FRESH": variant.fresh, "PING_PONG": variant.ping_pong, "REGISTERS": variant.registers,
     }  # fmt: skip
+
+
+# What runs, by head dim. docs/kernels/int8.md has what the others measured.
+VARIANTS = {64: Int8Variant(order="late"), 128: Int8Variant(order="late")}
+_OUT_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+def takes(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernel exists for this type and head dim."""
+    return dtype in _OUT_TYPES and head_dim in VARIANTS
+
+
+def _make_descriptor(rows: int, columns: int, dtype: gl.dtype) -> MakeDescriptor:
+    block = [1, 1, rows, columns]
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    return functools.partial(TensorDescriptor, block_shape=block, layout=layout)
+
+
+@functools.cache
+def _launcher(device: torch.device, dtype: torch.dtype, head_dim: int, variant: Int8Variant) -> Launcher:
+    """`dtype` is the output's: one for each, since a launcher follows its last compiled variant."""
+    return Launcher(
+        _hopper_attention_int8, device,
+        {
+            "q": _make_descriptor(ROWS, head_dim, gl.int8),
+            "k": _make_descriptor(variant.keys, head_dim, gl.int8),
+            "v": _make_descriptor(head_dim, variant.keys, gl.float8e4nv),
+        },
+        **constants(variant, head_dim), num_warps=4,
+    )  # fmt: skip
+
+
+class _Plan(NamedTuple):
+    """What a launch needs besides its tensors."""
+
+    launcher: Launcher
+    programs: int
+    blocks: int
+    tiles: int
+
+
+# From so many blocks of keys on each tile is a program's own, and the hardware hands them out, as for the kernel of 16
+# bits.
+_BLOCKS_OF_A_PROGRAM = 512
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    q_shape: tuple[int, ...], rows_k: int, dtype: torch.dtype, device: torch.device, variant: Int8Variant
+) -> _Plan:
+    batch, rows_q, heads, head_dim = q_shape
+    blocks = -(-rows_q // (variant.consumers * ROWS))
+    tiles = blocks * heads * batch
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    stays = rows_k < _BLOCKS_OF_A_PROGRAM * ROWS
+    launcher = _launcher(device, dtype, head_dim, variant)
+    return _Plan(launcher, min(tiles, processors) if stays else tiles, blocks, tiles)
+
+
+def hopper_attention_int8_forward(
+    x: Quantised,
+    k_shape: torch.Size,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q_lens: torch.Tensor | None,
+    kv_lens: torch.Tensor | None,
+    scale: float,
+    variant: Int8Variant | None = None,
+) -> None:
+    """Launch the kernel; writes `out` (B, Sq, H, D) and `lse` (B, H, Sq) float32, both contiguous.
+
+    `x` is the input with permuted keys of the values, `k_shape` that of the keys, (B, Sk, Hk, D); D is 64 or 128, and
+    `out` bfloat16 or float16. Without a `variant`, it is that of `VARIANTS`.
+    """
+    head_dim = out.shape[3]
+    plan = _plan(out.shape, k_shape[1], out.dtype, out.device, variant or VARIANTS[head_dim])
+    flags = (q_lens is not None) * _HAS_Q_LENS.value | (kv_lens is not None) * _HAS_KV_LENS.value
+    # A pointer that is not followed stands in for lengths that are not given: None would be another compiled variant.
+    unused = out.view(torch.int32) if q_lens is None or kv_lens is None else None
+    descriptors = ((t, tuple(t.shape), t.stride()) for t in (x.q, x.k, x.v))
+    plan.launcher(
+        (plan.programs, 1, 1), *descriptors, x.q_scales, x.k_scales, x.v_scales, x.means_of_scores, out, lse,
+        unused if q_lens is None else q_lens, unused if kv_lens is None else kv_lens, scale * _LOG2_E,
+        out.shape[2] // k_shape[2], out.shape[1], k_shape[1], flags, out.shape[2], plan.blocks, plan.tiles,
+        x.q.shape[2], x.k.shape[2],
+    )  # fmt: skip
+
+
+def compile_count() -> int:
+    """How many variants of the kernel this process holds, over all devices: one for each type and head dim."""
+    return sum(len(caches[0]) for caches in _hopper_attention_int8.device_caches.values())
