@@ -56,6 +56,7 @@ from .hopper_parts import (
     _load_queries,
     _one,
     _park,
+    _pointer,
     _queries_empty,
     _release,
     _thread_barrier,
@@ -222,6 +223,26 @@ _TAKE_0 = gl.constexpr("barrier.sync 10, 256; mov.b32 $0, $1;")
 _TAKE_1 = gl.constexpr("barrier.sync 11, 256; mov.b32 $0, $1;")
 _GIVE_0 = gl.constexpr("barrier.arrive 10, 256; mov.b32 $0, $1;")
 _GIVE_1 = gl.constexpr("barrier.arrive 11, 256; mov.b32 $0, $1;")
+
+
+# More parameters that wait in shared memory, see `hopper_parts`.
+_Q_SCALES = gl.constexpr(0)
+_K_SCALES = gl.constexpr(1)
+_V_SCALES = gl.constexpr(2)
+_MEANS_OF_SCORES = gl.constexpr(3)
+_PADDED_Q = gl.constexpr(4)
+_PADDED_K = gl.constexpr(5)
+_SCALES = gl.constexpr(8)
+
+
+@gluon.jit
+def _park_scales(scales, q_scales, k_scales, v_scales, means_of_scores, padded_q, padded_k):
+    index = gl.arange(0, _SCALES, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    values = gl.where(index == _Q_SCALES, q_scales.to(gl.int64), padded_k.to(gl.int64))
+    values = gl.where(index == _K_SCALES, k_scales.to(gl.int64), values)
+    values = gl.where(index == _V_SCALES, v_scales.to(gl.int64), values)
+    values = gl.where(index == _MEANS_OF_SCORES, means_of_scores.to(gl.int64), values)
+    scales.store(gl.where(index == _PADDED_Q, padded_q.to(gl.int64), values))
 
 
 @gluon.jit
@@ -503,8 +524,11 @@ def _attend_late(
 
 
 @gluon.jit
-def _rescaled(acc, m_i, l_i, v_scales, means_of_scores, alive_rows, D: gl.constexpr):
+def _rescaled(acc, m_i, l_i, scales, at_q, at_k, row, alive_rows, D: gl.constexpr):
     """(acc, m_i) with what quantisation took away: values' scales and means, and the keys' mean in the scores."""
+    v_scales = _pointer(scales, _V_SCALES, gl.float32) + at_k * (2 * D)
+    means_of_scores = _pointer(scales, _MEANS_OF_SCORES, gl.float32)
+    means_of_scores += at_q.to(gl.int64) * _integer(scales, _PADDED_Q) + row
     channels = gl.arange(0, D, layout=gl.SliceLayout(0, acc.type.layout))
     scale = gl.expand_dims(gl.load(v_scales + channels), 0)
     mean = gl.expand_dims(gl.load(v_scales + D + channels), 0)
@@ -516,10 +540,10 @@ def _rescaled(acc, m_i, l_i, v_scales, means_of_scores, alive_rows, D: gl.conste
 
 @gluon.jit
 def _consumer(
-    queries, keys, values, ones, stages, barriers, parameters, q_scales, k_scales, v_scales, means_of_scores,
-    scale_log2, padded_q, padded_k, consumer: gl.constexpr, CONSUMERS: gl.constexpr, KEYS: gl.constexpr,
-    D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, ORDER: gl.constexpr, POLYNOMIAL: gl.constexpr,
-    BY_PRODUCT: gl.constexpr, FRESH: gl.constexpr, PING_PONG: gl.constexpr,
+    queries, keys, values, ones, stages, barriers, parameters, scales, scale_log2, consumer: gl.constexpr,
+    CONSUMERS: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+    ORDER: gl.constexpr, POLYNOMIAL: gl.constexpr, BY_PRODUCT: gl.constexpr, FRESH: gl.constexpr,
+    PING_PONG: gl.constexpr,
 ):  # fmt: skip
     if consumer == 1:
         _give_turn(consumer, PING_PONG)
@@ -535,9 +559,10 @@ def _consumer(
             at_q = sample * heads + head
             at_k = at_q // _integer(parameters, _HEADS_PER_KV)
             q = queries.index(i % Q_STAGES * CONSUMERS + consumer).reshape([_ROWS, D])
-            q_factor = gl.load(q_scales + at_q * (padded_q // _ROWS) + row // _ROWS, mask=row < padded_q, other=0.0)
-            q_factor = q_factor * scale_log2
-            of_head = k_scales + at_k * (padded_k // _K_BLOCK)
+            padded_q = _integer(scales, _PADDED_Q)
+            q_scale = _pointer(scales, _Q_SCALES, gl.float32) + at_q * (padded_q // _ROWS) + row // _ROWS
+            q_factor = gl.load(q_scale, mask=row < padded_q, other=0.0) * scale_log2
+            of_head = _pointer(scales, _K_SCALES, gl.float32) + at_k * (_integer(scales, _PADDED_K) // _K_BLOCK)
             if ORDER == "in turn":
                 acc, m_i, l_i, turn = _attend_in_turn(
                     q, keys, values, ones, barriers, turn, kv_len, q_factor, of_head, consumer, KEYS, D, STAGES,
@@ -555,8 +580,7 @@ def _consumer(
                 )  # fmt: skip
             mbarrier.arrive(_queries_empty(barriers, i, STAGES, Q_STAGES))
             alive = q_len - row
-            of_rows = means_of_scores + at_q.to(gl.int64) * padded_q + row
-            acc, m_i = _rescaled(acc, m_i, l_i, v_scales + at_k * (2 * D), of_rows, alive, D)
+            acc, m_i = _rescaled(acc, m_i, l_i, scales, at_q, at_k, row, alive, D)
             _write_rows(parameters, row, head, sample, alive, stored, stages.index(consumer), acc, m_i, l_i, D)
         else:
             for _ in range((kv_len + KEYS - 1) // KEYS):
@@ -606,25 +630,24 @@ def _hopper_attention_int8(
         parameters, out, lse, q_lens, kv_lens, heads_per_kv, rows_q, rows_k, flags, heads, blocks, tiles,
         gl.to_tensor(0), gl.to_tensor(0),
     )  # fmt: skip
+    scales = gl.allocate_shared_memory(gl.int64, [_SCALES], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    _park_scales(scales, q_scales, k_scales, v_scales, means_of_scores, padded_q, padded_k)
     _thread_barrier()
     if CONSUMERS == 3:
         gl.warp_specialize(
             [
                 (_producer, (q, k, v, queries, keys, values, barriers, parameters, CONSUMERS, KEYS, STAGES, Q_STAGES)),
                 (_consumer, (
-                    queries, keys, values, ones, stages, barriers, parameters, q_scales, k_scales, v_scales,
-                    means_of_scores, scale_log2, padded_q, padded_k, 0, CONSUMERS, KEYS, D, STAGES, Q_STAGES, ORDER,
-                    POLYNOMIAL, BY_PRODUCT, FRESH, PING_PONG,
+                    queries, keys, values, ones, stages, barriers, parameters, scales, scale_log2, 0, CONSUMERS, KEYS,
+                    D, STAGES, Q_STAGES, ORDER, POLYNOMIAL, BY_PRODUCT, FRESH, PING_PONG,
                 )),
                 (_consumer, (
-                    queries, keys, values, ones, stages, barriers, parameters, q_scales, k_scales, v_scales,
-                    means_of_scores, scale_log2, padded_q, padded_k, 1, CONSUMERS, KEYS, D, STAGES, Q_STAGES, ORDER,
-                    POLYNOMIAL, BY_PRODUCT, FRESH, PING_PONG,
+                    queries, keys, values, ones, stages, barriers, parameters, scales, scale_log2, 1, CONSUMERS, KEYS,
+                    D, STAGES, Q_STAGES, ORDER, POLYNOMIAL, BY_PRODUCT, FRESH, PING_PONG,
                 )),
                 (_consumer, (
-                    queries, keys, values, ones, stages, barriers, parameters, q_scales, k_scales, v_scales,
-                    means_of_scores, scale_log2, padded_q, padded_k, 2, CONSUMERS, KEYS, D, STAGES, Q_STAGES, ORDER,
-                    POLYNOMIAL, BY_PRODUCT, FRESH, PING_PONG,
+                    queries, keys, values, ones, stages, barriers, parameters, scales, scale_log2, 2, CONSUMERS, KEYS,
+                    D, STAGES, Q_STAGES, ORDER, POLYNOMIAL, BY_PRODUCT, FRESH, PING_PONG,
                 )),
             ],
             [4, 4, 4],
@@ -635,14 +658,12 @@ def _hopper_attention_int8(
             [
                 (_producer, (q, k, v, queries, keys, values, barriers, parameters, CONSUMERS, KEYS, STAGES, Q_STAGES)),
                 (_consumer, (
-                    queries, keys, values, ones, stages, barriers, parameters, q_scales, k_scales, v_scales,
-                    means_of_scores, scale_log2, padded_q, padded_k, 0, CONSUMERS, KEYS, D, STAGES, Q_STAGES, ORDER,
-                    POLYNOMIAL, BY_PRODUCT, FRESH, PING_PONG,
+                    queries, keys, values, ones, stages, barriers, parameters, scales, scale_log2, 0, CONSUMERS, KEYS,
+                    D, STAGES, Q_STAGES, ORDER, POLYNOMIAL, BY_PRODUCT, FRESH, PING_PONG,
                 )),
                 (_consumer, (
-                    queries, keys, values, ones, stages, barriers, parameters, q_scales, k_scales, v_scales,
-                    means_of_scores, scale_log2, padded_q, padded_k, 1, CONSUMERS, KEYS, D, STAGES, Q_STAGES, ORDER,
-                    POLYNOMIAL, BY_PRODUCT, FRESH, PING_PONG,
+                    queries, keys, values, ones, stages, barriers, parameters, scales, scale_log2, 1, CONSUMERS, KEYS,
+                    D, STAGES, Q_STAGES, ORDER, POLYNOMIAL, BY_PRODUCT, FRESH, PING_PONG,
                 )),
             ],
             [4, 4],
