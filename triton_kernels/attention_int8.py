@@ -121,10 +121,10 @@ class Int8Config:
 # By whether values are e4m3, and padded head dim. Shared memory limits the choice: 163 KiB on sm80, 99 KiB on sm86, sm89
 # and sm120. Not measured.
 _CONFIGS: dict[tuple[bool, int], Int8Config] = {
-    (False, 64): Int8Config(128, 64, 4, 3),
+    (False, 64): Int8Config(128, 64, 8, 3),
     (False, 128): Int8Config(128, 64, 8, 3),
     (False, 256): Int8Config(64, 32, 8, 2),
-    (True, 64): Int8Config(128, 64, 4, 3),
+    (True, 64): Int8Config(128, 64, 8, 3),
     (True, 128): Int8Config(128, 64, 8, 3),
     (True, 256): Int8Config(64, 64, 8, 2),
 }

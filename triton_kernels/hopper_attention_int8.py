@@ -680,8 +680,23 @@ def constants(variant: Int8Variant, head_dim: int) -> dict[str, object]:
     }  # fmt: skip
 
 
+# Those that compile without spills and with their products in flight, for `python -m benchmarks.int8_report` to time.
+CANDIDATES: dict[str, Int8Variant] = {
+    "ahead, in place": Int8Variant(order="ahead", fresh=False),
+    "ahead, 3 consumers, 64 keys, in place": Int8Variant(
+        consumers=3, keys=64, stages=5, order="ahead", fresh=False, registers=160
+    ),
+    "late": Int8Variant(order="late"),
+    "late, 2 polynomials": Int8Variant(order="late", polynomial=2),
+    "late, 4 polynomials": Int8Variant(order="late", polynomial=4),
+    "late, ping-pong": Int8Variant(order="late", ping_pong=True),
+    "late, ping-pong, 4 polynomials": Int8Variant(order="late", ping_pong=True, polynomial=4),
+    "in turn": Int8Variant(order="in turn"),
+    "in turn, sums by product": Int8Variant(order="in turn", sum_by_product=True),
+    "in turn, sums by product, 4 polynomials": Int8Variant(order="in turn", sum_by_product=True, polynomial=4),
+}
 # What runs, by head dim. docs/kernels/int8.md has what the others measured.
-VARIANTS = {64: Int8Variant(order="late"), 128: Int8Variant(order="late")}
+VARIANTS = dict.fromkeys((64, 128), CANDIDATES["late"])
 _OUT_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
