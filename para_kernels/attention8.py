@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import para_kernels.ops8  # noqa: F401  (defines the operator)
-from para_kernels.attention import check_attention, softmax_scale
+from para_kernels.attention import check_attention, selected_kernel, softmax_scale
 
 # Bound once: looking an operator up by its names takes a microsecond.
 _flash_attention_int8 = torch.ops.para_kernels.flash_attention_int8.default
@@ -77,3 +77,17 @@ def flash_attention_int8(
     check_attention(q, k, v, kv_lens, q_lens)
     out, lse = _flash_attention_int8(q, k, v, kv_lens, q_lens, softmax_scale(scale, q.shape[3]))
     return (out, lse) if return_lse else out
+
+
+def selected_kernel_int8(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str:
+    """The name of the kernel that `flash_attention_int8` runs for (device, dtype, head dim), as reports show it.
+
+    Raises:
+        ValueError: for a combination that `flash_attention_int8` refuses.
+    """
+    device = torch.device(device)
+    if selected_kernel(device, dtype, head_dim) and device.type == "cpu":
+        return "torch, the 8-bit arithmetic in float32"
+    from para_kernels.triton_kernels.dispatch8 import kernel_name
+
+    return kernel_name(torch.cuda.get_device_capability(device), dtype, head_dim)

@@ -169,9 +169,7 @@ def attention_int8_forward(
     batch, rows_q, heads, head_dim = out.shape
     block_d = x.q.shape[3]
     config = int8_config(x.v.dtype, block_d)
-    launcher = _launcher(
-        out.device, x.v.dtype, out.dtype, head_dim, block_d, q_lens is not None, kv_lens is not None
-    )
+    launcher = _launcher(out.device, x.v.dtype, out.dtype, head_dim, block_d, q_lens is not None, kv_lens is not None)
     launcher(
         (triton.cdiv(rows_q, config.block_m) * heads * batch, 1, 1), x.q, x.k, x.v, x.q_scales, x.k_scales, x.v_scales,
         x.means_of_scores, out, lse, q_lens, kv_lens, scale * _LOG2_E.value, rows_q, k_shape[1], heads,

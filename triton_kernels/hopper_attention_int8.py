@@ -137,7 +137,9 @@ def _weights_asm(polynomials: tuple[bool, ...], with_sums: bool) -> str:
     """Four exponents to their weights in e4m3, packed, and with sums also as floats."""
     count = len(polynomials)
     words = count // 4
-    declared = f".reg .f32 p<{count}>, t<{count}>, g<{count}>; .reg .b32 n<{count}>, w<{count}>; .reg .b16 h<{count}>;\n"
+    declared = (
+        f".reg .f32 p<{count}>, t<{count}>, g<{count}>; .reg .b32 n<{count}>, w<{count}>; .reg .b16 h<{count}>;\n"
+    )
     outputs = words + (count if with_sums else 0)
     body = ""
     for i, polynomial in enumerate(polynomials):

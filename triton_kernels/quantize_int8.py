@@ -83,8 +83,16 @@ def _rows(source, batch, head, rows, end, stride_b, stride_s, stride_h, D: tl.co
 
 @triton.jit(
     do_not_specialize=(
-        "rows_k", "kv_heads", "chunks", "blocks_of_chunk",
-        "stride_kb", "stride_ks", "stride_kh", "stride_vb", "stride_vs", "stride_vh",
+        "rows_k",
+        "kv_heads",
+        "chunks",
+        "blocks_of_chunk",
+        "stride_kb",
+        "stride_ks",
+        "stride_kh",
+        "stride_vb",
+        "stride_vs",
+        "stride_vh",
     ),
     do_not_specialize_on_alignment=("kv_lens",),
 )

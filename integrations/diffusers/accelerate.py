@@ -13,12 +13,13 @@ from para_kernels import ContextParallel
 from para_kernels.cache import FirstBlockCache, Policy, TeaCache, check_threshold
 from para_kernels.parallel.failure import DEFAULT_TIMEOUT
 
+from .attention import ATTEND
 from .families import check_transformer, known_families
 from .handle import Handle, Settings
 from .models import Family
 from .places import Places
 
-ATTENTION = ("exact",)
+ATTENTION = tuple(ATTEND)
 
 
 class Keep(Enum):
@@ -45,7 +46,8 @@ def accelerate(
             True for the family's default threshold; None, False or 0 for no cache, which is bit for bit the uncached
             pipe. Not given: as it is, that is none on a pipe that has not
             been accelerated.
-        attention: `"exact"`, the only kind there is.
+        attention: `"exact"`; or `"int8"`, `flash_attention_int8` for the joint sequence of video and text, which changes
+            the output and is for one process.
         parallel: spreads the work over the ranks of the running `torch.distributed` world, see `parallelize_pipe`; None
             for no spreading. Not given: as it is.
 
@@ -61,6 +63,7 @@ def accelerate(
     handle = _handle(transformer, family)
     policy = handle.settings.cache if isinstance(cache, Keep) else _policy(cache, family)
     places = handle.settings.parallel if isinstance(parallel, Keep) else _places(parallel, handle)
+    _check_spread(attention, places)
     return _configured(handle, pipe, Settings(attention, policy, places))
 
 
@@ -127,6 +130,8 @@ def parallelize_pipe(
     family, transformer = _recognised(pipe)
     wanted = ContextParallel("auto" if mesh is None else None, transport=transport, timeout=timeout)
     handle = _handle(transformer, family)
+    if handle.settings.attention == "int8":
+        raise ValueError("pipe: has attention 'int8', which is for one process; accelerate it with 'exact' first")
     places = _places(wanted, handle) if mesh is None else Places(wanted, mesh)
     return _configured(handle, pipe, Settings("exact", handle.settings.cache, places))
 
@@ -194,6 +199,11 @@ def _places(parallel: ContextParallel | None, handle: Handle) -> Places | None:
         raise ValueError(f"parallel: got {parallel!r}, allowed is a ContextParallel or None")
     there = handle.settings.parallel
     return there if there is not None and (there.wanted, there.mesh) == (parallel, None) else Places(parallel)
+
+
+def _check_spread(attention: str, places: Places | None) -> None:
+    if places is not None and attention != "exact":
+        raise ValueError(f"attention: got {attention!r}, allowed is 'exact' where the work is spread over ranks")
 
 
 def _rescaled(policy: TeaCache, family: Family) -> TeaCache:
