@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Lens, Lens, float], tuple[Tensor, Ten
 
 @dataclass(frozen=True)
 class Case:
-    """One problem. Rounding to 8 bits alone gives about 3.9e-2 on normal data, where the output is a sum of random signs.
+    """One problem. Rounding alone gives about 3.9e-2 on normal data, where the output is a sum of random signs.
 
     Attributes:
         queries, keys: lengths.
@@ -246,8 +246,6 @@ def _check(name: str, what: str, case: Case, attend: Attend, device: torch.devic
 
 
 def _smaller(case: Case) -> Case:
-    from dataclasses import replace
-
     return replace(case, queries=min(case.queries, 200), keys=min(case.keys, 600))
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from test_triton_compile import POINTER_TYPES, SHARED_MEMORY, Usage, compile_kernel  # noqa: E402
-from triton.experimental.gluon import language as gl  # noqa: E402
+from test_triton_compile import POINTER_TYPES, SHARED_MEMORY, Usage, compile_kernel
+from triton.experimental.gluon import language as gl
 
-from para_kernels.triton_kernels import attention_int8, hopper_attention_int8, quantize_int8  # noqa: E402
-from para_kernels.triton_kernels.hopper_attention_int8 import Int8Variant  # noqa: E402
+from para_kernels.triton_kernels import attention_int8, hopper_attention_int8, quantize_int8
+from para_kernels.triton_kernels.hopper_attention_int8 import Int8Variant
 
 VALUE_TYPES = {torch.float8_e4m3fn: "fp8e4nv", torch.float16: "fp16"}
 SCALES = ("q_scales", "k_scales", "v_scales", "means_of_scores")
@@ -23,7 +23,13 @@ SPILLS = {((8, 0), 256): 256, ((8, 9), 256): 256, ((9, 0), 256): 256}
 def compile_attention(capability: tuple[int, int], block_d: int) -> Usage:
     values = attention_int8.value_type(capability)
     config = attention_int8.int8_config(values, block_d)
-    signature = {"q_ptr": "*i8", "k_ptr": "*i8", "v_ptr": f"*{VALUE_TYPES[values]}", "out_ptr": "*bf16", "lse_ptr": "*fp32"}
+    signature = {
+        "q_ptr": "*i8",
+        "k_ptr": "*i8",
+        "v_ptr": f"*{VALUE_TYPES[values]}",
+        "out_ptr": "*bf16",
+        "lse_ptr": "*fp32",
+    }
     signature |= dict.fromkeys(SCALES, "*fp32") | {"q_lens": "*i32", "kv_lens": "*i32", "scale_log2": "fp32"}
     constants: dict[str, object] = {
         "D": block_d, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": block_d, "STAGES": config.num_stages

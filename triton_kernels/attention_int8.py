@@ -1,8 +1,8 @@
 """The portable 8-bit attention kernel: int8 scores on sm80 and later, and in the Triton interpreter.
 
-Its input is what `quantize_int8` writes. Values are e4m3 where the tensor cores have it (sm89 and later); elsewhere they
-are float16, as are the weights. One program per (batch, head, block of queries) and an online softmax over blocks of
-keys, as in `attention`.
+Its input is what `quantize_int8` writes. Values are e4m3 where the tensor cores have it (sm89 and later); elsewhere
+they are float16, as are the weights. One program per (batch, head, block of queries) and an online softmax over blocks
+of keys, as in `attention`.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ class Int8Config:
     num_stages: int
 
 
-# By whether values are e4m3, and padded head dim. Shared memory limits the choice: 163 KiB on sm80, 99 KiB on sm86, sm89
-# and sm120. Not measured.
+# By whether values are e4m3, and padded head dim. Shared memory limits the choice: 163 KiB on sm80, 99 KiB on sm86,
+# sm89 and sm120. Not measured.
 _CONFIGS: dict[tuple[bool, int], Int8Config] = {
     (False, 64): Int8Config(128, 64, 8, 3),
     (False, 128): Int8Config(128, 64, 8, 3),

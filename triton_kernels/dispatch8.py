@@ -1,4 +1,4 @@
-"""Which 8-bit attention kernel runs, and what is quantised for it: the Hopper kernel where it can, else the portable."""
+"""Which 8-bit attention kernel runs, the Hopper kernel where it can, and what is quantised for it."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 The first pass takes, for each head and channel, the keys' and values' means and the values' range; the second writes
 int8 and e4m3. Formats and scales are those of `para_kernels.ops8`, from whose expressions these kernels differ by the
-order of float32 sums. Rows are padded with zeros to whole blocks, and the head dim to a power of two, so that what reads
-them needs no mask for memory; what lies past a sample's lengths is not read.
+order of float32 sums. Rows are padded with zeros to whole blocks, and the head dim to a power of two, so that what
+reads them needs no mask for memory; what lies past a sample's lengths is not read.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Quantised(NamedTuple):
         v: (B, Hk, D', Sk'), e4m3, or float16 for chips whose tensor cores have no e4m3; keys perhaps permuted.
         q_scales, k_scales: float32 (B, H, Sq' / 64) and (B, Hk, Sk' / 128).
         v_scales: float32 (B, Hk, 2, D'): scale and mean of each channel.
-        means_of_scores: float32 (B, H, Sq'): the softmax's scale times query times the keys' mean, which the scores lack.
+        means_of_scores: float32 (B, H, Sq'): softmax's scale times query times the keys' mean, which the scores lack.
     """
 
     q: torch.Tensor

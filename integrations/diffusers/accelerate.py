@@ -46,8 +46,8 @@ def accelerate(
             True for the family's default threshold; None, False or 0 for no cache, which is bit for bit the uncached
             pipe. Not given: as it is, that is none on a pipe that has not
             been accelerated.
-        attention: `"exact"`; or `"int8"`, `flash_attention_int8` for the joint sequence of video and text, which changes
-            the output and is for one process.
+        attention: `"exact"`; or `"int8"`, `flash_attention_int8` for the joint sequence of video and text, which
+            changes the output and is for one process.
         parallel: spreads the work over the ranks of the running `torch.distributed` world, see `parallelize_pipe`; None
             for no spreading. Not given: as it is.
 
