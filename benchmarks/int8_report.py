@@ -12,11 +12,9 @@ from __future__ import annotations
 import argparse
 import functools
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from para_kernels.attention8 import flash_attention_int8
 
 from .inputs import attention_flops, attention_inputs, lens_tensor
 from .peers import FA3, FA3_FP8, PeerUnavailableError, attention_peer, fa3_fp8
+from .power import sustained
 from .record import Check, Record, write_records
 from .reference import attention_float64, relative_error
 from .section import dtype_name
@@ -38,6 +37,8 @@ HEADS, HEAD_DIM = 24, 128
 LENGTHS = (16384, 119056)
 SMALL_LENGTHS = (130, 200)
 FASTEST = 3  # so many variants are timed at the second length
+SECONDS_OF_POWER = 1.2
+COMPILE_SECONDS = 200  # then what is not done is left out
 REFERENCE = "reference"
 PORTABLE = "portable"
 BFLOAT16 = "bfloat16"
@@ -108,7 +109,8 @@ def main() -> int:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     variants = variants_for(device, options.only)
     if device.type == "cuda":
-        compile_side_by_side(list(variants), device)
+        ran = compile_side_by_side(list(variants), device)
+        variants = {name: variants[name] for name in ran}
     torch.manual_seed(0)
     with torch.no_grad():
         checked, good = checks(variants, device)
@@ -186,30 +188,33 @@ def _quantised(
     return quantise(q, k, v, q_lens, kv_lens, scale, values=values, permuted=permuted)
 
 
-def compile_side_by_side(names: list[str], device: torch.device) -> None:
-    """Compile every variant in a process of its own; this one then loads what they leave on the disk."""
+def compile_side_by_side(names: list[str], device: torch.device) -> list[str]:
+    """Compile and run every variant in a process of its own; this one then loads what they leave on the disk.
+
+    Returns the names of those that ran to the end: a kernel that never ends goes with its process.
+    """
     start = time.perf_counter()
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(len(names) + 1, os.cpu_count() or 1), mp_context=context) as pool:
-        waiting = {name: pool.submit(_compile, name, device.index) for name in names}
-        for name, future in waiting.items():
-            if reason := future.result():
-                print(f"  {name}: {reason}", flush=True)
+    processes = {name: context.Process(target=_compile, args=(name, device.index)) for name in names}
+    for process in processes.values():
+        process.start()
+    for name, process in processes.items():
+        process.join(max(0.1, start + COMPILE_SECONDS - time.perf_counter()))
+        if process.exitcode != 0:
+            print(f"  {name}: exit code {process.exitcode}, left out", flush=True)
+            process.kill()
     print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
+    return [name for name, process in processes.items() if process.exitcode == 0]
 
 
-def _compile(name: str, index: int) -> str | None:
-    """Run a variant once on every head dim and type that will be tried; the reason where it cannot."""
+def _compile(name: str, index: int) -> None:
+    """Run a variant once on every head dim and type that will be tried."""
     device = torch.device("cuda", index)
     attend = variants_for(device)[name]
-    try:
-        for dtype, head_dim in ((torch.bfloat16, HEAD_DIM), *(_OTHERS if name == SHIPPED else ())):
-            for lens in (None, lens_tensor([128], device)):
-                attend(*attention_inputs(1, 128, 2, head_dim, dtype, device), lens, lens, 1.0)
-        torch.cuda.synchronize(device)
-    except (RuntimeError, ValueError) as error:
-        return (str(error).strip() or type(error).__name__).splitlines()[0]
-    return None
+    for dtype, head_dim in ((torch.bfloat16, HEAD_DIM), *(_OTHERS if name == SHIPPED else ())):
+        for lens in (None, lens_tensor([128], device)):
+            attend(*attention_inputs(1, 300, 2, head_dim, dtype, device), lens, lens, 1.0)
+    torch.cuda.synchronize(device)
 
 
 _OTHERS = ((torch.bfloat16, 64), (torch.float16, HEAD_DIM))
@@ -312,7 +317,27 @@ def speed(variants: Mapping[str, Attend], device: torch.device) -> list[Record]:
         for peer in peers:
             print(f"  {length}: {peer}: {times[peer]:.3f} ms, {flops / times[peer] / 1e9:.0f} TFLOP/s", flush=True)
         kernels = sorted((name for name in variants if name != SHIPPED), key=times.__getitem__)
+        if i == 1 and device.type == "cuda":
+            records += _power(candidates, times, shape, [*kernels[:1], BFLOAT16, FA3_FP8], device)
         variants = {name: variants[name] for name in variants if name in kernels[:FASTEST] or name == SHIPPED}
+    return records
+
+
+def _power(
+    candidates: Mapping[str, Callable[[], object]],
+    times: Mapping[str, float],
+    shape: Mapping[str, int],
+    names: list[str],
+    device: torch.device,
+) -> list[Record]:
+    """Clock and power of some of them, one call behind the other."""
+    records = []
+    for name in names:
+        if name in candidates:
+            state = sustained(candidates[name], device, SECONDS_OF_POWER, times[name])
+            print(f"  {name}: {state.ms:.1f} ms, {state.clock_mhz} MHz, {state.power_w} W", flush=True)
+            notes = {"clock_mhz": state.clock_mhz, "power_w": state.power_w}
+            records.append(Record("flash_attention_int8, sustained", shape, BFLOAT16, name, state.ms, notes=notes))
     return records
 
 
