@@ -122,11 +122,11 @@ class Int8Config:
 # sm89 and sm120. Not measured.
 _CONFIGS: dict[tuple[bool, int], Int8Config] = {
     (False, 64): Int8Config(128, 64, 8, 3),
-    (False, 128): Int8Config(128, 64, 8, 3),
+    (False, 128): Int8Config(128, 32, 8, 4),
     (False, 256): Int8Config(64, 32, 8, 2),
     (True, 64): Int8Config(128, 64, 8, 3),
     (True, 128): Int8Config(128, 64, 8, 3),
-    (True, 256): Int8Config(64, 64, 8, 2),
+    (True, 256): Int8Config(64, 32, 8, 2),
 }
 
 

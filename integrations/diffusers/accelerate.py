@@ -62,8 +62,8 @@ def accelerate(
         raise ValueError(f"attention: got {attention!r}, allowed is one of {list(ATTENTION)}")
     handle = _handle(transformer, family)
     policy = handle.settings.cache if isinstance(cache, Keep) else _policy(cache, family)
+    _check_spread(attention, handle.settings.parallel if isinstance(parallel, Keep) else parallel)
     places = handle.settings.parallel if isinstance(parallel, Keep) else _places(parallel, handle)
-    _check_spread(attention, places)
     return _configured(handle, pipe, Settings(attention, policy, places))
 
 
@@ -201,8 +201,8 @@ def _places(parallel: ContextParallel | None, handle: Handle) -> Places | None:
     return there if there is not None and (there.wanted, there.mesh) == (parallel, None) else Places(parallel)
 
 
-def _check_spread(attention: str, places: Places | None) -> None:
-    if places is not None and attention != "exact":
+def _check_spread(attention: str, parallel: Places | ContextParallel | None) -> None:
+    if parallel is not None and attention != "exact":
         raise ValueError(f"attention: got {attention!r}, allowed is 'exact' where the work is spread over ranks")
 
 
