@@ -46,3 +46,8 @@ def kernel_name(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) 
         return "Gluon, warp-specialised, int8 and e4m3"
     values = "e4m3" if attention_int8.value_type(capability) == torch.float8_e4m3fn else "float16"
     return f"Triton, int8 and {values}"
+
+
+def compile_count() -> int:
+    """How many variants of the kernels this process holds, over all devices: new lengths must not add any."""
+    return attention_int8.compile_count() + hopper_attention_int8.compile_count()

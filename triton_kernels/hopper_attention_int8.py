@@ -18,7 +18,7 @@ ring of tiles of keys and values in shared memory (TMA, two mbarriers per slot).
 
 # Gluon's annotations are of what the compiler holds, not of what Python sees.
 # pyright: reportAssignmentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
-# pyright: reportPossiblyUnboundVariable=false
+# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
