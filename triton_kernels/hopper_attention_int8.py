@@ -455,73 +455,76 @@ def _attend_in_turn(
 
 
 @gluon.jit
+def _issue(
+    q, p, keys, values, turn, following, consumer: gl.constexpr, S: gl.constexpr, OUT: gl.constexpr,
+    KEYS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr,
+):  # fmt: skip
+    """The products of the next block's scores and of this one's weights, both in flight."""
+    _take_turn(consumer, PING_PONG)
+    scores = _scores(q, keys.index(following % STAGES), S, KEYS, D)
+    product = _product(p, values.index(turn % STAGES), OUT, KEYS, D)
+    _give_turn(consumer, PING_PONG)
+    return scores, product
+
+
+@gluon.jit
 def _attend_late(
-    q, keys, values, ones, barriers, turn, kv_len, q_factor, k_scales, consumer: gl.constexpr, KEYS: gl.constexpr,
-    D: gl.constexpr, STAGES: gl.constexpr, POLYNOMIAL: gl.constexpr, BY_PRODUCT: gl.constexpr,
-    PING_PONG: gl.constexpr,
+    q, keys, values, barriers, turn, kv_len, q_factor, k_scales, consumer: gl.constexpr, KEYS: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, POLYNOMIAL: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
     """As `_attend_ahead`, in another order: the products of the next block's scores and of this one's weights are
-    issued together; the second of them runs under the next block's maximum."""
+    issued together; the second of them runs under the next block's maximum.
+
+    Nothing is in flight from one iteration to the next: the assembler would wait for it before anything else.
+    """
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 32])
     OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 32])
-    L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 8, 32])
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=4)
     last = (kv_len - 1) // KEYS
-    _wait_full(barriers, turn, STAGES)
     factor = q_factor * gl.load(k_scales + last * KEYS // _K_BLOCK)
+    k_scale = gl.load(k_scales)
+    _wait_full(barriers, turn, STAGES)
     s = warpgroup_mma_wait(0, deps=(_scores(q, keys.index(turn % STAGES), S, KEYS, D),))
     exists = _exists(kv_len, S, KEYS)
     lowest = gl.full([_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
     m_i = _maximum(gl.where(exists, s, _LOWEST_SCORE), lowest, factor)
-    p, l_i = _weights(s, exists, m_i, factor, P, 0, not BY_PRODUCT, True)
-    if BY_PRODUCT:
-        l_i = gl.zeros([_ROWS, 8], gl.float32, L)
+    p, l_i = _weights(s, exists, m_i, factor, P, 0, True, True)
+    end = turn + last
+    following = gl.minimum(turn + 1, end)
+    _wait_full(barriers, following, STAGES)
+    second, first = _issue(q, p, keys, values, turn, following, consumer, S, OUT, KEYS, D, STAGES, PING_PONG)
+    s = warpgroup_mma_wait(1, deps=(second,))
+    factor = q_factor * k_scale
+    m_next = _maximum(s, m_i, factor)
+    _wait_full(barriers, gl.minimum(turn + 2, end), STAGES)
+    done, m_next = warpgroup_mma_wait(0, deps=(first, m_next))
+    _release(barriers, turn, STAGES)
     acc = gl.zeros([_ROWS, D], gl.float32, OUT)
     alpha = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, S))
-    following = gl.where(last > 0, turn + 1, turn)
-    k_scale = gl.load(k_scales)
-    _wait_full(barriers, following, STAGES)
-    _take_turn(consumer, PING_PONG)
-    s_next = _scores(q, keys.index(following % STAGES), S, KEYS, D)
-    product = _product(p, values.index(turn % STAGES), OUT, KEYS, D)
-    sums = _sums_of_ones(p, ones, L, KEYS) if BY_PRODUCT else product
-    _give_turn(consumer, PING_PONG)
-    s = warpgroup_mma_wait(2 if BY_PRODUCT else 1, deps=(s_next,))
 
     for block in range(last):
-        factor = q_factor * k_scale
-        k_scale = gl.load(k_scales + gl.minimum(block + 1, last) * KEYS // _K_BLOCK)
-        m_new = _maximum(s, m_i, factor)
-        if BY_PRODUCT:
-            done, done_sums = warpgroup_mma_wait(0, deps=(product, sums))
-            l_i = _added(l_i, alpha, done_sums)
-        else:
-            done = warpgroup_mma_wait(0, deps=(product,))
-        _release(barriers, turn, STAGES)
+        # Here and not where it was waited for: the assembler would take the sums first and the maximum last.
         acc = _added(acc, alpha, done)
-        alpha = gl.exp2(m_i - m_new)
-        m_i = m_new
-        p, new_sums = _weights(s, exists, m_i, factor, P, POLYNOMIAL, not BY_PRODUCT, False)
-        if not BY_PRODUCT:
-            l_i = _added(l_i, alpha, new_sums)
+        k_scale = gl.load(k_scales + gl.minimum(block + 1, last) * KEYS // _K_BLOCK)
+        alpha = gl.exp2(m_i - m_next)
+        m_i = m_next
+        p, sums = _weights(s, exists, m_i, factor, P, POLYNOMIAL, True, False)
+        l_i = _added(l_i, alpha, sums)
         turn += 1
-        following = gl.where(block + 1 < last, turn + 1, turn)
-        _wait_full(barriers, following, STAGES)
-        _take_turn(consumer, PING_PONG)
-        s_next = _scores(q, keys.index(following % STAGES), S, KEYS, D)
-        product = _product(p, values.index(turn % STAGES), OUT, KEYS, D)
-        sums = _sums_of_ones(p, ones, L, KEYS) if BY_PRODUCT else product
-        _give_turn(consumer, PING_PONG)
-        s = warpgroup_mma_wait(2 if BY_PRODUCT else 1, deps=(s_next,))
-    if BY_PRODUCT:
-        done, done_sums = warpgroup_mma_wait(0, deps=(product, sums))
-        l_i = _added(l_i, alpha, done_sums)
-    else:
-        done = warpgroup_mma_wait(0, deps=(product,))
-    _release(barriers, turn, STAGES)
+        following = gl.minimum(turn + 1, end)
+        s_next, product = _issue(
+            q, p, keys, values, turn, following, consumer, S, OUT, KEYS, D, STAGES, PING_PONG
+        )  # fmt: skip
+        s = warpgroup_mma_wait(1, deps=(s_next,))
+        factor = q_factor * k_scale
+        m_next = _maximum(s, m_i, factor)
+        # The wait for the next keys stands here since the assembler moves the one for the product up to the last branch,
+        # and with it the maximum behind it.
+        _wait_full(barriers, gl.minimum(turn + 2, end), STAGES)
+        done, m_next = warpgroup_mma_wait(0, deps=(product, m_next))
+        _release(barriers, turn, STAGES)
     acc = _added(acc, alpha, done)
-    l_i = gl.max(l_i, 1) if BY_PRODUCT else gl.sum(l_i, 1)
-    return acc, m_i, gl.convert_layout(l_i, gl.SliceLayout(1, S)), turn + 1
+    return acc, m_i, gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, S)), turn + 1
 
 
 @gluon.jit
@@ -571,8 +574,8 @@ def _consumer(
                 )  # fmt: skip
             elif ORDER == "late":
                 acc, m_i, l_i, turn = _attend_late(
-                    q, keys, values, ones, barriers, turn, kv_len, q_factor, of_head, consumer, KEYS, D, STAGES,
-                    POLYNOMIAL, BY_PRODUCT, PING_PONG,
+                    q, keys, values, barriers, turn, kv_len, q_factor, of_head, consumer, KEYS, D, STAGES, POLYNOMIAL,
+                    PING_PONG,
                 )  # fmt: skip
             else:
                 acc, m_i, l_i, turn = _attend_ahead(
