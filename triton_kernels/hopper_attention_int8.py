@@ -475,7 +475,8 @@ def _attend_late(
     """As `_attend_ahead`, in another order: the products of the next block's scores and of this one's weights are
     issued together; the second of them runs under the next block's maximum.
 
-    Nothing is in flight from one iteration to the next: the assembler would wait for it before anything else.
+    Nothing is in flight from one iteration to the next: the assembler would wait for it before anything else. Nor is
+    what has arrived added up before the next iteration: it would wait for that before it takes the maximum.
     """
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 32])
     OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 32])
@@ -503,7 +504,6 @@ def _attend_late(
     alpha = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, S))
 
     for block in range(last):
-        # Here and not where it was waited for: the assembler would take the sums first and the maximum last.
         acc = _added(acc, alpha, done)
         k_scale = gl.load(k_scales + gl.minimum(block + 1, last) * KEYS // _K_BLOCK)
         alpha = gl.exp2(m_i - m_next)
@@ -518,8 +518,8 @@ def _attend_late(
         s = warpgroup_mma_wait(1, deps=(s_next,))
         factor = q_factor * k_scale
         m_next = _maximum(s, m_i, factor)
-        # The wait for the next keys stands here since the assembler moves the one for the product up to the last branch,
-        # and with it the maximum behind it.
+        # The wait for the next keys stands here since the assembler moves the wait for the product up to the last
+        # branch: without one in between, the maximum would come after it.
         _wait_full(barriers, gl.minimum(turn + 2, end), STAGES)
         done, m_next = warpgroup_mma_wait(0, deps=(product, m_next))
         _release(barriers, turn, STAGES)
@@ -694,7 +694,6 @@ CANDIDATES: dict[str, Int8Variant] = {
     "late, 2 polynomials": Int8Variant(order="late", polynomial=2),
     "late, 4 polynomials": Int8Variant(order="late", polynomial=4),
     "late, ping-pong": Int8Variant(order="late", ping_pong=True),
-    "late, ping-pong, 4 polynomials": Int8Variant(order="late", ping_pong=True, polynomial=4),
     "in turn": Int8Variant(order="in turn"),
     "in turn, sums by product": Int8Variant(order="in turn", sum_by_product=True),
     "in turn, sums by product, 4 polynomials": Int8Variant(order="in turn", sum_by_product=True, polynomial=4),
