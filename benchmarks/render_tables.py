@@ -165,6 +165,56 @@ def _power(rows: Sequence[Row]) -> str:
     return _markdown(["kernel", "ms per call", "MHz", "W"], body, measured)
 
 
+def _int8(rows: Sequence[Row]) -> str:
+    """Every variant of the 8-bit kernel at every length; what was timed alone stands elsewhere."""
+    compared = [row for row in rows if row["peer"]]
+    peers = _peers(compared)
+    body = [
+        [
+            group[0]["kernel"],
+            f"{group[0]['shape']['S']:,}",
+            f"{group[0]['median_ms']:.3f}",
+            _rounded(group[0]["tflops"], 0),
+            *_ratios(group, peers),
+        ]
+        for group in _by(compared, "shape", "kernel")
+    ]
+    return _markdown(["variant", "tokens", "ms", "TFLOP/s", *(f"against {peer}" for peer in peers)], body, rows)
+
+
+def _int8_power(rows: Sequence[Row]) -> str:
+    body = [
+        [
+            row["kernel"],
+            f"{row['median_ms']:.1f}",
+            _rounded(row["notes"]["clock_mhz"], 0),
+            _rounded(row["notes"]["power_w"], 0),
+        ]
+        for row in rows
+        if not row["peer"]
+    ]
+    return _markdown(["kernel, without pause", "ms per call", "MHz", "W"], body, rows)
+
+
+def _int8_checks(rows: Sequence[Row]) -> str:
+    body = [
+        [
+            row["notes"]["kernel"],
+            row["check"].removeprefix("8-bit attention, "),
+            row["dtype"],
+            _exponent(row["worst"]),
+            _exponent(row["notes"]["lse"]),
+            "yes" if row["passed"] else "**no**",
+        ]
+        for row in rows
+    ]
+    return _markdown(["kernel", "values", "dtype", "relative error", "error of the lse", "within bounds"], body, rows)
+
+
+def _exponent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
+
+
 def _rounded(value: float | None, digits: int) -> str:
     return "unknown" if value is None else f"{value:.{digits}f}"
 
@@ -535,6 +585,9 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Row]], str]]] = {
     "scaling-validation": (("scaling-validation",), _model_error),
     "toy-ranks": (("toy-ranks-cpu",), _checks),
     "demo": (("toy_demo",), _demo),
+    "int8-checks": (("int8-checks",), _int8_checks),
+    "int8-speed": (("int8-speed",), _int8),
+    "int8-power": (("int8-speed",), _int8_power),
     "cpu": (
         (
             "flash_attention_kv_lens-cpu",

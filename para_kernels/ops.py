@@ -299,6 +299,7 @@ def _triton() -> ModuleType:
     from para_kernels import triton_kernels
     from para_kernels.triton_kernels import (  # noqa: F401
         dispatch,
+        dispatch8,
         launch,
         merge_states,
         prepare,

@@ -30,7 +30,10 @@ Launch = Callable[[Grid, int, tuple[object, ...]], bool]
 # (tensor, shape, strides in elements) -> Triton's or Gluon's TensorDescriptor
 MakeDescriptor = Callable[[torch.Tensor, list[int], list[int]], Any]
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "i32": torch.int32}
+_DTYPES = {
+    "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "i32": torch.int32, "i8": torch.int8,
+    "fp8e4nv": torch.float8_e4m3fn,
+}  # fmt: skip
 _NUMBERS = {"i32": "int32", "i64": "int64", "fp32": "float32"}
 _SECONDS_IN_SILENCE = 1.0
 

@@ -13,13 +13,14 @@ from para_kernels import ContextParallel
 from para_kernels.cache import FirstBlockCache, Policy, TeaCache, check_threshold
 from para_kernels.parallel.failure import DEFAULT_TIMEOUT
 
+from .attention import ATTEND
 from .compiled import DEFAULT_BACKEND
 from .families import check_transformer, known_families
 from .handle import Handle, Settings
 from .models import Family
 from .places import Places
 
-ATTENTION = ("exact",)
+ATTENTION = tuple(ATTEND)
 
 
 class Keep(Enum):
@@ -47,7 +48,8 @@ def accelerate(
             True for the family's default threshold; None, False or 0 for no cache, which is bit for bit the uncached
             pipe. Not given: as it is, that is none on a pipe that has not
             been accelerated.
-        attention: `"exact"`, the only kind there is.
+        attention: `"exact"`; or `"int8"`, `flash_attention_int8` for the joint sequence of video and text, which
+            changes the output and is for one process.
         parallel: spreads the work over the ranks of the running `torch.distributed` world, see `parallelize_pipe`; None
             for no spreading. Not given: as it is.
         compile: True to compile the transformer's blocks, each kind as one graph of `torch.compile` that serves every
@@ -66,6 +68,7 @@ def accelerate(
         raise ValueError(f"attention: got {attention!r}, allowed is one of {list(ATTENTION)}")
     handle = _handle(transformer, family)
     policy = handle.settings.cache if isinstance(cache, Keep) else _policy(cache, family)
+    _check_spread(attention, handle.settings.parallel if isinstance(parallel, Keep) else parallel)
     places = handle.settings.parallel if isinstance(parallel, Keep) else _places(parallel, handle)
     backend = handle.settings.compile if isinstance(compile, Keep) else _backend(compile)
     return _configured(handle, pipe, Settings(attention, policy, places, backend))
@@ -134,6 +137,8 @@ def parallelize_pipe(
     family, transformer = _recognised(pipe)
     wanted = ContextParallel("auto" if mesh is None else None, transport=transport, timeout=timeout)
     handle = _handle(transformer, family)
+    if handle.settings.attention == "int8":
+        raise ValueError("pipe: has attention 'int8', which is for one process; accelerate it with 'exact' first")
     places = _places(wanted, handle) if mesh is None else Places(wanted, mesh)
     return _configured(handle, pipe, replace(handle.settings, attention="exact", parallel=places))
 
@@ -211,6 +216,11 @@ def _backend(wanted: bool | str | None) -> str | None:
     if not isinstance(wanted, str):
         raise ValueError(f"compile: got {wanted!r}, allowed is True, False, None or the name of a backend")
     return wanted
+
+
+def _check_spread(attention: str, parallel: Places | ContextParallel | None) -> None:
+    if parallel is not None and attention != "exact":
+        raise ValueError(f"attention: got {attention!r}, allowed is 'exact' where the work is spread over ranks")
 
 
 def _rescaled(policy: TeaCache, family: Family) -> TeaCache:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from para_kernels import flash_attention
+from para_kernels.attention8 import flash_attention_int8
 from para_kernels.integrations.diffusers.norms import left_to_norm
 from para_kernels.integrations.diffusers.outside import Attend
 from para_kernels.preparation import Rotary, Stream, prepare_attention
@@ -34,6 +35,21 @@ class Shard:
     attend_video: Attend
 
 
+def attend_here(query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None) -> Tensor:
+    """Queries past the length are padding as much as the keys are: they cost nothing."""
+    return flash_attention(query, key, value, kv_lens=lens, q_lens=lens)
+
+
+def attend_in_8_bits(query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None) -> Tensor:
+    """As `attend_here`, within a few percent of it."""
+    return flash_attention_int8(query, key, value, kv_lens=lens, q_lens=lens)
+
+
+# What `accelerate` takes as its `attention`. 8 bits are for the joint sequence, or the video alone: attention over the
+# text, in refiners and to its tokens, is cheap and stays exact.
+ATTEND: dict[str, Attend] = {"exact": attend_here, "int8": attend_in_8_bits}
+
+
 class AttentionLengths:
     """The true lengths of the running forward, int32 (B,) on the device; never read on the host.
 
@@ -42,10 +58,12 @@ class AttentionLengths:
 
     Attributes:
         shard: while the blocks see a part of the joint sequence only, which part it is.
+        attend: attention of the joint sequence where all of it is here.
     """
 
     def __init__(self) -> None:
         self.shard: Shard | None = None
+        self.attend: Attend = attend_here
         self._text: Tensor | None = None
         self._joint: tuple[int, Tensor] | None = None
         self._mask: tuple[weakref.ref[Tensor], Tensor] | None = None
@@ -58,6 +76,11 @@ class AttentionLengths:
     def end(self) -> None:
         """The forward is over: what is called from here on belongs to another one."""
         self._text = self._joint = self.shard = None
+
+    def here(self, video_tokens: int) -> Shard:
+        """Which rows are here: all of them, with so many of video, where nothing is spread over ranks."""
+        everything = Shard(video_tokens, slice(video_tokens), self.attend, slice(None), self.attend)
+        return self.shard or everything
 
     def text(self, mask: Tensor | None) -> Tensor | None:
         """Lengths of the text alone. None: every token is real."""
@@ -123,17 +146,12 @@ class ParaAttnProcessor:
             return video_out(attn, attend_here(query, key, value, lens).flatten(2))
 
         cut = hidden_states.shape[1]
-        shard = self.lengths.shard or Shard(cut, slice(cut), attend_here, slice(None), attend_here)
+        shard = self.lengths.here(cut)
         lens = self.lengths.joint(shard.video_tokens, attention_mask)
         rotary = None if image_rotary_emb is None else rotary_rows(image_rotary_emb, shard.rows)
         streams = _single_stream if attn.add_q_proj is None else _dual_stream
         out = shard.attend(*streams(attn, hidden_states, encoder_hidden_states, rotary), lens).flatten(2)
         return video_out(attn, out[:, :cut]), text_out(attn, out[:, cut:])
-
-
-def attend_here(query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None) -> Tensor:
-    """Queries past the length are padding as much as the keys are: they cost nothing."""
-    return flash_attention(query, key, value, kv_lens=lens, q_lens=lens)
 
 
 def rotary_rows(rotary: Rotary, rows: slice) -> Rotary:

@@ -20,7 +20,7 @@ from .processes import is_first, joined
 from .vae import ParallelVae, parallelize_vae
 from .video import check_video, make_folder, write_video
 
-ATTENTION = ("exact", "stock")
+ATTENTION = ("exact", "int8", "stock")
 SPATIAL_MULTIPLE = 16  # the VAE halves three times and the transformer takes patches of two
 MAX_SEED = 2**63 - 1
 TEMPORAL_MULTIPLE = 4  # the VAE keeps the first frame and makes one latent frame of every four after it
@@ -67,7 +67,8 @@ class Acceleration:
     """Which of the package's parts run under the pipeline.
 
     Attributes:
-        attention: ``exact`` swaps in this package's attention, ``stock`` leaves diffusers' own.
+        attention: ``exact`` swaps in this package's attention, ``int8`` its attention in 8 bits, ``stock`` leaves
+            diffusers' own.
         cache: First Block Cache threshold; True for the model family's default, None for no cache.
         warmup_steps: steps that are always computed at the start.
         max_consecutive_hits: reused steps in a row after which one is computed; None for no limit.
@@ -103,8 +104,10 @@ class Acceleration:
     def install(self, pipe: Any) -> Handle:
         """Put the parts under `pipe`. With neither of them the handle still reports the steps."""
         self.check()
-        if self.attention == "exact":
-            handle = accelerate(pipe, cache=None, parallel=self.parallel, compile=self.compile)
+        if self.attention != "stock":
+            handle = accelerate(
+                pipe, cache=None, attention=self.attention, parallel=self.parallel, compile=self.compile
+            )
             if self.cache is None:
                 return handle
         return apply_cache_on_pipe(

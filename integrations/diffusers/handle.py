@@ -13,7 +13,7 @@ from torch import nn
 from para_kernels.cache import Policy, StepRecord
 
 from .agreement import quiet_progress, share_noise
-from .attention import AttentionLengths
+from .attention import ATTEND, AttentionLengths, attend_here
 from .cache import BlockCache, add_cache_hooks, check_cacheable, transformer_blocks
 from .compiled import CompiledBlocks, check_compilable, check_no_hooks_inside
 from .hooks import Argument, BranchName, CallHook, DropArgumentHook, add_hook, forget_child_registries
@@ -32,7 +32,7 @@ class Settings:
     """What is wanted.
 
     Attributes:
-        attention: `"exact"` or `"stock"`, diffusers' own.
+        attention: one of `ATTEND`, or `"stock"`, diffusers' own.
         cache: None without one.
         parallel: where forwards run, None in one process; needs `"exact"`.
         compile: the backend of `torch.compile` for the blocks, None where they are not compiled.
@@ -154,6 +154,7 @@ class Handle:
         }
         self._put_on([part for part, is_wanted in wanted.items() if is_wanted and part not in self._parts], settings)
         self._take_off([part for part, is_wanted in wanted.items() if not is_wanted and part in self._parts])
+        self._lengths.attend = ATTEND.get(settings.attention, attend_here)
         if self._cache is not None and settings.cache is not None:
             self._cache.retune(settings.cache)
             self._cache.spread = self._spread
