@@ -424,6 +424,26 @@ def _step(rows: Sequence[Row]) -> str:
     return _markdown(["video", "attention", "s per step", "speed-up", "peak GiB", "relative difference"], body, rows)
 
 
+def _vae(rows: Sequence[Row]) -> str:
+    body = []
+    for row in rows:
+        shape, notes = row["shape"], row["notes"]
+        what = f"{row['op'].removeprefix('vae_')} {shape['height']} x {shape['width']} x {shape['frames']}"
+        one, several = f"{row['peer_ms'] / 1e3:.2f}", f"{row['median_ms'] / 1e3:.2f}"
+        bits = "all" if notes["equal"] else f"no: {notes['difference']:.1e}"
+        body.append([what, f"{notes['tiles']}", f"{shape['ranks']}", one, several, f"{row['ratio']:.2f}x", bits])
+    header = ["video", "tiles", "GPUs", "s, diffusers' tiling on one", "s on all", "speed-up", "bits equal"]
+    return _markdown(header, body, rows)
+
+
+def _ranks_of_steps(rows: Sequence[Row]) -> str:
+    body = [
+        [row["kernel"], f"{row['median_ms']:.1f}", f"{row['ratio']:.2f}x", row["notes"]["place"] or "-"] for row in rows
+    ]
+    ranks = rows[0]["shape"]["ranks"]
+    return _markdown([f"way, {ranks} GPUs", "ms per step", "against one GPU", "split"], body, rows)
+
+
 def _ring(rows: Sequence[Row]) -> str:
     """One row for each length and way."""
     body = []
@@ -577,6 +597,9 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Row]], str]]] = {
     "prepare-speed": (("prepare-speed",), _prepare_speed),
     "memory-bound": (("gpu-residual_diff", "gpu-merge_states"), _memory_bound),
     "step": (("hunyuan_step",), _step),
+    "flux-ranks": (("flux_step_ranks",), _ranks_of_steps),
+    "cogvideox-ranks": (("cogvideox_step_ranks",), _ranks_of_steps),
+    "vae": (("vae_parallel",), _vae),
     "ring": (("ring-speed",), _ring),
     "ring-without-p2p": (("ring-without_p2p",), _ring),
     "ring-checks": (("ring-correctness", "ring-stress"), _checks),
