@@ -15,6 +15,7 @@ from para_kernels.parallel.failure import DEFAULT_TIMEOUT
 
 from .families import check_transformer, known_families
 from .handle import Handle, Settings
+from .linears import Fp8Linears, check_linears, execution_device, resolve_linears
 from .models import Family
 from .places import Places
 
@@ -32,9 +33,10 @@ def accelerate(
     cache: Policy | float | bool | Keep | None = Keep.AS_IS,
     attention: str = "exact",
     parallel: ContextParallel | Keep | None = Keep.AS_IS,
+    linears: Fp8Linears | str | Keep | None = Keep.AS_IS,
 ) -> Handle:
-    """Put this package's attention, and if asked for a cache of steps and context parallelism, under a diffusers
-    pipeline.
+    """Put this package's attention, and if asked for a cache of steps, context parallelism and FP8 linears, under a
+    diffusers pipeline.
 
     Works on this pipeline's transformer alone, and on its instance: pipelines that share the transformer share the
     installation, others are not touched. Called again it re-tunes what is there.
@@ -48,6 +50,11 @@ def accelerate(
         attention: `"exact"`, the only kind there is.
         parallel: spreads the work over the ranks of the running `torch.distributed` world, see `parallelize_pipe`; None
             for no spreading. Not given: as it is.
+        linears: `"fp8"` for linears in FP8, by torchao: those of the transformer's blocks, activations and weights,
+            and those of the pipe's text encoders, weights alone; `"fp8-weight-only"` for the weights alone everywhere;
+            or an `Fp8Linears`. The original weights are dropped, which is what frees their memory, unless it says
+            `keep_originals=True`: only then can the installation be removed. None for linears as they were. Not given:
+            as it is.
 
     Returns:
         The handle of the installation: `summary()`, `records`, `remove()`. The same one every time until it is removed.
@@ -60,8 +67,10 @@ def accelerate(
         raise ValueError(f"attention: got {attention!r}, allowed is one of {list(ATTENTION)}")
     handle = _handle(transformer, family)
     policy = handle.settings.cache if isinstance(cache, Keep) else _policy(cache, family)
+    wanted = handle.settings.linears if isinstance(linears, Keep) else resolve_linears(linears)
+    _check_linears(wanted, handle, pipe)
     places = handle.settings.parallel if isinstance(parallel, Keep) else _places(parallel, handle)
-    return _configured(handle, pipe, Settings(attention, policy, places))
+    return _configured(handle, pipe, Settings(attention, policy, places, wanted))
 
 
 def apply_cache_on_pipe(
@@ -96,6 +105,7 @@ def apply_cache_on_pipe(
         downsample_factor=downsample_factor,
     )
     handle = _handle(transformer, family)
+    _check_linears(handle.settings.linears, handle, pipe)
     return _configured(handle, pipe, replace(handle.settings, cache=_unless_never(policy)))
 
 
@@ -127,8 +137,9 @@ def parallelize_pipe(
     family, transformer = _recognised(pipe)
     wanted = ContextParallel("auto" if mesh is None else None, transport=transport, timeout=timeout)
     handle = _handle(transformer, family)
+    _check_linears(handle.settings.linears, handle, pipe)
     places = _places(wanted, handle) if mesh is None else Places(wanted, mesh)
-    return _configured(handle, pipe, Settings("exact", handle.settings.cache, places))
+    return _configured(handle, pipe, replace(handle.settings, attention="exact", parallel=places))
 
 
 def _recognised(pipe: Any) -> tuple[Family, Any]:
@@ -196,6 +207,12 @@ def _places(parallel: ContextParallel | None, handle: Handle) -> Places | None:
     return there if there is not None and (there.wanted, there.mesh) == (parallel, None) else Places(parallel)
 
 
+def _check_linears(wanted: Fp8Linears | None, handle: Handle, pipe: Any) -> None:
+    """Before process groups are made, and for a pipe that shares an installed transformer too."""
+    if wanted is not None:
+        check_linears(wanted, handle.transformer, handle.family, pipe, handle.settings.linears)
+
+
 def _rescaled(policy: TeaCache, family: Family) -> TeaCache:
     """With the polynomial published for the family."""
     if family.teacache_rescale is None:
@@ -217,6 +234,6 @@ def _handle(transformer: Any, family: Family) -> Handle:
 
 
 def _configured(handle: Handle, pipe: Any, settings: Settings) -> Handle:
-    handle.configure(settings)
+    handle.configure(settings, execution_device(pipe))
     handle.watch(pipe)
     return handle

@@ -16,6 +16,7 @@ from .agreement import quiet_progress, share_noise
 from .attention import AttentionLengths
 from .cache import BlockCache, add_cache_hooks, check_cacheable, transformer_blocks
 from .hooks import Argument, BranchName, CallHook, DropArgumentHook, add_hook, forget_child_registries
+from .linears import Fp8Linears, QuantisedLinears
 from .models import Family
 from .parallel import Spread
 from .places import Places
@@ -34,20 +35,22 @@ class Settings:
         attention: `"exact"` or `"stock"`, diffusers' own.
         cache: None without one.
         parallel: where forwards run, None in one process; needs `"exact"`.
+        linears: how linears are quantised, None where they are not.
     """
 
     attention: str = STOCK
     cache: Policy | None = None
     parallel: Places | None = None
+    linears: Fp8Linears | None = None
 
 
 class Handle:
     """The installation on one transformer, made by `accelerate`, `apply_cache_on_pipe` and `parallelize_pipe`.
 
-    It has four parts, each put on and taken off as a whole: the listeners (which call, which branch, what length, how
-    long), the attention processors, the spreading over ranks, the cache. What must run around the transformer's forward
-    is a hook of torch's own: those stay on the module when CPU offload unwraps and wraps `forward` anew after every
-    call, which loses any hook of diffusers' that wraps the same `forward`.
+    It has five parts, each put on and taken off as a whole: the listeners (which call, which branch, what length, how
+    long), the attention processors, the spreading over ranks, the cache, the quantised linears. What must run around
+    the transformer's forward is a hook of torch's own: those stay on the module when CPU offload unwraps and wraps
+    `forward` anew after every call, which loses any hook of diffusers' that wraps the same `forward`.
     """
 
     def __init__(self, transformer: Any, family: Family) -> None:
@@ -64,7 +67,9 @@ class Handle:
         self._timeline = Timeline()
         self._cache: BlockCache | None = None
         self._spread: Spread | None = None
+        self._linears: QuantisedLinears | None = None
         self._device: torch.device | None = None
+        self._execution_device = torch.device("cpu")
 
     @staticmethod
     def on(transformer: Any) -> Handle | None:
@@ -95,8 +100,21 @@ class Handle:
         """What is installed and what the last call did, as a table of its steps, in plain text."""
         return render(self)
 
-    def remove(self) -> None:
-        """Take everything off again, for every pipeline that has this transformer. A second time does nothing."""
+    def remove(self, *, keep_linears: bool = False) -> None:
+        """Take everything off again, for every pipeline that has this transformer. A second time does nothing.
+
+        Args:
+            keep_linears: leave FP8 linears as they are, for good; everything else is taken off.
+
+        Raises:
+            ValueError: if linears are in FP8 whose original weights were not kept, and are not to stay. Nothing is
+                taken off then.
+        """
+        if "linears" in self._parts:
+            if keep_linears:
+                self._parts["linears"].pop_all()
+            else:
+                self._check_linears_removable("remove", "; or call remove(keep_linears=True), which leaves them in FP8")
         self._take_off(list(self._parts))
         self.settings = Settings()
 
@@ -118,24 +136,39 @@ class Handle:
         return sum(self._is_ours(processor) for processor in attn_processors(self._transformer).values())
 
     @property
+    def linears(self) -> QuantisedLinears | None:
+        """The linears that are in FP8; None where none are."""
+        return self._linears
+
+    @property
     def spread(self) -> Spread | None:
         """How forwards are spread over ranks; None where they are not."""
         return self._spread
 
-    def configure(self, settings: Settings) -> None:
+    def configure(self, settings: Settings, execution_device: torch.device) -> None:
         """Put on what is missing, take off what is not wanted, re-tune the rest. A failure changes nothing.
+
+        Args:
+            execution_device: where the pipe computes, wherever its weights are.
 
         Raises:
             ValueError: if the cache is wanted and another cache is enabled, or there are too few blocks to skip any, or
-                what the policy looks at is missing.
+                what the policy looks at is missing; or if linears are to change whose original weights were not kept.
         """
+        others = settings.linears != self.settings.linears
+        if others and "linears" in self._parts:
+            self._check_linears_removable("linears", "; load the pipe anew")
         if settings.cache is not None:
             check_cacheable(self._transformer, self.family, settings.cache, installed=self._cache is not None)
+        if others and "linears" in self._parts:
+            self._take_off(["linears"])
+        self._execution_device = execution_device
         wanted = {
             "listeners": True,
             "attention": settings.attention != STOCK,
             "parallel": settings.parallel is not None,
             "cache": settings.cache is not None,
+            "linears": settings.linears is not None,  # last: what a failure would undo may be gone
         }
         self._put_on([part for part, is_wanted in wanted.items() if is_wanted and part not in self._parts], settings)
         self._take_off([part for part, is_wanted in wanted.items() if not is_wanted and part in self._parts])
@@ -149,9 +182,12 @@ class Handle:
         self.settings = settings
 
     def watch(self, pipe: Any) -> None:
-        """Learn from `pipe`'s scheduler when a call of it begins; spread over ranks, give it the same noise on all."""
+        """Learn from `pipe`'s scheduler when a call of it begins; spread over ranks, give it the same noise on all;
+        with linears in FP8, quantise those of its text encoders too."""
         if all(known() is not pipe for known in self._pipes):
             self._pipes.append(weakref.ref(pipe))
+        if self._linears is not None:
+            self._linears.add_text_encoders(pipe, self._execution_device)
         if (parallel := self._parts.get("parallel")) is not None:
             self._share(parallel, pipe)
 
@@ -163,6 +199,7 @@ class Handle:
             "attention": self._add_attention,
             "parallel": self._add_parallel,
             "cache": self._add_cache,
+            "linears": self._add_linears,
         }
         added: dict[str, ExitStack] = {}
         with ExitStack() as failed:
@@ -248,6 +285,24 @@ class Handle:
 
     def _forget_cache(self) -> None:
         self._cache = None
+
+    def _add_linears(self, undo: ExitStack, settings: Settings) -> None:
+        assert settings.linears is not None
+        self._linears = QuantisedLinears(settings.linears)
+        undo.callback(self._restore_linears)
+        self._linears.add_transformer(self._transformer, self.family, self._execution_device)
+        for known in self._pipes:
+            if (pipe := known()) is not None:
+                self._linears.add_text_encoders(pipe, self._execution_device)
+
+    def _restore_linears(self) -> None:
+        assert self._linears is not None
+        self._linears.restore()
+        self._linears = None
+
+    def _check_linears_removable(self, argument: str, otherwise: str) -> None:
+        assert self._linears is not None
+        self._linears.check_removable(self._transformer, argument, otherwise)
 
     # --- what the listeners hear ------------------------------------------------------------------------------------
 
