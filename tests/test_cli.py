@@ -20,7 +20,7 @@ pytest.importorskip("diffusers")
 from tiny_hunyuan import PROMPTS, tiny_pipeline
 
 from para_kernels.attention import selected_kernel
-from para_kernels.integrations.diffusers import cli, demo, doctor, loading
+from para_kernels.integrations.diffusers import Fp8Linears, cli, demo, doctor, loading
 from para_kernels.integrations.diffusers.generate import Acceleration, Request, generate
 from para_kernels.integrations.diffusers.handle import Handle
 from para_kernels.integrations.diffusers.toy import TOY_PIPELINE
@@ -116,6 +116,25 @@ def test_acceleration_installs_what_it_says(
     settings = acceleration.install(pipe).settings
     assert settings.attention == attention
     assert (settings.cache.threshold if settings.cache else None) == threshold
+
+
+def test_linears_reach_the_pipe(pipe: Any) -> None:
+    pytest.importorskip("torchao")
+    handle = Acceleration(linears="fp8", cache=0.2).install(pipe)
+    assert handle.settings.linears == Fp8Linears()
+    assert handle.settings.cache is not None
+
+
+@pytest.mark.parametrize(
+    ("acceleration", "message"),
+    [
+        (Acceleration(linears="int4"), "linears: 'int4'; must be one of fp8, fp8-weight-only"),
+        (Acceleration(linears="fp8", attention="stock"), "attention: 'stock'; must be exact with linears fp8"),
+    ],
+)
+def test_linears_that_cannot_be_are_refused(acceleration: Acceleration, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        acceleration.check()
 
 
 def test_cache_options_reach_the_policy(pipe: Any) -> None:

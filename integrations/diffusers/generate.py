@@ -15,6 +15,7 @@ from para_kernels import ContextParallel, FirstBlockCache
 
 from .accelerate import accelerate, apply_cache_on_pipe
 from .handle import Handle
+from .linears import LINEARS, check_torchao
 from .loading import load_pipeline
 from .processes import is_first, joined
 from .vae import ParallelVae, parallelize_vae
@@ -73,6 +74,7 @@ class Acceleration:
         max_consecutive_hits: reused steps in a row after which one is computed; None for no limit.
         parallel: how the work is spread over the ranks of the world; None for one process.
         parallel_vae: with `parallel`, whether the ranks share out the VAE's tiles too. Turns tiling on.
+        linears: ``fp8`` or ``fp8-weight-only`` for linears in FP8, None for none.
     """
 
     attention: str = "exact"
@@ -81,6 +83,7 @@ class Acceleration:
     max_consecutive_hits: int | None = None
     parallel: ContextParallel | None = None
     parallel_vae: bool = True
+    linears: str | None = None
 
     def check(self) -> None:
         """Raise a ValueError that names the first bad field, before a model is loaded."""
@@ -88,6 +91,8 @@ class Acceleration:
             raise ValueError(f"attention: {self.attention!r}; must be one of {', '.join(ATTENTION)}")
         if self.parallel is not None and self.attention != "exact":
             raise ValueError(f"attention: {self.attention!r}; must be exact on several ranks")
+        if self.linears is not None:
+            self._check_linears()
         # True stands for a threshold that only the model's family knows; any valid one lets the others be checked.
         threshold = 0.0 if self.cache is None or self.cache is True else self.cache
         FirstBlockCache(threshold, warmup_steps=self.warmup_steps, max_consecutive_hits=self.max_consecutive_hits)
@@ -100,7 +105,7 @@ class Acceleration:
         """Put the parts under `pipe`. With neither of them the handle still reports the steps."""
         self.check()
         if self.attention == "exact":
-            handle = accelerate(pipe, cache=None, parallel=self.parallel)
+            handle = accelerate(pipe, cache=None, parallel=self.parallel, linears=self.linears)
             if self.cache is None:
                 return handle
         return apply_cache_on_pipe(
@@ -116,6 +121,13 @@ class Acceleration:
         if self.parallel is None or not self.parallel_vae:
             return None
         return parallelize_vae(pipe.vae, timeout=self.parallel.timeout)
+
+    def _check_linears(self) -> None:
+        if self.linears not in LINEARS:
+            raise ValueError(f"linears: {self.linears!r}; must be one of {', '.join(LINEARS)}")
+        if self.attention != "exact":
+            raise ValueError(f"attention: {self.attention!r}; must be exact with linears {self.linears}")
+        check_torchao()
 
     def _threshold(self) -> float | None:
         """As `apply_cache_on_pipe` takes it: 0 for no cache, None for the family's default."""

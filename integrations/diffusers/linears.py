@@ -25,8 +25,9 @@ from .offload import check_replaceable, store_weight, stored_weight
 
 MULTIPLE = 16  # the FP8 product takes no other numbers of channels
 FP8_SINCE = (8, 9)  # compute capability: Ada, Hopper and later multiply FP8
-# The dtypes of weights, with what counts as the largest element of a row that has none as large: a row of zeros, as padding
-# makes them, would else be divided by a scale of 0. torchao computes the scale, 1 / 448 of it, in the row's own dtype.
+# The dtypes of weights, with what counts as the largest element of a row that has none as large: a row of zeros, as
+# padding makes them, would else be divided by a scale of 0. torchao computes the scale, 1 / 448 of it, in the row's own
+# dtype.
 QUANTISABLE = {torch.bfloat16: 1e-12, torch.float16: 448 * 2.0**-24, torch.float32: 1e-12}
 
 
@@ -229,6 +230,11 @@ def resolve_linears(linears: Any) -> Fp8Linears | None:
     raise ValueError(f"linears: got {linears!r}, allowed is one of {list(LINEARS)}, an Fp8Linears or None")
 
 
+def check_torchao() -> None:
+    """Raise a ValueError that says how to get it if torchao is missing."""
+    _maker()
+
+
 def check_linears(
     settings: Fp8Linears, transformer: nn.Module, family: Family, pipe: Any, there: Fp8Linears | None
 ) -> None:
@@ -238,7 +244,7 @@ def check_linears(
         ValueError: if torchao is missing, the device cannot multiply FP8, no linear can be quantised, or weights are
             offloaded in a way that does not let them be exchanged.
     """
-    _maker()
+    check_torchao()
     for encoder in text_encoders(pipe) if settings.text_encoders else []:
         if not all(map(_is_done, layer_linears(encoder))):
             check_replaceable(encoder, "linears")
