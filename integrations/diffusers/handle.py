@@ -127,8 +127,8 @@ class Handle:
 
     @property
     def device(self) -> torch.device:
-        """Where the transformer ran last; before that, where its weights are."""
-        return self._device or next(self._transformer.parameters()).device
+        """Where the transformer ran last; before that, where its pipe computes."""
+        return self._device or self._execution_device
 
     @property
     def processors(self) -> int:

@@ -1,10 +1,11 @@
-"""The weights of modules that are offloaded: read and replaced where the offloading keeps them."""
+"""The weights of modules that are offloaded: read and replaced where they are kept, loaded where that was left out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _GROUP_HOOK = "group_offloading"  # diffusers' name of it
@@ -36,6 +37,24 @@ def store_weight(module: nn.Module, weight: nn.Parameter) -> None:
         tensors[name] = weight.detach()
         weight = nn.Parameter(weight.detach().to("meta"), requires_grad=weight.requires_grad)
     module.register_parameter("weight", weight)
+
+
+def load_left_out(block: nn.Module) -> None:
+    """Before `block` runs after blocks that were skipped: load its weights if one of those would have.
+
+    diffusers loads a group of blocks when its first one is called, and with a stream the next group meanwhile. What a
+    skipped last block of a group would have unloaded stays until the next step.
+    """
+    for group in _groups(block):
+        loads_itself = group.onload_leader is block and group.onload_self
+        if not loads_itself and _device(block) == group.offload_device:
+            group.onload_()
+            if group.stream is not None:
+                group.stream.synchronize()
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    return next((parameter.device for parameter in module.parameters()), None)
 
 
 def _kept_by_accelerate(module: nn.Module) -> tuple[dict[str, Tensor], str] | None:
