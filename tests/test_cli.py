@@ -382,7 +382,7 @@ def test_doctor_says_what_is_missing_and_how_to_get_it(monkeypatch: pytest.Monke
     assert "pip install --no-build-isolation ." in report
 
 
-@pytest.mark.parametrize("command", ["generate", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["generate", "demo", "quality", "doctor"])
 def test_help_describes_the_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main([command, "--help"])
@@ -392,7 +392,7 @@ def test_help_describes_the_command(command: str, capsys: pytest.CaptureFixture[
     assert command == "doctor" or "examples:" in printed
 
 
-@pytest.mark.parametrize("command", ["generate", "demo"])
+@pytest.mark.parametrize("command", ["generate", "demo", "quality"])
 def test_every_option_has_a_help_text(command: str) -> None:
     commands = next(action for action in cli._parser()._actions if action.dest == "command")
     assert isinstance(commands.choices, dict)

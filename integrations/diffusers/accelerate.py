@@ -62,7 +62,7 @@ def accelerate(
     Raises:
         ValueError: if the pipe is not supported or an argument is not allowed. The pipe is then as it was.
     """
-    family, transformer = _recognised(pipe)
+    family, transformer = recognised(pipe)
     if attention not in ATTENTION:
         raise ValueError(f"attention: got {attention!r}, allowed is one of {list(ATTENTION)}")
     handle = _handle(transformer, family)
@@ -95,7 +95,7 @@ def apply_cache_on_pipe(
     Raises:
         ValueError: if the pipe is not supported or an argument is not allowed. The pipe is then as it was.
     """
-    family, transformer = _recognised(pipe)
+    family, transformer = recognised(pipe)
     threshold = family.cache_threshold if residual_diff_threshold is None else residual_diff_threshold
     check_threshold("residual_diff_threshold", threshold)
     policy = FirstBlockCache(
@@ -134,7 +134,7 @@ def parallelize_pipe(
         ValueError: if the pipe is not supported, an argument is not allowed, or `torch.distributed` is not initialised.
             The pipe is then as it was.
     """
-    family, transformer = _recognised(pipe)
+    family, transformer = recognised(pipe)
     wanted = ContextParallel("auto" if mesh is None else None, transport=transport, timeout=timeout)
     handle = _handle(transformer, family)
     _check_linears(handle.settings.linears, handle, pipe)
@@ -142,8 +142,12 @@ def parallelize_pipe(
     return _configured(handle, pipe, replace(handle.settings, attention="exact", parallel=places))
 
 
-def _recognised(pipe: Any) -> tuple[Family, Any]:
-    """The pipe's family and its transformer, out of `torch.compile`'s wrapper."""
+def recognised(pipe: Any) -> tuple[Family, Any]:
+    """The pipe's family and its transformer, out of `torch.compile`'s wrapper.
+
+    Raises:
+        ValueError: if the pipe is not supported.
+    """
     family = _family(pipe)
     transformer = getattr(pipe.transformer, "_orig_mod", pipe.transformer)
     for path in family.without:
