@@ -83,7 +83,9 @@ def test_a_setting_is_compared_with_exact_and_taken_off(pipe: HunyuanVideoPipeli
     exact = measuring.run(Setting("exact", {}))
     stock = measuring.run(Setting("stock diffusers", None))
     cached = measuring.run(Setting("cache", {"cache": 100.0}))
-    assert exact is not None and stock is not None and cached is not None
+    assert exact is not None
+    assert stock is not None
+    assert cached is not None
     assert exact.quality.psnr == math.inf
     assert 80 < stock.quality.psnr < math.inf
     assert cached.quality.psnr < stock.quality.psnr

@@ -153,7 +153,7 @@ def layer_linears(encoder: nn.Module) -> list[nn.Linear]:
 
 def text_encoders(pipe: Any) -> list[nn.Module]:
     """`text_encoder`, `text_encoder_2`, ... of a pipeline, as far as they are loaded."""
-    found = [getattr(pipe, name, None) for name in pipe.components if name.startswith("text_encoder")]
+    found = [getattr(pipe, name, None) for name in getattr(pipe, "components", ()) if name.startswith("text_encoder")]
     return [encoder for encoder in found if isinstance(encoder, nn.Module)]
 
 
@@ -294,8 +294,9 @@ def _check_device(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def execution_device(pipe: Any) -> torch.device:
-    """Where the pipe computes; its weights may be offloaded from there."""
-    return torch.device(pipe._execution_device)
+    """Where the pipe computes; its weights may be offloaded from there. A class of one's own need not say it."""
+    device = getattr(pipe, "_execution_device", None)
+    return next(pipe.transformer.parameters()).device if device is None else torch.device(device)
 
 
 def _moved(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
