@@ -17,6 +17,7 @@ from .attention import ATTEND
 from .compiled import DEFAULT_BACKEND
 from .families import check_transformer, known_families
 from .handle import Handle, Settings
+from .linears import Fp8Linears, check_linears, execution_device, resolve_linears
 from .models import Family
 from .places import Places
 
@@ -35,9 +36,10 @@ def accelerate(
     attention: str = "exact",
     parallel: ContextParallel | Keep | None = Keep.AS_IS,
     compile: bool | str | Keep | None = Keep.AS_IS,  # noqa: A002
+    linears: Fp8Linears | str | Keep | None = Keep.AS_IS,
 ) -> Handle:
-    """Put this package's attention, and if asked for a cache of steps, context parallelism and compiled blocks, under a
-    diffusers pipeline.
+    """Put this package's attention, and if asked for a cache of steps, context parallelism, compiled blocks and FP8
+    linears, under a diffusers pipeline.
 
     Works on this pipeline's transformer alone, and on its instance: pipelines that share the transformer share the
     installation, others are not touched. Called again it re-tunes what is there.
@@ -56,6 +58,11 @@ def accelerate(
             resolution; None or False not to; a name for another backend than "inductor". They are compiled when they
             first run. Hooks of offloading may stand on blocks and on the transformer, not inside of blocks. Not given:
             as it is.
+        linears: `"fp8"` for linears in FP8, by torchao: those of the transformer's blocks, activations and weights,
+            and those of the pipe's text encoders, weights alone; `"fp8-weight-only"` for the weights alone everywhere;
+            or an `Fp8Linears`. The original weights are dropped, which is what frees their memory, unless it says
+            `keep_originals=True`: only then can the installation be removed. None for linears as they were. Not given:
+            as it is.
 
     Returns:
         The handle of the installation: `summary()`, `records`, `remove()`. The same one every time until it is removed.
@@ -63,15 +70,17 @@ def accelerate(
     Raises:
         ValueError: if the pipe is not supported or an argument is not allowed. The pipe is then as it was.
     """
-    family, transformer = _recognised(pipe)
+    family, transformer = recognised(pipe)
     if attention not in ATTENTION:
         raise ValueError(f"attention: got {attention!r}, allowed is one of {list(ATTENTION)}")
     handle = _handle(transformer, family)
     policy = handle.settings.cache if isinstance(cache, Keep) else _policy(cache, family)
+    wanted = handle.settings.linears if isinstance(linears, Keep) else resolve_linears(linears)
+    _check_linears(wanted, handle, pipe)
     _check_spread(attention, handle.settings.parallel if isinstance(parallel, Keep) else parallel)
-    places = handle.settings.parallel if isinstance(parallel, Keep) else _places(parallel, handle)
     backend = handle.settings.compile if isinstance(compile, Keep) else _backend(compile)
-    return _configured(handle, pipe, Settings(attention, policy, places, backend))
+    places = handle.settings.parallel if isinstance(parallel, Keep) else _places(parallel, handle)
+    return _configured(handle, pipe, Settings(attention, policy, places, backend, wanted))
 
 
 def apply_cache_on_pipe(
@@ -96,7 +105,7 @@ def apply_cache_on_pipe(
     Raises:
         ValueError: if the pipe is not supported or an argument is not allowed. The pipe is then as it was.
     """
-    family, transformer = _recognised(pipe)
+    family, transformer = recognised(pipe)
     threshold = family.cache_threshold if residual_diff_threshold is None else residual_diff_threshold
     check_threshold("residual_diff_threshold", threshold)
     policy = FirstBlockCache(
@@ -106,6 +115,7 @@ def apply_cache_on_pipe(
         downsample_factor=downsample_factor,
     )
     handle = _handle(transformer, family)
+    _check_linears(handle.settings.linears, handle, pipe)
     return _configured(handle, pipe, replace(handle.settings, cache=_unless_never(policy)))
 
 
@@ -134,17 +144,22 @@ def parallelize_pipe(
         ValueError: if the pipe is not supported, an argument is not allowed, or `torch.distributed` is not initialised.
             The pipe is then as it was.
     """
-    family, transformer = _recognised(pipe)
+    family, transformer = recognised(pipe)
     wanted = ContextParallel("auto" if mesh is None else None, transport=transport, timeout=timeout)
     handle = _handle(transformer, family)
     if handle.settings.attention == "int8":
         raise ValueError("pipe: has attention 'int8', which is for one process; accelerate it with 'exact' first")
+    _check_linears(handle.settings.linears, handle, pipe)
     places = _places(wanted, handle) if mesh is None else Places(wanted, mesh)
     return _configured(handle, pipe, replace(handle.settings, attention="exact", parallel=places))
 
 
-def _recognised(pipe: Any) -> tuple[Family, Any]:
-    """The pipe's family and its transformer, out of `torch.compile`'s wrapper."""
+def recognised(pipe: Any) -> tuple[Family, Any]:
+    """The pipe's family and its transformer, out of `torch.compile`'s wrapper.
+
+    Raises:
+        ValueError: if the pipe is not supported.
+    """
     family = _family(pipe)
     transformer = getattr(pipe.transformer, "_orig_mod", pipe.transformer)
     for path in family.without:
@@ -223,6 +238,12 @@ def _check_spread(attention: str, parallel: Places | ContextParallel | None) -> 
         raise ValueError(f"attention: got {attention!r}, allowed is 'exact' where the work is spread over ranks")
 
 
+def _check_linears(wanted: Fp8Linears | None, handle: Handle, pipe: Any) -> None:
+    """Before process groups are made, and for a pipe that shares an installed transformer too."""
+    if wanted is not None:
+        check_linears(wanted, handle.transformer, handle.family, pipe, handle.settings.linears)
+
+
 def _rescaled(policy: TeaCache, family: Family) -> TeaCache:
     """With the polynomial published for the family."""
     if family.teacache_rescale is None:
@@ -244,6 +265,6 @@ def _handle(transformer: Any, family: Family) -> Handle:
 
 
 def _configured(handle: Handle, pipe: Any, settings: Settings) -> Handle:
-    handle.configure(settings)
+    handle.configure(settings, execution_device(pipe))
     handle.watch(pipe)
     return handle

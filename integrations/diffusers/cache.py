@@ -12,6 +12,7 @@ from para_kernels.cache import CacheState, Policy, StepRecord
 
 from .hooks import Argument, BranchName, add_hook
 from .models import Family, Modulation
+from .offload import load_left_out
 from .parallel import Spread
 
 _HOOK = "para_kernels.block_cache"
@@ -24,6 +25,7 @@ class BlockCache:
 
     Attributes:
         spread: where forwards are spread over ranks, None where they are not. All ranks then decide alike.
+        hooks: of the blocks, in their order.
     """
 
     def __init__(self, policy: Policy, family: Family, branch: BranchName, count: int) -> None:
@@ -31,6 +33,7 @@ class BlockCache:
         self.branch = branch
         self.spread: Spread | None = None
         self.states: dict[str, CacheState] = {}
+        self.hooks: list[BlockHook] = []
         self._count = count
         self.retune(policy)
 
@@ -54,6 +57,8 @@ class BlockCache:
     def begin_forward(self) -> None:
         """A forward of the transformer begins: no decision yet, blocks run."""
         self.end_forward()
+        for hook in self.hooks:
+            hook.mend()
         self.running = True
 
     def end_forward(self) -> None:
@@ -135,6 +140,16 @@ class BlockHook(ModelHook):
         self._cache = cache
         self._index = index
         self._arguments = [Argument.of(block, name) for name in cache.family.block_arguments]
+        self._own: Any = None
+
+    def mend(self) -> None:
+        """Stand in for the forward again. Where a hook is removed that was registered before this one, as diffusers'
+        offloading with a stream does with one of its own after the first forward, its registry has this one's forward
+        replaced by the removed one's."""
+        if self._own is None:
+            self._own = self.fn_ref.forward
+        elif self.fn_ref.forward is not self._own:
+            self.fn_ref.original_forward, self.fn_ref.forward = self.fn_ref.forward, self._own
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         cache, index = self._cache, self._index
@@ -143,6 +158,8 @@ class BlockHook(ModelHook):
         entered = self._enter(module, args, kwargs) if index == 0 else None
         if cache.skips(index):
             return self._returned(entered or self._given(args, kwargs))
+        if cache.reusing:
+            load_left_out(module)
         if not cache.watches(index):
             return self.fn_ref.original_forward(*args, **kwargs)
         return self._returned(cache.leave(index, self._run(args, kwargs)))
@@ -209,4 +226,8 @@ def check_cacheable(transformer: Any, family: Family, policy: Policy, installed:
 def add_cache_hooks(undo: ExitStack, cache: BlockCache, blocks: list[nn.Module]) -> None:
     """Put the cache under the blocks; closing `undo` takes it off again."""
     for index, block in enumerate(blocks):
-        add_hook(undo, block, BlockHook(cache, block, index), _HOOK)
+        hook = BlockHook(cache, block, index)
+        add_hook(undo, block, hook, _HOOK)
+        cache.hooks.append(hook)
+        hook.mend()
+        undo.callback(hook.mend)

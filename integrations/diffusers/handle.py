@@ -17,6 +17,7 @@ from .attention import ATTEND, AttentionLengths, attend_here
 from .cache import BlockCache, add_cache_hooks, check_cacheable, transformer_blocks
 from .compiled import CompiledBlocks, check_compilable, check_no_hooks_inside
 from .hooks import Argument, BranchName, CallHook, DropArgumentHook, add_hook, forget_child_registries
+from .linears import Fp8Linears, QuantisedLinears
 from .models import Family
 from .parallel import Spread
 from .places import Places
@@ -36,21 +37,24 @@ class Settings:
         cache: None without one.
         parallel: where forwards run, None in one process; needs `"exact"`.
         compile: the backend of `torch.compile` for the blocks, None where they are not compiled.
+        linears: how linears are quantised, None where they are not.
     """
 
     attention: str = STOCK
     cache: Policy | None = None
     parallel: Places | None = None
     compile: str | None = None
+    linears: Fp8Linears | None = None
 
 
 class Handle:
     """The installation on one transformer, made by `accelerate`, `apply_cache_on_pipe` and `parallelize_pipe`.
 
     It has five parts, each put on and taken off as a whole: the listeners (which call, which branch, what length, how
-    long), the attention processors, the compiled blocks, the spreading over ranks, the cache. What must run around the
-    transformer's forward is a hook of torch's own: those stay on the module when CPU offload unwraps and wraps
-    `forward` anew after every call, which loses any hook of diffusers' that wraps the same `forward`.
+    It has six parts, each put on and taken off as a whole: the listeners (which call, which branch, what length, how
+    long), the attention processors, the compiled blocks, the spreading over ranks, the cache, the quantised linears.
+    What must run around the transformer's forward is a hook of torch's own: those stay on the module when CPU offload
+    unwraps and wraps `forward` anew after every call, which loses any hook of diffusers' that wraps the same `forward`.
     """
 
     def __init__(self, transformer: Any, family: Family) -> None:
@@ -68,7 +72,9 @@ class Handle:
         self._cache: BlockCache | None = None
         self._spread: Spread | None = None
         self._compiled: CompiledBlocks | None = None
+        self._linears: QuantisedLinears | None = None
         self._device: torch.device | None = None
+        self._execution_device = torch.device("cpu")
 
     @staticmethod
     def on(transformer: Any) -> Handle | None:
@@ -99,11 +105,23 @@ class Handle:
         """What is installed and what the last call did, as a table of its steps, in plain text."""
         return render(self)
 
-    def remove(self) -> None:
+    def remove(self, *, keep_linears: bool = False) -> None:
         """Take everything off again, for every pipeline that has this transformer. A second time does nothing.
 
         Spread over ranks: to be called on all of them. The memory that keys and values travelled through is given back.
+
+        Args:
+            keep_linears: leave FP8 linears as they are, for good; everything else is taken off.
+
+        Raises:
+            ValueError: if linears are in FP8 whose original weights were not kept, and are not to stay. Nothing is
+                taken off then.
         """
+        if "linears" in self._parts:
+            if keep_linears:
+                self._parts["linears"].pop_all()
+            else:
+                self._check_linears_removable("remove", "; or call remove(keep_linears=True), which leaves them in FP8")
         self.settings = Settings()
         self._take_off(list(self._parts))
 
@@ -116,13 +134,18 @@ class Handle:
 
     @property
     def device(self) -> torch.device:
-        """Where the transformer ran last; before that, where its weights are."""
-        return self._device or next(self._transformer.parameters()).device
+        """Where the transformer ran last; before that, where its pipe computes."""
+        return self._device or self._execution_device
 
     @property
     def processors(self) -> int:
         """How many attention modules have this installation's processor now."""
         return sum(self._is_ours(processor) for processor in attn_processors(self._transformer).values())
+
+    @property
+    def linears(self) -> QuantisedLinears | None:
+        """The linears that are in FP8; None where none are."""
+        return self._linears
 
     @property
     def spread(self) -> Spread | None:
@@ -134,23 +157,34 @@ class Handle:
         """The transformer's blocks, in the order in which they run."""
         return transformer_blocks(self._transformer, self.family)
 
-    def configure(self, settings: Settings) -> None:
+    def configure(self, settings: Settings, execution_device: torch.device) -> None:
         """Put on what is missing, take off what is not wanted, re-tune the rest. A failure changes nothing.
+
+        Args:
+            execution_device: where the pipe computes, wherever its weights are.
 
         Raises:
             ValueError: if the cache is wanted and another cache is enabled, or there are too few blocks to skip any, or
-                what the policy looks at is missing; if compiled blocks are wanted and the blocks cannot be compiled.
+                what the policy looks at is missing; if compiled blocks are wanted and the blocks cannot be compiled; or
+                if linears are to change whose original weights were not kept.
         """
+        others = settings.linears != self.settings.linears
+        if others and "linears" in self._parts:
+            self._check_linears_removable("linears", "; load the pipe anew")
         if settings.cache is not None:
             check_cacheable(self._transformer, self.family, settings.cache, installed=self._cache is not None)
         if settings.compile is not None:
             check_compilable(self.blocks, settings.compile, installed=self._compiled is not None)
+        if others and "linears" in self._parts:
+            self._take_off(["linears"])
+        self._execution_device = execution_device
         wanted = {
             "listeners": True,
             "attention": settings.attention != STOCK,
             "compile": settings.compile is not None,
             "parallel": settings.parallel is not None,
             "cache": settings.cache is not None,
+            "linears": settings.linears is not None,  # last: what a failure would undo may be gone
         }
         self._put_on([part for part, is_wanted in wanted.items() if is_wanted and part not in self._parts], settings)
         self._take_off([part for part, is_wanted in wanted.items() if not is_wanted and part in self._parts])
@@ -167,9 +201,12 @@ class Handle:
         self.settings = settings
 
     def watch(self, pipe: Any) -> None:
-        """Learn from `pipe`'s scheduler when a call of it begins; spread over ranks, give it the same noise on all."""
+        """Learn from `pipe`'s scheduler when a call of it begins; spread over ranks, give it the same noise on all;
+        with linears in FP8, quantise those of its text encoders too."""
         if all(known() is not pipe for known in self._pipes):
             self._pipes.append(weakref.ref(pipe))
+        if self._linears is not None:
+            self._linears.add_text_encoders(pipe, self._execution_device)
         if (parallel := self._parts.get("parallel")) is not None:
             self._share(parallel, pipe)
 
@@ -182,6 +219,7 @@ class Handle:
             "compile": self._add_compiled,
             "parallel": self._add_parallel,
             "cache": self._add_cache,
+            "linears": self._add_linears,
         }
         added: dict[str, ExitStack] = {}
         with ExitStack() as failed:
@@ -281,6 +319,24 @@ class Handle:
 
     def _forget_cache(self) -> None:
         self._cache = None
+
+    def _add_linears(self, undo: ExitStack, settings: Settings) -> None:
+        assert settings.linears is not None
+        self._linears = QuantisedLinears(settings.linears)
+        undo.callback(self._restore_linears)
+        self._linears.add_transformer(self._transformer, self.family, self._execution_device)
+        for known in self._pipes:
+            if (pipe := known()) is not None:
+                self._linears.add_text_encoders(pipe, self._execution_device)
+
+    def _restore_linears(self) -> None:
+        assert self._linears is not None
+        self._linears.restore()
+        self._linears = None
+
+    def _check_linears_removable(self, argument: str, otherwise: str) -> None:
+        assert self._linears is not None
+        self._linears.check_removable(self._transformer, argument, otherwise)
 
     # --- what the listeners hear ------------------------------------------------------------------------------------
 
