@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+
+UNCACHED = "no cache"
+BASELINE = "First Block Cache"
+QUALITY = 30.0  # dB of PSNR, at which policies are compared
+BAR = 0.15  # of the baseline's time: what another policy is asked to save
 
 Point = tuple[float, float]
 """(quality, value): the quality of a setting, and its speed-up or whatever else is asked for there."""
@@ -20,7 +26,7 @@ def at_quality(curve: Sequence[Point], quality: float) -> float | None:
         quality: for example 30 dB.
     """
     found = [value for point, value in curve if point == quality]
-    for (a, value_a), (b, value_b) in zip(curve, curve[1:], strict=False):
+    for (a, value_a), (b, value_b) in pairwise(curve):
         if min(a, b) < quality < max(a, b):
             found.append(value_a + (value_b - value_a) * (quality - a) / (b - a))
     return max(found, default=None)
@@ -41,8 +47,10 @@ class Comparison:
     less_time: float | None
 
 
-def compared(curves: Mapping[str, Sequence[Point]], baseline: str, quality: float) -> list[Comparison]:
-    """Every curve at `quality`, the fastest first, those that do not reach it last.
+def compared(
+    curves: Mapping[str, Sequence[Point]], baseline: str = BASELINE, quality: float = QUALITY
+) -> list[Comparison]:
+    """Every curve of speed-ups at `quality`, the fastest first, those that do not reach it last.
 
     Raises:
         ValueError: if there is no such baseline.
@@ -53,6 +61,21 @@ def compared(curves: Mapping[str, Sequence[Point]], baseline: str, quality: floa
     found = []
     for name, curve in curves.items():
         speed_up = at_quality(curve, quality)
-        both = speed_up is not None and reference is not None
-        found.append(Comparison(name, speed_up, 1.0 - reference / speed_up if both else None))
+        less_time = None if speed_up is None or reference is None else 1.0 - reference / speed_up
+        found.append(Comparison(name, speed_up, less_time))
     return sorted(found, key=lambda entry: -(entry.speed_up or 0.0))
+
+
+def verdict(found: Sequence[Comparison], baseline: str = BASELINE, quality: float = QUALITY, bar: float = BAR) -> str:
+    """What `compared` has found, in one sentence."""
+    reference = next(entry for entry in found if entry.name == baseline)
+    best = found[0]
+    if reference.speed_up is None or best.less_time is None:
+        return f"{baseline} has no setting on either side of {quality:g} dB: nothing can be said."
+    if best.name == baseline:
+        return f"At {quality:g} dB no policy is faster than {baseline} ({reference.speed_up:.2f}x)."
+    reached = "reached" if best.less_time >= bar else "not reached"
+    return (
+        f"At {quality:g} dB {best.name} is the fastest: {best.speed_up:.2f}x against {reference.speed_up:.2f}x of"
+        f" {baseline}, {best.less_time:.1%} less time. The {bar:.0%} that a policy is asked to save are {reached}."
+    )
