@@ -478,7 +478,13 @@ def _policies(rows: Sequence[Row]) -> str:
         "SSIM",
         "digits right",
     ]
-    return _markdown(head, body, rows)
+    shape, notes = rows[0]["shape"], rows[0]["notes"]
+    took = (
+        f"{shape['prompts']} prompts in batches of {shape['batch']}, {shape['steps']} steps, {rows[0]['dtype']}:"
+        f" {notes['run_cpu_s'] / 60:.0f} minutes of one core for the whole command,"
+        f" {notes['run_s'] / 60:.0f} minutes by the clock."
+    )
+    return f"\n{took}\n{_markdown(head, body, rows)}"
 
 
 def _policies_compared(rows: Sequence[Row]) -> str:

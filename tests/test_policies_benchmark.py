@@ -268,13 +268,14 @@ def test_a_small_run_leaves_record_table_and_picture(tmp_path: Path) -> None:
     assert [len(tally.psnr) for tally in tallies] == [3, 3, 3, 3]
     assert [tally.reused for tally in tallies] == [0, 0, 12, 12]
     assert {tally.steps for tally in tallies} == {14}
-    rows = policies.records(tallies, SIZE, 2, "float32", NUM_BLOCKS, {"run_s": 1.0})
+    rows = policies.records(tallies, SIZE, 2, "float32", NUM_BLOCKS, {"run_s": 300.0, "run_cpu_s": 120.0})
     assert [row.notes["psnr"] for row in rows[:2]] == [None, None]
     assert [row.notes["digit"] for row in rows] == pytest.approx([1 / 3] * 4, abs=1e-4)
     record.write_records(policies.NAME, rows, tmp_path)
     text = render_tables.render(
         "".join(f"<!-- table: {name} -->\n<!-- /table -->\n" for name in ("policies", "policies-compared")), tmp_path
     )
+    assert "3 prompts in batches of 2, 7 steps, float32: 2 minutes of one core" in text
     assert "| no cache |  | 1.00x |" in text
     assert "| First Block Cache | 1e+09 |" in text
     assert "nothing can be said" in text
