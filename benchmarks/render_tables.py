@@ -601,6 +601,7 @@ def _policies_compared(rows: Sequence[Row]) -> str:
     processor = _curves(rows, lambda row: row["notes"]["speed_up_cpu"])
     computed = _curves(rows, lambda row: -row["notes"]["computed_blocks"])  # of several crossings the lowest share
     found = compared(wall)
+    said = f"{verdict(found)} {verdict(compared(processor), 'processor time')}"
     body = []
     for entry in found:
         share = at_quality(computed[entry.name], QUALITY)
@@ -614,7 +615,7 @@ def _policies_compared(rows: Sequence[Row]) -> str:
             ]
         )
     head = [f"policy, at {QUALITY:g} dB", "speed-up", "time saved", "by processor time", "computed blocks"]
-    return f"\n{verdict(found)}\n{_markdown(head, body, rows)}"
+    return f"\n{said}\n{_markdown(head, body, rows)}"
 
 
 def _curves(rows: Sequence[Row], value: Callable[[Row], float]) -> dict[str, list[Point]]:

@@ -66,16 +66,23 @@ def compared(
     return sorted(found, key=lambda entry: -(entry.speed_up or 0.0))
 
 
-def verdict(found: Sequence[Comparison], baseline: str = BASELINE, quality: float = QUALITY, bar: float = BAR) -> str:
-    """What `compared` has found, in one sentence."""
+def verdict(
+    found: Sequence[Comparison],
+    clock: str = "wall time",
+    baseline: str = BASELINE,
+    quality: float = QUALITY,
+    bar: float = BAR,
+) -> str:
+    """What `compared` has found in speed-ups by `clock`, in a sentence or two."""
     reference = next(entry for entry in found if entry.name == baseline)
     best = found[0]
     if reference.speed_up is None or best.less_time is None:
         return f"{baseline} has no setting on either side of {quality:g} dB: nothing can be said."
     if best.name == baseline:
-        return f"At {quality:g} dB no policy is faster than {baseline} ({reference.speed_up:.2f}x)."
+        return f"By {clock}, at {quality:g} dB no policy is faster than {baseline} ({reference.speed_up:.2f}x)."
     reached = "reached" if best.less_time >= bar else "not reached"
     return (
-        f"At {quality:g} dB {best.name} is the fastest: {best.speed_up:.2f}x against {reference.speed_up:.2f}x of"
-        f" {baseline}, {best.less_time:.1%} less time. The {bar:.0%} that a policy is asked to save are {reached}."
+        f"By {clock}, at {quality:g} dB {best.name} is the fastest: {best.speed_up:.2f}x against"
+        f" {reference.speed_up:.2f}x of {baseline}, {best.less_time:.1%} less time. The {bar:.0%} that a policy is"
+        f" asked to save are {reached}."
     )
