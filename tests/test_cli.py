@@ -145,7 +145,7 @@ def test_linears_reach_the_pipe(pipe: Any) -> None:
     ("acceleration", "message"),
     [
         (Acceleration(linears="int4"), "linears: 'int4'; must be one of fp8, fp8-weight-only"),
-        (Acceleration(linears="fp8", attention="stock"), "attention: 'stock'; must be exact with linears fp8"),
+        (Acceleration(linears="fp8", attention="stock"), "attention: 'stock'; must be exact or int8 with linears fp8"),
     ],
 )
 def test_linears_that_cannot_be_are_refused(acceleration: Acceleration, message: str) -> None:

@@ -10,10 +10,9 @@ import offload_ranks
 import pytest
 import ranks
 import torch
-from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.hooks import HookRegistry, ModelHook
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import HunyuanVideoPipeline
-from offloading import CPU, READABLE, WAYS, groups, hooks_of_offloading, take_off
+from offloading import READABLE, WAYS, groups, hooks_of_offloading, take_off
 from tiny_families import generate_family, tiny_family
 from tiny_hunyuan import PROMPTS, generate, tiny_pipeline
 
@@ -115,6 +114,20 @@ def test_other_families(name: str, way: str, offload_first: bool) -> None:
     assert torch.equal(generate_family(name, pipe, steps=3), stock)
 
 
+@ORDERS
+def test_hooks_of_accelerate_on_the_blocks_come_off_first(offload_first: bool) -> None:
+    pipe = tiny_family("Wan 2.1")
+    stock = generate_family("Wan 2.1", pipe, steps=3)
+    handle = installed(pipe, WAYS["sequential"], offload_first, cache=FirstBlockCache(1e6))
+    cached = generate_family("Wan 2.1", pipe, steps=3)
+    take_off(pipe)
+    assert torch.equal(generate_family("Wan 2.1", pipe, steps=3), cached)
+    assert [record.reused for record in handle.records] == [False, True, True]
+    handle.remove()
+    assert torch.equal(generate_family("Wan 2.1", pipe, steps=3), stock)
+    assert all("forward" not in block.__dict__ for block in pipe.transformer.blocks)
+
+
 def test_a_hook_that_goes_after_the_first_forward_leaves_the_cache_on() -> None:
     """As with group offloading with a stream, which needs a GPU: a hook that came before the cache's removes itself."""
     pipe = tiny_pipeline()
@@ -163,7 +176,7 @@ def test_fp8_linears(way: str, offload_first: bool) -> None:
 @pytest.mark.parametrize(("name", "value"), [("stream", object()), ("offload_to_disk_path", "/somewhere")])
 def test_weights_of_which_diffusers_keeps_copies_are_not_exchanged(name: str, value: Any) -> None:
     pipe = tiny_pipeline()
-    apply_group_offloading(pipe.transformer, CPU, offload_type="leaf_level")
+    READABLE["group of layers"](pipe)
     for group in groups(pipe.transformer):
         setattr(group, name, value)
     with pytest.raises(ValueError, match=r"linears: the HunyuanVideo.* is group offloaded .*; call accelerate first"):

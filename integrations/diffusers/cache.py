@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from para_kernels.cache import CacheState, Policy, StepRecord
 
-from .hooks import Argument, BranchName, add_hook
+from .hooks import Argument, BranchName, add_hook, hook_again
 from .models import Family, Modulation
 from .offload import load_left_out
 from .parallel import Spread
@@ -138,6 +138,7 @@ class BlockHook(ModelHook):
     def __init__(self, cache: BlockCache, block: nn.Module, index: int) -> None:
         super().__init__()
         self._cache = cache
+        self._block = block
         self._index = index
         self._arguments = [Argument.of(block, name) for name in cache.family.block_arguments]
         self._own: Any = None
@@ -146,7 +147,7 @@ class BlockHook(ModelHook):
         """Stand in for the forward again. Where a hook is removed that was registered before this one, as diffusers'
         offloading with a stream does with one of its own after the first forward, its registry has this one's forward
         replaced by the removed one's."""
-        if self._own is None:
+        if hook_again(self._block, self, _HOOK) or self._own is None:
             self._own = self.fn_ref.forward
         elif self.fn_ref.forward is not self._own:
             self.fn_ref.original_forward, self.fn_ref.forward = self.fn_ref.forward, self._own

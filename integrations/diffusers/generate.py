@@ -137,8 +137,8 @@ class Acceleration:
     def _check_linears(self) -> None:
         if self.linears not in LINEARS:
             raise ValueError(f"linears: {self.linears!r}; must be one of {', '.join(LINEARS)}")
-        if self.attention != "exact":
-            raise ValueError(f"attention: {self.attention!r}; must be exact with linears {self.linears}")
+        if self.attention == "stock":
+            raise ValueError(f"attention: {self.attention!r}; must be exact or int8 with linears {self.linears}")
         check_torchao()
 
     def _threshold(self) -> float | None:

@@ -56,11 +56,28 @@ def _drop_empty_registry(module: Any) -> None:
         del module._diffusers_hook
 
 
+def hook_again(module: Any, hook: ModelHook, name: str) -> bool:
+    """Put a hook on again that is registered on `module` and yet no longer in its forward: accelerate gives a module
+    back the forward that it had found, when its own hook is removed. Returns whether that was so."""
+    if "forward" in module.__dict__ and not _is_plain(module):
+        return False
+    registry = module._diffusers_hook
+    hook.fn_ref.original_forward = module.forward
+    registry.remove_hook(name, recurse=False)
+    registry.register_hook(hook, name)
+    return True
+
+
 def drop_plain_forward(module: nn.Module) -> None:
     """A registry leaves `forward` behind as an attribute of the instance. Where it is the class's own, delete it."""
-    forward = module.__dict__.get("forward")
-    if inspect.ismethod(forward) and forward.__self__ is module and forward.__func__ is type(module).forward:
+    if _is_plain(module):
         del module.forward
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the instance's own forward is its class's."""
+    forward = module.__dict__.get("forward")
+    return inspect.ismethod(forward) and forward.__self__ is module and forward.__func__ is type(module).forward
 
 
 @dataclass(frozen=True)

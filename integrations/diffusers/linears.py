@@ -36,9 +36,8 @@ class Fp8Linears:
     """Linears in FP8, for `accelerate(pipe, linears=...)`. `"fp8"` is short for `Fp8Linears()`.
 
     Of the transformer, the linears of its blocks are quantised: the projections of attention and the MLPs, which is
-    where nearly all of the time goes. What scales and shifts the norms is not, nor what stands before and behind the
-    blocks: those act once per sample or once per token instead of once per token and block, and their error enters
-    every channel of every token.
+    where nearly all of the time goes. What scales and shifts the norms is not: it acts once per sample, so that there
+    is memory to gain but no time. Nor is what stands before and behind the blocks, which acts once per token.
 
     Attributes:
         weight_only: quantise the weights alone and multiply in the pipe's dtype. Saves as much memory, on any device,

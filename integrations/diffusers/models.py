@@ -114,8 +114,9 @@ class Family:
     refiner: str | None = None
     refiner_mask: str = "attention_mask"
     modulation: Modulation | None = None
-    # Modulations stand in the norms. They act once per sample: their time is nothing, and an error in them scales every
-    # token. LoRAs are too small to gain.
+    # Modulations stand in the norms. They act once per sample, so that there is no time to gain, only memory; and an
+    # error in them moves every token alike. (On the shipped pipeline, 4 prompts and 10 steps, they alone in FP8 leave
+    # 54 dB, the blocks' other linears 42.) LoRAs are too small to gain.
     kept_linears: tuple[str, ...] = ("norm*", "lora_*")
     teacache_rescale: tuple[float, ...] | None = None
     passes: Passes | None = None
