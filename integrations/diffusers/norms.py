@@ -36,9 +36,11 @@ def _described(module: nn.Module, x: Tensor) -> Norm | None:
     kind = type(module)
     if kind is RMSNorm or kind is MochiRMSNorm:
         shape, is_layer = module.dim, False
-    elif kind is nn.LayerNorm or kind is FP32LayerNorm:
-        shape, is_layer = module.normalized_shape, True
+    elif kind in (nn.LayerNorm, FP32LayerNorm, nn.RMSNorm):
+        shape, is_layer = module.normalized_shape, kind is not nn.RMSNorm
     else:
+        return None
+    if module.eps is None:  # torch's own choice, which its documentation and its kernels name differently
         return None
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if not all(_fits(parameter, x) for parameter in (weight, bias)):
@@ -50,7 +52,7 @@ def _described(module: nn.Module, x: Tensor) -> Norm | None:
         over = "heads"
     else:
         return None
-    # diffusers' RMSNorm casts to a weight of half precision before it multiplies; Mochi's does not.
+    # diffusers' RMSNorm casts to a weight of half precision before it multiplies; Mochi's and torch's do not.
     round_first = kind is RMSNorm and weight is not None and weight.dtype != torch.float32
     return Norm("layer" if is_layer else "rms", weight, bias, float(module.eps), over, round_first)  # type: ignore[arg-type]
 
