@@ -416,7 +416,7 @@ def test_another_transformer_is_refused(pipe: HunyuanVideoPipeline) -> None:
     with pytest.raises(ValueError, match=r"its transformer has image_condition_type='token_replace', allowed is None"):
         accelerate(pipe)
     pipe.transformer = None  # type: ignore[assignment]
-    with pytest.raises(ValueError, match=r"its transformer is a NoneType, allowed is HunyuanVideoTransformer3DModel"):
+    with pytest.raises(ValueError, match=r"its transformer is None, allowed is HunyuanVideoTransformer3DModel"):
         accelerate(pipe)
 
 

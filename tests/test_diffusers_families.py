@@ -28,7 +28,8 @@ def test_exact_and_removed(family: tuple[str, Any], guided: bool) -> None:
     stock = generate_family(name, pipe, guided=guided)
     assert stock.isfinite().all()
     handle = accelerate(pipe)
-    assert handle.processors == len(attn_processors(pipe.transformer)) >= 3
+    assert len(handle.transformers) == len(TINY[name].components)
+    assert handle.processors == sum(len(attn_processors(known)) for known in handle.transformers) >= 3
     exact = generate_family(name, pipe, guided=guided)
     assert (exact - stock).abs().max() <= ERROR * stock.abs().max()
     handle.remove()
@@ -46,12 +47,11 @@ def test_cache(family: tuple[str, Any], guided: bool) -> None:
     assert not any(record.reused for record in handle.records)
     apply_cache_on_pipe(pipe, 1e6)
     reused = generate_family(name, pipe, guided=guided)
-    assert [record.reused for record in handle.records if record.branch == handle.records[0].branch] == [
-        False,
-        True,
-        True,
-        True,
-    ]
+    branches = {record.branch: [] for record in handle.records}
+    for record in handle.records:
+        branches[record.branch].append(record.reused)
+    assert all(decided == [False] + [True] * (len(decided) - 1) for decided in branches.values())
+    assert len(handle.records) == 4 * len(branches) / len(TINY[name].components)
     assert reused.isfinite().all()
     assert not reused.equal(stock)
     handle.remove()

@@ -1,16 +1,19 @@
-"""Pipelines of every family but HunyuanVideo with random weights: the real pipeline and transformer classes, only small.
+"""Pipelines of every family with random weights, but HunyuanVideo's of tiny_hunyuan: the real pipeline and transformer
+classes, only small.
 
 They are called with embedded prompts and return latents, so they need no text encoders, and a VAE only for images.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
 import torch
 from torch import Tensor
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 TEXT = 16  # channels of the text
 POOLED = 8
@@ -23,7 +26,9 @@ class Tiny:
     Attributes:
         pipeline, transformer: names of the classes.
         config: of the transformer.
-        arguments: of the pipeline's constructor beside transformer and scheduler.
+        arguments: of the pipeline's constructor beside transformers, scheduler and parts.
+        parts: other components of the pipeline: what makes each.
+        components: what the pipeline calls its transformers.
         call: arguments of a call.
         tokens: of the text.
         masked: whether prompts have a mask.
@@ -31,7 +36,7 @@ class Tiny:
         guided: arguments of a call with classifier-free guidance, the others are without; None without such.
         scheduler: name of its class.
         frames: what the output is called.
-        image: which arguments of a call hold an image or its mask, (1, channels, height, width); there is a VAE then.
+        image: which arguments of a call hold an image or its mask, (1, channels, height, width).
     """
 
     pipeline: str
@@ -46,6 +51,29 @@ class Tiny:
     scheduler: str = "FlowMatchEulerDiscreteScheduler"
     frames: str = "frames"
     image: dict[str, int] = field(default_factory=dict)
+    parts: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    components: tuple[str, ...] = ("transformer",)
+
+
+def _vae() -> Any:
+    return diffusers.AutoencoderKL(
+        block_out_channels=(4,), latent_channels=4, norm_num_groups=2, shift_factor=0.1
+    ).eval()
+
+
+def _wan_vae() -> Any:
+    return diffusers.AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval()
+
+
+def _image_encoder() -> Any:
+    config = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    return CLIPVisionModel(config).eval()
+
+
+def _image_processor() -> Any:
+    return CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}, do_rescale=False)
 
 
 _FLUX = {
@@ -100,11 +128,13 @@ _SD3 = {
     "pooled_projection_dim": POOLED,
     "pos_embed_max_size": 8,
 }
-_NO_VAE = {"vae": None, "text_encoder": None, "tokenizer": None}
+_NO_TEXT = {"text_encoder": None, "tokenizer": None}
+_NO_VAE = {"vae": None, **_NO_TEXT}
 _NO_FLUX = {**_NO_VAE, "text_encoder_2": None, "tokenizer_2": None}
 _NO_SD3 = {**_NO_FLUX, "text_encoder_3": None, "tokenizer_3": None}
 _IMAGE = {"height": 64, "width": 48}
 _VIDEO = {**_IMAGE, "num_frames": 9}
+_WAN_CALL = {**_VIDEO, "guidance_scale": 1.0}
 _SPLIT = {"true_cfg_scale": 3.0}
 
 TINY = {
@@ -131,6 +161,7 @@ TINY = {
         guided=_SPLIT,
         frames="images",
         image={"image": 3},
+        parts={"vae": _vae},
     ),
     "FLUX.1-Fill": Tiny(
         "FluxFillPipeline",
@@ -142,8 +173,58 @@ TINY = {
         guided={},
         frames="images",
         image={"image": 3, "mask_image": 1},
+        parts={"vae": _vae},
     ),
-    "Wan 2.1": Tiny("WanPipeline", "WanTransformer3DModel", _WAN, _NO_VAE, {**_VIDEO, "guidance_scale": 1.0}),
+    "Wan 2.1": Tiny("WanPipeline", "WanTransformer3DModel", _WAN, _NO_VAE, _WAN_CALL),
+    "Wan 2.1 image to video": Tiny(
+        "WanImageToVideoPipeline",
+        "WanTransformer3DModel",
+        {**_WAN, "in_channels": 36, "image_dim": 8, "added_kv_proj_dim": 48},
+        _NO_TEXT,
+        _WAN_CALL,
+        tokens=512,
+        image={"image": 3},
+        parts={"vae": _wan_vae, "image_encoder": _image_encoder, "image_processor": _image_processor},
+    ),
+    "Wan 2.1 first and last frame": Tiny(
+        "WanImageToVideoPipeline",
+        "WanTransformer3DModel",
+        {**_WAN, "in_channels": 36, "image_dim": 8, "added_kv_proj_dim": 48, "pos_embed_seq_len": 10},
+        _NO_TEXT,
+        _WAN_CALL,
+        tokens=512,
+        image={"image": 3, "last_image": 3},
+        parts={"vae": _wan_vae, "image_encoder": _image_encoder, "image_processor": _image_processor},
+    ),
+    "Wan 2.2 A14B": Tiny(
+        "WanPipeline",
+        "WanTransformer3DModel",
+        _WAN,
+        {**_NO_VAE, "boundary_ratio": 0.6},
+        _WAN_CALL,
+        guided={"guidance_scale": 4.0, "guidance_scale_2": 3.0},
+        components=("transformer", "transformer_2"),
+    ),
+    "Wan 2.2 A14B image to video": Tiny(
+        "WanImageToVideoPipeline",
+        "WanTransformer3DModel",
+        {**_WAN, "in_channels": 36},
+        {**_NO_TEXT, "boundary_ratio": 0.6},
+        _WAN_CALL,
+        image={"image": 3},
+        parts={"vae": _wan_vae},
+        components=("transformer", "transformer_2"),
+    ),
+    "Wan 2.2 5B": Tiny("WanPipeline", "WanTransformer3DModel", _WAN, {**_NO_VAE, "expand_timesteps": True}, _WAN_CALL),
+    "Wan 2.2 5B image to video": Tiny(
+        "WanImageToVideoPipeline",
+        "WanTransformer3DModel",
+        _WAN,
+        {**_NO_TEXT, "expand_timesteps": True},
+        _WAN_CALL,
+        image={"image": 3},
+        parts={"vae": _wan_vae},
+    ),
     "CogVideoX-2b": Tiny(
         "CogVideoXPipeline",
         "CogVideoXTransformer3DModel",
@@ -204,16 +285,21 @@ def tiny_family(name: str) -> Any:
     tiny = TINY[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        transformer = getattr(diffusers, tiny.transformer)(**tiny.config).eval()
-        with torch.no_grad():
-            for parameter_name, parameter in transformer.named_parameters():
-                if "norm_q" in parameter_name or "norm_k" in parameter_name or "norm_added" in parameter_name:
-                    parameter.uniform_(1.0, 3.0)  # As drawn, attention would be nearly uniform and hide mistakes.
+        made = {component: _transformer(tiny) for component in tiny.components}
+        parts = {part: make() for part, make in tiny.parts.items()}
         scheduler = getattr(diffusers, tiny.scheduler)()
-        arguments = tiny.arguments | ({"vae": _vae()} if tiny.image else {})
-        pipe = getattr(diffusers, tiny.pipeline)(transformer=transformer, scheduler=scheduler, **arguments)
+        pipe = getattr(diffusers, tiny.pipeline)(**made, scheduler=scheduler, **tiny.arguments | parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _transformer(tiny: Tiny) -> Any:
+    transformer = getattr(diffusers, tiny.transformer)(**tiny.config).eval()
+    with torch.no_grad():
+        for name, parameter in transformer.named_parameters():
+            if "norm_q" in name or "norm_k" in name or "norm_added" in name:
+                parameter.uniform_(1.0, 3.0)  # As drawn, attention would be nearly uniform and hide mistakes.
+    return transformer
 
 
 def generate_family(name: str, pipe: Any, *, guided: bool = False, prompts: int = 2, steps: int = 4) -> Tensor:
@@ -244,9 +330,3 @@ def _prompts(tiny: Tiny, prompts: int, seed: int) -> dict[str, Tensor]:
         lengths = torch.tensor([5, 9, 11])[:prompts]
         made["prompt_attention_mask"] = torch.arange(tiny.tokens)[None] < lengths[:, None]
     return made
-
-
-def _vae() -> Any:
-    return diffusers.AutoencoderKL(
-        block_out_channels=(4,), latent_channels=4, norm_num_groups=2, shift_factor=0.1
-    ).eval()

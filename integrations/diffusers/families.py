@@ -60,7 +60,9 @@ def check_transformer(family: Family, transformer: nn.Module) -> None:
 def _check(family: Family) -> None:
     if not isinstance(family, Family):
         raise ValueError(f"family: got {family!r}, allowed is a Family")
-    for name in ("pipelines", "transformers", "block_lists", "block_arguments", "block_returns", "reused_streams"):
+    for name in ("pipelines", "transformers", "components", "block_lists"):
+        _check_names(name, getattr(family, name))
+    for name in ("block_arguments", "block_returns", "reused_streams"):
         _check_names(name, getattr(family, name))
     for name in ("samples", "sequence"):
         _check_names(f"shards.{name}", getattr(family.shards, name))
@@ -73,6 +75,8 @@ def _check(family: Family) -> None:
     _check_within("shards.sequence", family.shards.sequence, streams)
     if streams[0] not in family.shards.sequence:
         raise ValueError(f"shards.sequence: got {family.shards.sequence}, must hold the video stream {streams[0]!r}")
+    if family.shards.rows and family.shards.sequence != streams[:1]:
+        raise ValueError(f"shards.rows: got {family.shards.rows}, allowed where shards.sequence is {streams[:1]} alone")
     for known in known_families():
         if both := set(known.pipelines) & set(family.pipelines):
             raise ValueError(f"pipelines: {sorted(both)} belong to {known.name!r} already")

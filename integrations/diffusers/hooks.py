@@ -79,21 +79,38 @@ class Argument:
 
 
 class BranchName(StateManager):
-    """The name that the pipeline gives the running call by `cache_context`: `"cond"`, `"uncond"`, ...
+    """Which of the calls of one step is running: the name that the pipeline gives it by `cache_context` (`"cond"`,
+    `"uncond"`, ...); where it gives none, the step's first call is `"default"`, its second `"default 2"`, and so on.
 
-    diffusers announces it to every `StateManager` that it finds on a stateful hook: as a string in 0.36, later as an
-    object with a name.
+    diffusers announces the name to every `StateManager` that it finds on a stateful hook: as a string in 0.36, later as
+    an object with a name.
+
+    Args:
+        of: what the name is of, where it is not clear.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, of: str = "") -> None:
         super().__init__(state_cls=object)  # type: ignore[arg-type]  # Never asked for a state: only the name is of interest.
-        self.name = DEFAULT_BRANCH
+        self._suffix = f" of {of}" if of else ""
+        self.reset()
+
+    @property
+    def name(self) -> str:
+        number = f" {self._calls}" if self._calls > 1 else ""
+        return (self._announced or DEFAULT_BRANCH + number) + self._suffix
+
+    def begin_forward(self, step: object) -> None:
+        """A call begins; `step` differs from step to step, None where that is not known."""
+        self._calls = self._calls + 1 if step is not None and step == self._step else 1
+        self._step = step
 
     def set_context(self, context: Any) -> None:
-        self.name = DEFAULT_BRANCH if context is None else getattr(context, "name", context)
+        self._announced = None if context is None else getattr(context, "name", context)
 
     def reset(self, *args: Any, **kwargs: Any) -> None:
-        self.name = DEFAULT_BRANCH
+        self._announced: str | None = None
+        self._step: object = None
+        self._calls = 0
 
 
 class CallHook(ModelHook):

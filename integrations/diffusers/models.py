@@ -14,8 +14,11 @@ class ShardPlan:
     """How a family's forward is spread over ranks.
 
     Attributes:
-        samples: names of the transformer's arguments whose first dimension is the batch, the latents first: what a
-            batch of prompts is split by.
+        samples: names of the transformer's arguments whose first dimension is the batch, a multiple of it with what
+            belongs to one sample side by side, or 1 for all samples; the latents first. What a batch of prompts is
+            split by.
+        rows: names of the transformer's arguments that may have an entry for each of the video's tokens, (B, S): they
+            are cut as the video is, which must be the whole joint sequence.
         output: name of the transformer's only output, whose first dimension is the batch.
         text: name of the transformer argument that holds the text (B, T, ...); None where it is not in the joint
             sequence.
@@ -33,6 +36,7 @@ class ShardPlan:
     text: str | None
     patch: tuple[tuple[int, str | tuple[str, int] | int], ...]
     sequence: tuple[str, ...]
+    rows: tuple[str, ...] = ()
     output: str = "sample"
     heads: str = "num_attention_heads"
     gathered_at: str = "proj_out"
@@ -60,6 +64,7 @@ class Family:
         name: the family's name, for messages.
         pipelines: class names of the pipelines that are supported; subclasses are too.
         transformers: class names of their transformers.
+        components: names of the pipeline's components that are such transformers; each may be missing, not all.
         config: values that the transformer's config must have.
         without: dotted paths from the pipeline that must lead to None, False or nothing.
         head_dim: name of the config entry with the channels per attention head.
@@ -84,6 +89,7 @@ class Family:
     transformers: tuple[str, ...]
     cache_threshold: float
     shards: ShardPlan
+    components: tuple[str, ...] = ("transformer",)
     block_lists: tuple[str, ...] = ("transformer_blocks",)
     block_arguments: tuple[str, ...] = ("hidden_states", "encoder_hidden_states")
     block_returns: tuple[str, ...] = ("hidden_states", "encoder_hidden_states")
@@ -141,13 +147,16 @@ FLUX = Family(
         patch=((1, 1),),
         sequence=("encoder_hidden_states", "hidden_states"),
     ),
+    modulation=Modulation("norm1", (("x", "hidden_states"), ("emb", "temb"))),
+    # github.com/ali-vilab/TeaCache, TeaCache4FLUX: fitted on FLUX.1-dev.
+    teacache_rescale=(4.98651651e02, -2.83781631e02, 5.58554382e01, -3.82021401e00, 2.64230861e-01),
 )
 
 WAN = Family(
-    name="Wan (text to video, of one transformer)",
-    pipelines=("WanPipeline",),
+    name="Wan (text to video, image to video)",
+    pipelines=("WanPipeline", "WanImageToVideoPipeline"),
     transformers=("WanTransformer3DModel",),
-    without=("transformer_2", "config.expand_timesteps"),
+    components=("transformer", "transformer_2"),
     processor=WanProcessor,
     block_lists=("blocks",),
     block_arguments=("hidden_states",),
@@ -155,6 +164,7 @@ WAN = Family(
     cache_threshold=0.03,
     shards=ShardPlan(
         samples=("hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image"),
+        rows=("timestep",),  # of Wan 2.2's 5B, whose image is a frame without noise
         text=None,
         patch=((2, ("patch_size", 0)), (3, ("patch_size", 1)), (4, ("patch_size", 2))),
         sequence=("hidden_states",),

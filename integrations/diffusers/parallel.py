@@ -23,7 +23,7 @@ from para_kernels.parallel.collective import gather_rows
 from para_kernels.parallel.failure import deadline, raise_on_failure, set_layer
 from para_kernels.parallel.sharding import Shards
 
-from .agreement import agree, from_first
+from .agreement import agree
 from .attention import AttentionLengths, Shard
 from .hooks import Argument
 from .models import Family
@@ -75,6 +75,7 @@ class Spread:
         self._head_dim = family.head_dim
         self._lengths = lengths
         self._samples = [Argument.of(transformer, name) for name in self._plan.samples]
+        self._rows = [Argument.of(transformer, name) for name in self._plan.rows]
         self._text = None if self._plan.text is None else Argument.of(transformer, self._plan.text)
         self._forward: _Forward | None = None
         self._agreed: set[str] = set()
@@ -98,11 +99,6 @@ class Spread:
         undo.callback(gatherer.register_forward_hook(self._gather).remove)
 
     # --- around the transformer's forward ---------------------------------------------------------------------------
-
-    def from_first(self, tensor: Tensor, name: str) -> Tensor:
-        """The tensor as rank 0 has it: see `agreement.from_first`."""
-        with deadline(self.places.wanted.timeout):
-            return from_first(tensor, name, self.places.everyone)
 
     def end_call(self) -> None:
         """A call of the pipeline begins or ends: inputs have to be compared anew.
@@ -141,10 +137,16 @@ class Spread:
         if place is not self.last_place:
             self.last_place, self.transport = place, NOT_YET
         self._forward = _Forward(place, Shards.of(latents.shape[0], place.batch))
-        rows = self._forward.samples.piece(place.batch_rank)
+        samples = self._forward.samples.piece(place.batch_rank)
         for argument in self._samples:
-            if inputs[argument.name] is not None:
-                args, kwargs = argument.replaced(args, kwargs, inputs[argument.name][rows])
+            value = inputs[argument.name]
+            each = 0 if value is None else value.shape[0] // latents.shape[0]
+            if value is not None and each:  # Else there is one for all samples.
+                args, kwargs = argument.replaced(args, kwargs, value[samples.start * each : samples.stop * each])
+        rows = Shards.of(tokens, place.pieces).piece(place.piece)
+        for argument in self._rows:
+            if (value := argument.get(args, kwargs)) is not None and value.ndim > 1:
+                args, kwargs = argument.replaced(args, kwargs, value[:, rows])
         return args, kwargs
 
     @torch._disable_dynamo

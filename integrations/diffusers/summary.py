@@ -52,7 +52,8 @@ def _attention(handle: Handle) -> str:
         return "diffusers' own (the installation was removed)"
     if handle.settings.attention == "stock":
         return "diffusers' own"
-    modules = f"{handle.processors} of {len(attn_processors(handle.transformer))} processors swapped"
+    there = sum(len(attn_processors(transformer)) for transformer in handle.transformers)
+    modules = f"{handle.processors} of {there} processors swapped"
     return f"{handle.settings.attention}, {modules}; kernel: {_kernel(handle)}"
 
 
