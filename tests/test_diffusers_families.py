@@ -9,9 +9,11 @@ import pytest
 import ranks
 import torch
 from tiny_families import TINY, generate_family, tiny_family
+from torch import Tensor
 
-from para_kernels import FirstBlockCache
-from para_kernels.integrations.diffusers import accelerate, apply_cache_on_pipe
+from para_kernels import FirstBlockCache, TeaCache
+from para_kernels.integrations.diffusers import Handle, accelerate, apply_cache_on_pipe
+from para_kernels.integrations.diffusers.models import FLUX
 from para_kernels.integrations.diffusers.processor_swap import attn_processors
 
 ERROR = 1e-5  # float32, over all steps, of the largest latent: sums in another order
@@ -20,6 +22,10 @@ ERROR = 1e-5  # float32, over all steps, of the largest latent: sums in another 
 @pytest.fixture(scope="module", params=TINY)
 def family(request: pytest.FixtureRequest) -> tuple[str, Any]:
     return request.param, tiny_family(request.param)
+
+
+def branches(handle: Handle) -> list[str]:
+    return list(dict.fromkeys(record.branch for record in handle.records))
 
 
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
@@ -47,11 +53,9 @@ def test_cache(family: tuple[str, Any], guided: bool) -> None:
     assert not any(record.reused for record in handle.records)
     apply_cache_on_pipe(pipe, 1e6)
     reused = generate_family(name, pipe, guided=guided)
-    branches = {record.branch: [] for record in handle.records}
-    for record in handle.records:
-        branches[record.branch].append(record.reused)
-    assert all(decided == [False] + [True] * (len(decided) - 1) for decided in branches.values())
-    assert len(handle.records) == 4 * len(branches) / len(TINY[name].components)
+    decided = {branch: [r.reused for r in handle.records if r.branch == branch] for branch in branches(handle)}
+    assert all(of_branch == [False] + [True] * (len(of_branch) - 1) for of_branch in decided.values())
+    assert len(handle.records) == 4 * len(decided) / len(TINY[name].components)
     assert reused.isfinite().all()
     assert not reused.equal(stock)
     handle.remove()
@@ -110,3 +114,135 @@ def test_wan_looks_at_an_image() -> None:
     assert (pipe.transformer(**inputs).sample - stock).abs().max() <= ERROR * stock.abs().max()
     assert (other - stock).abs().max() > 100 * ERROR * stock.abs().max()
     handle.remove()
+
+
+# --- pipelines with two transformers ----------------------------------------------------------------------------------
+
+
+def is_untouched(transformer: Any) -> bool:
+    return not transformer._forward_pre_hooks and not hasattr(transformer.blocks[0], "_diffusers_hook")
+
+
+def test_the_steps_of_two_transformers_are_told_apart() -> None:
+    pipe = tiny_family("Wan 2.2 A14B")
+    handle = accelerate(pipe, cache=FirstBlockCache(1e6, warmup_steps=2))
+    generate_family("Wan 2.2 A14B", pipe, guided=True, steps=6)
+    assert branches(handle) == ["cond", "uncond", "cond of transformer_2", "uncond of transformer_2"]
+    assert [(r.step, r.reused) for r in handle.records if r.branch == "cond"] == [(0, False), (1, False), (2, True)]
+    assert [r.step for r in handle.records if r.branch == "cond of transformer_2"] == [0, 1, 2]
+    assert "12 of 12 processors swapped" in handle.summary()
+    handle.remove()
+    assert is_untouched(pipe.transformer)
+    assert is_untouched(pipe.transformer_2)
+
+
+def test_the_second_transformer_alone() -> None:
+    pipe = tiny_family("Wan 2.2 A14B")
+    alone = type(pipe)(**pipe.components | {"transformer": None}, boundary_ratio=1.1)
+    handle = accelerate(alone, cache=0.1)
+    assert handle.transformers == [pipe.transformer_2]
+    assert is_untouched(pipe.transformer)
+    alone.transformer_2 = None
+    with pytest.raises(
+        ValueError, match="pipe: its transformer and transformer_2 is None, allowed is WanTransformer3D"
+    ):
+        accelerate(alone)
+
+
+def test_a_pipe_with_one_more_transformer_widens_the_installation() -> None:
+    both = tiny_family("Wan 2.2 A14B")
+    first = type(both)(**both.components | {"transformer_2": None})
+    handle = accelerate(first, cache=0.1)
+    assert accelerate(both) is handle
+    assert handle.transformers == [both.transformer, both.transformer_2]
+    assert handle.processors == 12
+    accelerate(first, cache=None)
+    assert all(installation.cache is None for installation in handle._installations)
+    handle.remove()
+    assert is_untouched(both.transformer_2)
+
+
+def test_transformers_of_two_installations_are_refused() -> None:
+    both = tiny_family("Wan 2.2 A14B")
+    first = accelerate(type(both)(**both.components | {"transformer_2": None}))
+    second = accelerate(type(both)(**both.components | {"transformer": None}))
+    with pytest.raises(ValueError, match=r"pipe: its transformer and transformer_2 have been accelerated as those of"):
+        accelerate(both, cache=0.1)
+    assert first.settings.cache is None
+    second.remove()
+    assert accelerate(both, cache=0.1) is first
+
+
+def test_what_the_second_transformer_cannot_do_changes_neither(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_family("Wan 2.2 A14B")
+    blocks = pipe.transformer_2.blocks
+    pipe.transformer_2.blocks = blocks[:1]
+    with pytest.raises(ValueError, match=r"cache: the transformer has 1 block\(s\)"):
+        accelerate(pipe, cache=0.1)
+    pipe.transformer_2.blocks = blocks
+    processors = attn_processors(pipe.transformer)
+
+    def full(_: Any) -> None:
+        raise TypeError
+
+    monkeypatch.setattr(pipe.transformer_2.blocks[2].attn1, "set_processor", full)
+    with pytest.raises(TypeError):
+        accelerate(pipe, cache=0.1)
+    assert is_untouched(pipe.transformer)
+    assert is_untouched(pipe.transformer_2)
+    assert attn_processors(pipe.transformer) == processors
+
+
+# --- calls without a name, TeaCache -----------------------------------------------------------------------------------
+
+
+def test_calls_of_one_step_without_a_name_are_kept_apart() -> None:
+    """This pipeline does not say which of its two calls is the negative one: each is compared with its own kind."""
+    pipe = tiny_family("FLUX.1-Kontext")
+    handle = accelerate(pipe, cache=1e-12)
+    generate_family("FLUX.1-Kontext", pipe)
+    assert branches(handle) == ["default"]
+    generate_family("FLUX.1-Kontext", pipe, guided=True)
+    assert branches(handle) == ["default", "default 2"]
+    assert [r.step for r in handle.records] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [r.diff is None for r in handle.records] == [True, True] + [False] * 6
+    accelerate(pipe, cache=1e6)
+    with torch.no_grad():  # Outside of a pipeline nobody knows the step.
+        for _ in range(2):
+            pipe.transformer(**flux_inputs(pipe.transformer))
+    assert [(r.branch, r.reused) for r in handle.records] == [("default", False), ("default", True)]
+
+
+def test_teacache_on_flux() -> None:
+    """The published polynomial; and the modulated input, computed from the first block's own parts."""
+    pipe = tiny_family("FLUX.1-dev")
+    block = pipe.transformer.transformer_blocks[0]
+    handle = accelerate(pipe, cache=TeaCache(0.1))
+    assert handle.settings.cache == TeaCache(0.1, rescale=FLUX.teacache_rescale)
+    given: list[dict[str, Any]] = []
+    block.register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs), with_kwargs=True)
+    accelerate(pipe, cache=TeaCache(1e-6, rescale=(2.0, 0.0)))
+    with torch.no_grad():
+        for timestep in (0.5, 0.4):
+            pipe.transformer(**flux_inputs(pipe.transformer) | {"timestep": torch.full((2,), timestep)})
+        seen = []
+        for arguments in given:
+            shift, scale, *_ = block.norm1.linear(torch.nn.functional.silu(arguments["temb"])).chunk(6, dim=1)
+            hidden = arguments["hidden_states"]
+            normal = torch.nn.functional.layer_norm(hidden, hidden.shape[-1:], eps=1e-6)
+            seen.append((normal * (1 + scale[:, None]) + shift[:, None]).double())
+    expected = 2 * (seen[0] - seen[1]).abs().sum() / seen[0].abs().sum()
+    assert handle.records[-1].diff == pytest.approx(float(expected), rel=1e-4)
+
+
+def flux_inputs(transformer: Any) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "hidden_states": torch.randn(2, 6, transformer.config.in_channels, generator=generator),
+        "timestep": torch.full((2,), 0.5),
+        "encoder_hidden_states": torch.randn(2, 5, 16, generator=generator),
+        "pooled_projections": torch.randn(2, 8, generator=generator),
+        "img_ids": torch.arange(18.0).view(6, 3),
+        "txt_ids": torch.zeros(5, 3),
+        "guidance": torch.full((2,), 3.5),
+    }
