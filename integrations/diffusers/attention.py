@@ -67,18 +67,25 @@ class AttentionLengths:
         return self._from_mask(mask) if self._text is None else self._text
 
     def joint(self, video_tokens: int, mask: Tensor | None) -> Tensor | None:
-        """Lengths of the video with the text behind it. None: every token is real."""
+        """Lengths of the video with the text behind it. None: every token is real.
+
+        A mask (B, T) is that of the text as it stands behind the video, of which the transformer's argument may be a
+        part only.
+        """
+        if mask is not None and mask.ndim == 2:
+            return self._from_mask(mask, video_tokens)
         if self._text is None:
             return self._from_mask(mask)
         if self._joint is None or self._joint[0] != video_tokens:
             self._joint = (video_tokens, self._text + video_tokens)
         return self._joint[1]
 
-    def _from_mask(self, mask: Tensor | None) -> Tensor | None:
+    def _from_mask(self, mask: Tensor | None, before: int = 0) -> Tensor | None:
+        """What the mask says, and `before` tokens more."""
         if mask is None:
             return None
         if self._mask is None or self._mask[0]() is not mask:
-            self._mask = (weakref.ref(mask), _key_lengths(mask))
+            self._mask = (weakref.ref(mask), _key_lengths(mask) + before)
         return self._mask[1]
 
 
@@ -212,8 +219,10 @@ def text_out(attn: Any, states: Tensor) -> Tensor:
 
 def _key_lengths(mask: Tensor) -> Tensor:
     """Keys that the first query row sees. A right-padded mask says no more; of a refiner's (B, 1, S, S) one row is
-    read.
+    read. Or the ones of (B, T).
     """
+    if mask.ndim == 2:
+        return mask.sum(dim=-1, dtype=torch.int32)
     if mask.ndim != 4 or mask.shape[1] != 1 or mask.dtype != torch.bool:
         raise ValueError(
             f"attention_mask: got {mask.dtype} {tuple(mask.shape)}, allowed is a boolean (B, 1, 1, N) or (B, 1, S, S)"

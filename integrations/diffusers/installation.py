@@ -176,9 +176,9 @@ class Installation:
     def _add_cache(self, undo: ExitStack, settings: Settings) -> None:
         assert settings.cache is not None
         undo.callback(self._forget_cache)
-        blocks = transformer_blocks(self.transformer, self.family)
-        self.cache = BlockCache(settings.cache, self.family, self._branch, len(blocks))
-        add_cache_hooks(undo, self.cache, blocks)
+        count = len(transformer_blocks(self.transformer, self.family))
+        self.cache = BlockCache(settings.cache, self.family, self._branch, count)
+        add_cache_hooks(undo, self.cache, self.transformer)
 
     def _forget_cache(self) -> None:
         self.cache = None

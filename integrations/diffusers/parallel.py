@@ -8,6 +8,7 @@ looks at the rows of the others (ring: Liu et al. 2023, arXiv 2310.01889; Ulysse
 
 from __future__ import annotations
 
+import inspect
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -71,6 +72,7 @@ class Spread:
         self._plan = family.shards
         self._blocks = family.block_lists
         self._returns = family.block_returns
+        self._joined = self._blocks[-1] in family.joined
         self._video = family.block_arguments[0]
         self._head_dim = family.head_dim
         self._lengths = lengths
@@ -94,9 +96,17 @@ class Spread:
         first, last = blocks[0], blocks[-1]
         self._streams = {name: Argument.of(first, name) for name in self._plan.sequence}
         undo.callback(first.register_forward_pre_hook(self._cut, with_kwargs=True).remove)
+        for block in blocks:
+            self._add_prefix_hook(undo, block)
         undo.callback(last.register_forward_hook(self._after_last_block).remove)
         gatherer = self._transformer.get_submodule(self._plan.gathered_at)
         undo.callback(gatherer.register_forward_hook(self._gather).remove)
+
+    def _add_prefix_hook(self, undo: ExitStack, block: nn.Module) -> None:
+        name = self._plan.prefix
+        if name is not None and name in inspect.signature(type(block).forward).parameters:
+            hook = partial(self._count_prefix, Argument.of(block, name))
+            undo.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
     # --- around the transformer's forward ---------------------------------------------------------------------------
 
@@ -173,7 +183,7 @@ class Spread:
         if isinstance(entry, int):
             return entry
         config = self._transformer.config
-        return getattr(config, entry) if isinstance(entry, str) else getattr(config, entry[0])[entry[1]]
+        return getattr(config, entry) or 1 if isinstance(entry, str) else getattr(config, entry[0])[entry[1]]
 
     def _heads(self) -> tuple[int, int]:
         """Number and width of the attention heads."""
@@ -203,6 +213,16 @@ class Spread:
             partial(self._attend, video),
         )
         return args, kwargs
+
+    def _count_prefix(
+        self, argument: Argument, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Arguments | None:
+        """Before every block: how many of the video's first tokens are among this rank's."""
+        forward, count = self._forward, argument.get(args, kwargs)
+        if forward is None or count is None:
+            return None
+        own = forward.own(self._video)
+        return argument.replaced(args, kwargs, min(max(count - own.start, 0), own.stop - own.start))
 
     @torch._disable_dynamo
     def _attend(self, shards: Shards, query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None) -> Tensor:
@@ -248,10 +268,21 @@ class Spread:
         """Before anything after the blocks looks at the video."""
         if self._forward is None:
             return None
+        if self._joined:
+            return self._behind_whole_text(output)
         if isinstance(output, Tensor):
             return self.recut({self._returns[0]: output})[self._returns[0]]
         streams = self.recut(dict(zip(self._returns, output, strict=True)))
         return tuple(streams[name] for name in self._returns)
+
+    def _behind_whole_text(self, joint: Tensor) -> Tensor:
+        """The transformer is about to cut off as many rows as the whole text has, whatever of it is here."""
+        forward = self._forward
+        assert forward is not None
+        video = forward.streams[self._video]
+        text_rows = sum(rows.total for rows in forward.streams.values()) - video.total
+        own = joint[:, joint.shape[1] - video.sizes[forward.place.piece] :]
+        return nn.functional.pad(own, (0, 0, text_rows, 0))
 
     @torch._disable_dynamo
     def _gather(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
