@@ -502,6 +502,8 @@ def tiny_family(name: str) -> Any:
         parts = {part: make() for part, make in tiny.parts.items()}
         scheduler = getattr(diffusers, tiny.scheduler)()
         pipe = getattr(diffusers, tiny.pipeline)(**made, scheduler=scheduler, **tiny.arguments | parts)
+    if hasattr(pipe, "vision_num_semantic_tokens"):
+        pipe.vision_num_semantic_tokens = 4  # of 729: an image's tokens, which text to video pads
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
