@@ -176,6 +176,25 @@ def test_what_the_second_transformer_cannot_do_changes_neither(monkeypatch: pyte
     assert attn_processors(pipe.transformer) == processors
 
 
+# --- blocks to which all streams are one ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.skipif("FLUX.2-dev" not in TINY, reason="FLUX.2 came with a later diffusers")
+@pytest.mark.parametrize(("first", "last"), [(1, 0), (2, 0), (3, 0), (3, 1), (1, 2), (1, 3)])
+def test_a_reused_step_on_the_same_input_is_the_computed_one(first: int, last: int) -> None:
+    """Wherever the skipped blocks begin and end: in blocks of two streams, or in those where text and image are one."""
+    pipe = tiny_family("FLUX.2-dev")
+    inputs = flux_inputs(pipe.transformer)
+    inputs |= {"img_ids": torch.arange(24).view(6, 4), "txt_ids": torch.zeros(5, 4, dtype=torch.int64)}
+    del inputs["pooled_projections"]
+    stock = pipe.transformer(**inputs).sample
+    handle = accelerate(pipe, cache=FirstBlockCache(1e6, first_blocks=first, last_blocks=last))
+    for _ in range(2):
+        assert (pipe.transformer(**inputs).sample - stock).abs().max() <= ERROR * stock.abs().max()
+    assert [record.reused for record in handle.records] == [False, True]
+
+
 # --- calls without a name, TeaCache -----------------------------------------------------------------------------------
 
 

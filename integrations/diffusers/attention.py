@@ -67,25 +67,24 @@ class AttentionLengths:
         return self._from_mask(mask) if self._text is None else self._text
 
     def joint(self, video_tokens: int, mask: Tensor | None) -> Tensor | None:
-        """Lengths of the video with the text behind it. None: every token is real.
-
-        A mask (B, T) is that of the text as it stands behind the video, of which the transformer's argument may be a
-        part only.
-        """
-        if mask is not None and mask.ndim == 2:
-            return self._from_mask(mask, video_tokens)
+        """Lengths of the video with the text behind it. None: every token is real."""
         if self._text is None:
             return self._from_mask(mask)
         if self._joint is None or self._joint[0] != video_tokens:
             self._joint = (video_tokens, self._text + video_tokens)
         return self._joint[1]
 
-    def _from_mask(self, mask: Tensor | None, before: int = 0) -> Tensor | None:
-        """What the mask says, and `before` tokens more."""
+    def behind(self, video_tokens: int, text_mask: Tensor) -> Tensor:
+        """Lengths of the video with several texts behind it, whose common mask (B, T) the model hands to attention."""
+        if self._mask is None or self._mask[0]() is not text_mask:
+            self._mask = (weakref.ref(text_mask), text_mask.sum(dim=1, dtype=torch.int32) + video_tokens)
+        return self._mask[1]
+
+    def _from_mask(self, mask: Tensor | None) -> Tensor | None:
         if mask is None:
             return None
         if self._mask is None or self._mask[0]() is not mask:
-            self._mask = (weakref.ref(mask), _key_lengths(mask) + before)
+            self._mask = (weakref.ref(mask), _key_lengths(mask))
         return self._mask[1]
 
 
@@ -130,11 +129,24 @@ class ParaAttnProcessor:
 
         cut = hidden_states.shape[1]
         shard = self.lengths.shard or Shard(cut, slice(cut), attend_here, slice(None), attend_here)
-        lens = self.lengths.joint(shard.video_tokens, attention_mask)
+        lens = self._joint_lengths(shard.video_tokens, attention_mask)
         rotary = None if image_rotary_emb is None else rotary_rows(image_rotary_emb, shard.rows)
         streams = _single_stream if attn.add_q_proj is None else _dual_stream
         out = shard.attend(*streams(attn, hidden_states, encoder_hidden_states, rotary), lens).flatten(2)
         return video_out(attn, out[:, :cut]), text_out(attn, out[:, cut:])
+
+    def _joint_lengths(self, video_tokens: int, mask: Tensor | None) -> Tensor | None:
+        return self.lengths.joint(video_tokens, mask)
+
+
+class SeveralTextsProcessor(ParaAttnProcessor):
+    """The same for HunyuanVideo 1.5, which joins several texts and an image's tokens into one, padding last, and hands
+    the mask of all, (B, T), to every block.
+    """
+
+    def _joint_lengths(self, video_tokens: int, mask: Tensor | None) -> Tensor | None:
+        assert mask is not None
+        return self.lengths.behind(video_tokens, mask)
 
 
 def attend_here(query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None) -> Tensor:
@@ -219,10 +231,8 @@ def text_out(attn: Any, states: Tensor) -> Tensor:
 
 def _key_lengths(mask: Tensor) -> Tensor:
     """Keys that the first query row sees. A right-padded mask says no more; of a refiner's (B, 1, S, S) one row is
-    read. Or the ones of (B, T).
+    read.
     """
-    if mask.ndim == 2:
-        return mask.sum(dim=-1, dtype=torch.int32)
     if mask.ndim != 4 or mask.shape[1] != 1 or mask.dtype != torch.bool:
         raise ValueError(
             f"attention_mask: got {mask.dtype} {tuple(mask.shape)}, allowed is a boolean (B, 1, 1, N) or (B, 1, S, S)"

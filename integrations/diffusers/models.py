@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from .attention import AttentionLengths, ParaAttnProcessor
+from .attention import AttentionLengths, ParaAttnProcessor, SeveralTextsProcessor
 from .processors import CogVideoXProcessor, Flux2Processor, FluxProcessor, JointProcessor, WanProcessor
 
 
@@ -153,6 +153,7 @@ HUNYUAN_VIDEO_15 = Family(
     name="HunyuanVideo 1.5 (text to video, image to video)",
     pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),
     transformers=("HunyuanVideo15Transformer3DModel",),
+    processor=SeveralTextsProcessor,
     text_mask="encoder_attention_mask",
     refiner="context_embedder.token_refiner",
     cache_threshold=0.06,
