@@ -53,6 +53,11 @@ SMALL = (
     (4, 4096, 256),
     (1, 4096, 512),
 )
+# Around the sizes at which cuDNN is faster: (batch, queries, keys)
+SHORT = (
+    *((batch, size, size) for size in (256, 384, 512, 640, 768, 1024) for batch in (1, 2, 3, 4, 6, 8)),
+    *((1, queries, keys) for queries in (1024, 1536, 2048, 4096, 8192) for keys in (128, 256, 384, 512)),
+)
 # (elements per tile, widest row, tiles per program)
 RESIDUAL = tuple(
     (tile, cols, tiles) for tile in (4096, 8192, 16384) for cols in (512, 1024, 2048) for tiles in (1, 4, 16)
@@ -123,6 +128,49 @@ def _sweep_hopper(device: torch.device) -> list[Record]:
     return records
 
 
+def _sweep_cudnn(device: torch.device) -> list[Record]:
+    """The Hopper kernel against cuDNN, both with the lse, where inputs are not in the L2."""
+    records = []
+    for batch, queries, keys in SHORT:
+        sets = _input_sets(batch, queries, keys, device)
+        times = graph_medians_ms(
+            {
+                "hopper": [functools.partial(_by_hopper, *inputs) for inputs in sets],
+                "cuDNN": [functools.partial(_by_cudnn, *inputs) for inputs in sets],
+            },
+            device,
+            rounds=10,
+        )
+        shape = {"B": batch, "Sq": queries, "Sk": keys, "H": HEADS, "D": 128}
+        record = Record("tune_cudnn", shape, "bfloat16", "hopper", times["hopper"], "cuDNN", times["cuDNN"])
+        tiles = -(-queries // 128) * HEADS * batch
+        print(
+            shape,
+            f"{tiles} tiles; hopper {times['hopper'] * 1e3:.1f} us, cuDNN {times['cuDNN'] * 1e3:.1f} us",
+            flush=True,
+        )
+        records.append(record)
+    return records
+
+
+def _input_sets(batch: int, queries: int, keys: int, device: torch.device) -> list[tuple[torch.Tensor, ...]]:
+    """So many q, k, v that together they are twice an H100's L2."""
+    size = batch * (queries + 2 * keys) * HEADS * 128 * 2
+    count = min(64, max(4, -(-2 * 50 * 2**20 // size)))
+    of = functools.partial(torch.randn, dtype=torch.bfloat16, device=device)
+    lengths = (queries, keys, keys)
+    return [tuple(of(batch, length, HEADS, 128) for length in lengths) for _ in range(count)]
+
+
+def _by_hopper(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    out, lse = torch.empty_like(q), q.new_empty((q.shape[0], HEADS, q.shape[1]), dtype=torch.float32)
+    assert hopper_kernel.hopper_attention_forward(q, k, v, out, lse, None, None, 128**-0.5)
+
+
+def _by_cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    torch.ops.aten._scaled_dot_product_cudnn_attention(*(x.transpose(1, 2) for x in (q, k, v)), None, True)
+
+
 def _sweep_residual(device: torch.device) -> list[Record]:
     hidden = [hidden_states((1, 119056, 3072), torch.bfloat16, device) for _ in range(3)]
     records = []
@@ -140,6 +188,7 @@ def _sweep_residual(device: torch.device) -> list[Record]:
 SWEEPS: dict[str, Callable[[torch.device], list[Record]]] = {
     "portable": _sweep_portable,
     "hopper": _sweep_hopper,
+    "cudnn": _sweep_cudnn,
     "residual_diff": _sweep_residual,
 }
 

@@ -20,6 +20,7 @@ Lens = Tensor  # int32 (B,)
 
 SDPA_MASKED = "SDPA with mask"
 FA3 = "FlashAttention-3"
+FA3_FP8 = "FlashAttention-3 fp8"
 CUDNN = "cuDNN"
 PORTABLE = "portable kernel"
 ATTENTION_PEERS = ("SDPA", CUDNN, "SDPA flash", FA3, "SageAttention", "flex_attention")
@@ -78,6 +79,15 @@ def runs(peer: Callable[[], object]) -> str | None:
 def _flash_attention_3(device: torch.device) -> Attention:
     flash_attn_func = _fa3_interface(device).flash_attn_func
     return lambda q, k, v: _first(flash_attn_func(q, k, v))
+
+
+def fa3_fp8(device: torch.device) -> Attention:
+    """FlashAttention-3 on inputs that are e4m3 already; the output is bfloat16.
+
+    Raises:
+        PeerUnavailableError: not on this device, or its package is not installed.
+    """
+    return _flash_attention_3(device)
 
 
 def fa3_packed(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]:

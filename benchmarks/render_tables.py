@@ -165,6 +165,56 @@ def _power(rows: Sequence[Row]) -> str:
     return _markdown(["kernel", "ms per call", "MHz", "W"], body, measured)
 
 
+def _int8(rows: Sequence[Row]) -> str:
+    """Every variant of the 8-bit kernel at every length; what was timed alone stands elsewhere."""
+    compared = [row for row in rows if row["peer"]]
+    peers = _peers(compared)
+    body = [
+        [
+            group[0]["kernel"],
+            f"{group[0]['shape']['S']:,}",
+            f"{group[0]['median_ms']:.3f}",
+            _rounded(group[0]["tflops"], 0),
+            *_ratios(group, peers),
+        ]
+        for group in _by(compared, "shape", "kernel")
+    ]
+    return _markdown(["variant", "tokens", "ms", "TFLOP/s", *(f"against {peer}" for peer in peers)], body, rows)
+
+
+def _int8_power(rows: Sequence[Row]) -> str:
+    body = [
+        [
+            row["kernel"],
+            f"{row['median_ms']:.1f}",
+            _rounded(row["notes"]["clock_mhz"], 0),
+            _rounded(row["notes"]["power_w"], 0),
+        ]
+        for row in rows
+        if not row["peer"]
+    ]
+    return _markdown(["kernel, without pause", "ms per call", "MHz", "W"], body, rows)
+
+
+def _int8_checks(rows: Sequence[Row]) -> str:
+    body = [
+        [
+            row["notes"]["kernel"],
+            row["check"].removeprefix("8-bit attention, "),
+            row["dtype"],
+            _exponent(row["worst"]),
+            _exponent(row["notes"]["lse"]),
+            "yes" if row["passed"] else "**no**",
+        ]
+        for row in rows
+    ]
+    return _markdown(["kernel", "values", "dtype", "relative error", "error of the lse", "within bounds"], body, rows)
+
+
+def _exponent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
+
+
 def _rounded(value: float | None, digits: int) -> str:
     return "unknown" if value is None else f"{value:.{digits}f}"
 
@@ -256,6 +306,44 @@ def _checks(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     return _markdown(["check", "cases", "failures", "worst", "allowed"], body, rows)
+
+
+def _prepare_checks(rows: Sequence[Row]) -> str:
+    """The forms of the preparation, with the errors of the unfused expressions beside."""
+    body = [
+        [
+            f"{row['check'].removeprefix('preparation, ')}, {row['dtype']}",
+            f"{row['worst']:.2g}",
+            f"{row['allowed']:.2g}",
+            f"{row['notes']['unfused']:.2g}",
+            f"{row['notes']['equal']:.2%}",
+        ]
+        for row in rows
+    ]
+    return _markdown(["form", "worst", "allowed", "unfused", "equal to unfused"], body, rows)
+
+
+def _prepare_speed(rows: Sequence[Row]) -> str:
+    body = [
+        [
+            f"{row['notes']['block']}, {row['shape']['S']:,} tokens",
+            f"{row['median_ms']:.3f}",
+            f"{row['gbps']:,.0f}",
+            f"{row['notes']['of_copy']:.0%}",
+            f"{row['peer_ms']:.3f} ({row['ratio']:.1f}x)",
+            _compiled(row),
+            f"{row['notes']['host_us']:.0f}",
+        ]
+        for row in rows
+    ]
+    head = ["block", "ms", "GB/s", "of a copy's", "unfused, eager, ms", "unfused, compiled, ms", "us of the host"]
+    return _markdown(head, body, rows)
+
+
+def _compiled(row: Row) -> str:
+    """Time and ratio of what torch.compile made of the unfused expressions; empty where it did not run."""
+    compiled = row["notes"].get("compiled_ms")
+    return "" if compiled is None else f"{compiled:.3f} ({compiled / row['median_ms']:.1f}x)"
 
 
 def _first_calls(rows: Sequence[Row]) -> str:
@@ -485,6 +573,8 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Row]], str]]] = {
     ),
     "step-profile": (("hunyuan_step_profile",), _where),
     "step-kernels": (("hunyuan_step_profile",), _kernels),
+    "prepare-checks": (("prepare-checks",), _prepare_checks),
+    "prepare-speed": (("prepare-speed",), _prepare_speed),
     "memory-bound": (("gpu-residual_diff", "gpu-merge_states"), _memory_bound),
     "step": (("hunyuan_step",), _step),
     "ring": (("ring-speed",), _ring),
@@ -495,6 +585,9 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Row]], str]]] = {
     "scaling-validation": (("scaling-validation",), _model_error),
     "toy-ranks": (("toy-ranks-cpu",), _checks),
     "demo": (("toy_demo",), _demo),
+    "int8-checks": (("int8-checks",), _int8_checks),
+    "int8-speed": (("int8-speed",), _int8),
+    "int8-power": (("int8-speed",), _int8_power),
     "cpu": (
         (
             "flash_attention_kv_lens-cpu",

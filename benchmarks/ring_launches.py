@@ -9,7 +9,6 @@ kernels read pieces of this process, whose flags arrive while they wait. Results
 from __future__ import annotations
 
 import sys
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -83,16 +82,15 @@ def error_of(
 
 
 def packed(k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """All pieces in one memory, each packed in two launches where it has two heads or more, and their table."""
+    """All pieces in one memory, and their table."""
     batch, _, kv_heads, head_dim = k.shape
     memory = torch.empty(2 * batch * kv_heads * sum(lengths), head_dim, dtype=k.dtype, device=k.device)
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     rows = []
     for start, length in zip(starts, lengths, strict=True):
         first_row = 2 * batch * kv_heads * start
-        for a, b in pairwise(sorted({0, kv_heads // 2, kv_heads})):
-            part = (slice(None), slice(start, start + length), slice(a, b))
-            ring_attention.pack_piece(k[part], v[part], memory, first_row + 2 * batch * length * a)
+        rows_of_piece = slice(start, start + length)
+        ring_attention.pack_piece(k[:, rows_of_piece], v[:, rows_of_piece], memory, first_row)
         rows.append((first_row, start, length))
     return memory, torch.tensor(rows, dtype=torch.int32, device=k.device)
 

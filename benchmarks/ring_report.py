@@ -37,6 +37,7 @@ from .peers import PORTABLE, PeerUnavailableError, attention_peer
 from .record import Check, Record, environment, write_records
 from .reference import TOLERANCES, attention_float64, relative_error
 from .section import dtype_name
+from .timing import HOST_HEAD_START_CYCLES
 
 ONE_GPU = "flash_attention on one GPU"
 WAIT_SECONDS = 45.0  # for another rank: a section that hangs on one rank fails on the others after so long
@@ -256,44 +257,6 @@ def speed(run: Run) -> None:
         _report(run, total, times, ONE_GPU)
 
 
-# What `parts` compares: heads announced before the others (one part in so many, 0: none), and MiB of a group of heads.
-PARTS = {"all at once": (0, 4), "a quarter early": (4, 4), "an eighth early": (8, 4), "a quarter early, 2 MiB": (4, 2)}
-
-
-def parts(run: Run) -> None:
-    """`peer` with the packing in one launch or two, and with groups of two sizes: one run, taking turns."""
-    if not run.is_cuda:
-        run.say("skipped: needs CUDA")
-        return
-    from para_kernels.parallel import device_ring, peer
-
-    usual = peer.EARLY_PART, device_ring.COPY_BYTES
-    transports = {}
-    for name, (early, size) in PARTS.items():
-        transports[name] = peer.PeerTransport(run.group, run.device), (early, size * 2**20)
-
-    def candidate(name: str, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Callable[[], object]:
-        transport, settings = transports[name]
-
-        def call() -> object:
-            peer.EARLY_PART, device_ring.COPY_BYTES = settings
-            return transport.ring(q, k, v, lengths=lengths, kv_lens=None, q_lens=None, scale=None)
-
-        return call
-
-    try:
-        for total in [total for total in run.tokens if total < 60_000]:
-            lengths = Shards.of(total, run.world).sizes
-            start = sum(lengths[: run.rank])
-            whole = _whole(run, 1, total, run.heads, run.heads, run.head_dim, seed=3)
-            q, k, v = (x[:, start : start + lengths[run.rank]].contiguous() for x in whole)
-            candidates: Candidates = {ONE_GPU: lambda: flash_attention(*whole)}  # noqa: B023 - called in this turn
-            candidates |= {name: candidate(name, q, k, v, lengths) for name in PARTS}
-            _report(run, total, _times(run, candidates, total), ONE_GPU, "peer, ")
-    finally:
-        peer.EARLY_PART, device_ring.COPY_BYTES = usual
-
-
 def no_p2p(run: Run) -> None:
     """NCCL without P2P, as on cards that cannot reach each other: in processes of their own, started by rank 0."""
     if not run.is_cuda:
@@ -406,6 +369,12 @@ def _times(run: Run, candidates: Mapping[str, Callable[[], object]], total: int)
 
 
 def _one_time(run: Run, candidate: Callable[[], object], calls: int) -> float:
+    """Milliseconds per call of some calls in a row, on this rank's device alone.
+
+    On CUDA the device first sleeps while the host queues all calls: what the host takes for the first one is not
+    counted (`host_time` measures it). The sleeps end apart, since clocks differ, so the ranks meet once more behind
+    them, on their devices, before the first event.
+    """
     run.synchronize()
     dist.all_reduce(torch.zeros(1, device=run.device))
     run.synchronize()
@@ -415,6 +384,9 @@ def _one_time(run: Run, candidate: Callable[[], object], calls: int) -> float:
             candidate()
         return (time.perf_counter() - start) * 1e3 / calls
     before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    meeting = torch.zeros(1, device=run.device)
+    torch.cuda._sleep(HOST_HEAD_START_CYCLES)
+    dist.all_reduce(meeting)
     before.record()
     for _ in range(calls):
         candidate()
@@ -489,7 +461,7 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "speed": speed,
     "no_p2p": no_p2p,
 }
-BY_NAME: dict[str, Callable[[Run], None]] = {"parts": parts, "trace": trace, "without_p2p": without_p2p}
+BY_NAME: dict[str, Callable[[Run], None]] = {"trace": trace, "without_p2p": without_p2p}
 
 
 def main() -> int:

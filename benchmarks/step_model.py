@@ -1,4 +1,4 @@
-"""The transformer that `hunyuan_step` measures: random weights, the inputs of a step, one forward."""
+"""The HunyuanVideo transformer that steps are measured with: random weights, the inputs of a step, one forward."""
 
 from __future__ import annotations
 
@@ -26,9 +26,14 @@ SMALL_CONFIG = {
 
 
 def build_transformer(config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
-    """The transformer with random weights, made on `device`: nothing passes through the host."""
+    """The transformer with random weights, of diffusers' default configuration but for `config`."""
+    return with_random_weights(HunyuanVideoTransformer3DModel, config, device, dtype)
+
+
+def with_random_weights(kind: Any, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
+    """A model of diffusers with random weights, made on `device`: nothing passes through the host."""
     with torch.device("meta"):
-        transformer: Any = HunyuanVideoTransformer3DModel(**config)
+        transformer: Any = kind(**config)
     transformer = transformer.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in transformer.named_parameters():

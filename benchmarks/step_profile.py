@@ -28,6 +28,8 @@ from torch.profiler import ProfilerActivity, profile
 from .record import Record
 
 MARK = "module:"
+# An attention's norms of queries and keys. The preparation does them itself, but calls one that is hooked.
+PREPARED = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 Key = TypeVar("Key", str, tuple[str, str, str])
 
 # (category, pattern in the names of a kernel and its operator); the first that fits counts.
@@ -96,7 +98,7 @@ def profiled(module: torch.nn.Module, forward: Callable[[], object], device: tor
 
 @contextmanager
 def _marked(root: torch.nn.Module) -> Iterator[None]:
-    """A range named after its class around every forward of every module below `root`."""
+    """A range named after its class around every forward of every module below `root` but those in PREPARED."""
     handles: list[Any] = []
     open_ranges: list[record_function] = []
 
@@ -108,7 +110,9 @@ def _marked(root: torch.nn.Module) -> Iterator[None]:
     def leave(module: torch.nn.Module, arguments: object, output: object) -> None:
         open_ranges.pop().__exit__(None, None, None)
 
-    for module in root.modules():
+    for name, module in root.named_modules():
+        if name.rpartition(".")[2] in PREPARED:
+            continue
         handles += [module.register_forward_pre_hook(enter, prepend=True), module.register_forward_hook(leave)]
     try:
         yield

@@ -218,6 +218,40 @@ PyObject* checked_varlen(PyObject*, PyObject* const* arguments, Py_ssize_t count
   END_HANDLE_TH_ERRORS
 }
 
+void append(std::string& key, std::int64_t value) {
+  key.append(reinterpret_cast<const char*>(&value), sizeof(value));
+}
+
+// What checks of a call look at, in one key: the checks themselves take over 100 microseconds in Python.
+PyObject* signature(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (at::impl::torch_function_mode_enabled()) {
+    Py_RETURN_NONE;
+  }
+  std::string key;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (arguments[i] == Py_None) {
+      append(key, -1);
+      continue;
+    }
+    const at::Tensor* tensor = plain_tensor(arguments[i]);
+    if (!tensor || tensor->layout() != at::kStrided) {
+      Py_RETURN_NONE;
+    }
+    append(key, tensor->dim());
+    append(key, static_cast<std::int64_t>(tensor->scalar_type()));
+    append(key, static_cast<std::int64_t>(tensor->device().type()));
+    append(key, tensor->device().index());
+    append(key, at::GradMode::is_enabled() && tensor->requires_grad());
+    for (std::int64_t d = 0; d < tensor->dim(); ++d) {
+      append(key, tensor->size(d));
+      append(key, tensor->stride(d));
+    }
+  }
+  return PyBytes_FromStringAndSize(key.data(), static_cast<Py_ssize_t>(key.size()));
+  END_HANDLE_TH_ERRORS
+}
+
 template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
 py::object plain_function(const char* name, const char* doc) {
   static PyMethodDef method = {
@@ -269,6 +303,10 @@ void bind_attention(py::module_& m) {
       "good: then the checks in Python have the word.");
   m.attr("checked_varlen") = plain_function<&checked_varlen>(
       "checked_varlen", "(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale): likewise for packed samples.");
+  m.attr("signature") = plain_function<&signature>(
+      "signature",
+      "(*tensors): shapes, strides, dtypes, devices and need of a gradient, as bytes; a tensor may be None. None where one "
+      "is of a subclass, or its shape is not known.");
   m.def(
       "attention_outputs", &para_kernels::attention_outputs, py::arg("q"), py::call_guard<py::gil_scoped_release>(),
       "Empty and contiguous (out, lse): like q (B, S, H, D) and float32 (B, H, S); packed (T, H, D) and (H, T).");
@@ -286,6 +324,12 @@ void bind_attention(py::module_& m) {
       py::arg("q_lens"), py::arg("kv_lens"), py::arg("packed_max_q"), py::arg("launch"), py::arg("grid"),
       py::arg("sources"), py::arg("lens_are_pointers"), py::arg("integers"),
       "Launch calls like this one, whatever their addresses, lengths and scale, without Python from now on.");
+  m.def(
+      "keep_cudnn_plan",
+      [](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+        para_kernels::keep_cudnn_plan({q, k, v, std::nullopt, std::nullopt, 0.0, std::nullopt});
+      },
+      py::arg("q"), py::arg("k"), py::arg("v"), "Leave calls like this one, without lengths, to cuDNN from now on.");
   m.def("forget_attention_plans", &para_kernels::forget_attention_plans);
   m.def("use_stream_for", &para_kernels::use_stream_for, py::arg("stream_for"));
   m.def("use_attention_forward", &para_kernels::use_attention_forward, py::arg("forward"));

@@ -1,5 +1,7 @@
 #include "cuda_attention.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/_scaled_dot_product_cudnn_attention.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/utils/pybind.h>
@@ -8,6 +10,7 @@
 #include <memory>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 
 namespace py = pybind11;
@@ -24,6 +27,7 @@ constexpr std::uint64_t kAlignment = 16;  // bytes; kernels and the copy engine 
 // The interpreter's lock guards all of this. It is never destroyed: at exit Python may be gone before it.
 struct State {
   std::unordered_map<std::string, std::shared_ptr<const AttentionPlan>> plans;
+  std::unordered_set<std::string> by_cudnn;
   py::object stream_for;
   py::object forward;
 };
@@ -88,8 +92,9 @@ bool launch(
   return fits && call.submit(plan.grid, stream);
 }
 
-bool launch_as_planned(const AttentionInputs& inputs, const at::Tensor& out, const at::Tensor& lse) {
-  const auto found = state().plans.find(key_of(inputs));
+bool launch_as_planned(
+    const std::string& key, const AttentionInputs& inputs, const at::Tensor& out, const at::Tensor& lse) {
+  const auto found = state().plans.find(key);
   if (found == state().plans.end()) {
     return false;
   }
@@ -115,7 +120,15 @@ void keep_attention_plan(const AttentionInputs& inputs, AttentionPlan plan) {
   state().plans.insert_or_assign(key_of(inputs), std::make_shared<const AttentionPlan>(std::move(plan)));
 }
 
+void keep_cudnn_plan(const AttentionInputs& inputs) {
+  if (state().by_cudnn.size() >= kMaxPlans) {
+    state().by_cudnn.clear();
+  }
+  state().by_cudnn.insert(key_of(inputs));
+}
+
 void forget_attention_plans() {
+  state().by_cudnn.clear();
   const auto forgotten = std::exchange(state().plans, {});
 }
 
@@ -127,11 +140,27 @@ void use_attention_forward(py::object forward) {
   state().forward = std::move(forward);
 }
 
+AttentionOutputs cudnn_attention(const AttentionInputs& inputs) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const auto result = at::_scaled_dot_product_cudnn_attention(
+      inputs.q.transpose(1, 2), inputs.k.transpose(1, 2), inputs.v.transpose(1, 2), /*attn_bias=*/std::nullopt,
+      /*compute_log_sumexp=*/true, /*dropout_p=*/0.0, /*is_causal=*/false, /*return_debug_mask=*/false, inputs.scale);
+  // Both are laid out like this already, with a dimension of 1 behind lse in some versions.
+  return {
+      std::get<0>(result).transpose(1, 2).contiguous(),
+      std::get<1>(result).contiguous().view({inputs.q.size(0), inputs.q.size(2), inputs.q.size(1)})};
+}
+
 AttentionOutputs cuda_attention(const AttentionInputs& inputs) {
+  const py::gil_scoped_acquire gil;
+  const std::string key = key_of(inputs);
+  if (state().by_cudnn.count(key) != 0) {
+    const py::gil_scoped_release released;
+    return cudnn_attention(inputs);
+  }
   const auto outputs = attention_outputs(inputs.q);
   const auto& [out, lse] = outputs;
-  const py::gil_scoped_acquire gil;
-  if (!launch_as_planned(inputs, out, lse)) {
+  if (!launch_as_planned(key, inputs, out, lse)) {
     if (inputs.packed_max_q) {  // rows of no sample come back as on the CPU
       out.zero_();
       lse.fill_(-std::numeric_limits<float>::infinity());

@@ -49,6 +49,10 @@ AttentionOutputs attention_outputs(const at::Tensor& q);
 
 // Launches calls whose shapes, strides, types and alignments are those of `inputs` with `plan` from now on.
 void keep_attention_plan(const AttentionInputs& inputs, AttentionPlan plan);
+
+// Leaves such calls to cuDNN from now on: only those of whole (B, S, H, D) without lengths.
+void keep_cudnn_plan(const AttentionInputs& inputs);
+
 void forget_attention_plans();
 
 // `stream_for(device_index)` gives the stream to launch in, or None while launches have to go through Triton.
@@ -57,5 +61,8 @@ void use_stream_for(pybind11::object stream_for);
 void use_attention_forward(pybind11::object forward);
 
 AttentionOutputs cuda_attention(const AttentionInputs& inputs);
+
+// torch's attention by cuDNN. RuntimeError where it cannot.
+AttentionOutputs cudnn_attention(const AttentionInputs& inputs);
 
 }  // namespace para_kernels

@@ -26,6 +26,9 @@ constexpr int kFillWithZeros = 0;
 // CUtensorMapDataType
 std::optional<int> tensor_map_type(at::ScalarType dtype) {
   switch (dtype) {
+    case at::kChar:
+    case at::kFloat8_e4m3fn:  // bytes: nothing is done to them on the way
+      return 0;
     case at::kHalf:
       return 6;
     case at::kFloat:

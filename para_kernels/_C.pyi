@@ -62,6 +62,12 @@ def keep_attention_plan(
 ) -> None:
     """Launch calls like this one, whatever their addresses, lengths and scale, without Python from now on."""
 
+def signature(*tensors: torch.Tensor | None) -> bytes | None:
+    """Shapes, strides, dtypes, devices, need of a gradient. None for a subclass and where a shape is not known."""
+
+def keep_cudnn_plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Leave calls like this one, without lengths, to cuDNN from now on."""
+
 def forget_attention_plans() -> None: ...
 def use_stream_for(stream_for: Callable[[int], int | None]) -> None:
     """How a launch learns its stream from the index of its device; None: Triton has to launch."""

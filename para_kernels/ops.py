@@ -19,7 +19,7 @@ try:  # The compiled CPU kernels; without them (PARA_KERNELS_SKIP_EXT=1) the tor
 except ImportError:
     _C: ModuleType | None = None
 
-if _C is not None and not hasattr(_C, "use_attention_forward"):
+if _C is not None and not hasattr(_C, "signature"):
     raise ImportError("para_kernels._C was built from older sources: build the package again")
 
 EXTENSION_AVAILABLE = _C is not None
@@ -299,6 +299,7 @@ def _triton() -> ModuleType:
     from para_kernels import triton_kernels
     from para_kernels.triton_kernels import (  # noqa: F401
         dispatch,
+        dispatch8,
         launch,
         merge_states,
         prepare,

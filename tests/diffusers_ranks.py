@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
+import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,7 +27,7 @@ from para_kernels.integrations.diffusers import (
     parallelize_pipe,
 )
 from para_kernels.integrations.diffusers.toy import TOY_PIPELINE
-from para_kernels.parallel import RankFailure
+from para_kernels.parallel import RankFailure, transport
 
 TIMEOUT = 60.0  # of a rank that waits for another: the machine may be busy
 SEEN = dict[str, Any]
@@ -190,9 +192,68 @@ def remove() -> SEEN:
     generate(pipe)
     accelerate(pipe, cache=None, parallel=None)
     without = generate(pipe)
+    apply_cache_on_pipe(pipe, 0.0)
+    parallelize_pipe(pipe, timeout=TIMEOUT)
+    first = generate(pipe)
+    groups = ring_groups(handle)
+    kept = [group in transport._selected for group in groups]
     handle.remove()
     after = traces(pipe)
-    return {"same": after == before, "equal": torch.equal(generate(pipe), stock), "without": digest(without)}
+    equal = torch.equal(generate(pipe), stock)
+    given_back = [group not in transport._selected for group in groups]
+    again = parallelize_pipe(pipe, timeout=TIMEOUT)
+    second = generate(pipe)
+    again.remove()
+    return {
+        "same": after == before,
+        "equal": equal,
+        "without": digest(without),
+        "given back": given_back,
+        "kept": kept,
+        "again": torch.equal(first, second),
+    }
+
+
+def ring_groups(handle: Any) -> list[dist.ProcessGroup]:
+    """The groups that keys and values have gone round."""
+    places = handle.settings.parallel
+    found = [place.ring_group for place in (places.fixed, *places._chosen.values()) if place is not None]
+    return [group for group in found if group.size() > 1]
+
+
+def buffers(rank: int, world: int, library: str) -> SEEN:
+    """The pipeline over `peer` on a driver without a GPU, taken off and put on again. For a world of its own."""
+    from fake_ring import CPU, FakePeer
+
+    class Peer(FakePeer):
+        def ring(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            results = super().ring(*args, **kwargs)
+            self._synchronize()  # what comes next is computed by the host
+            return results
+
+    pipe = tiny_pipeline()
+    stock = generate(pipe, PROMPTS[:2])
+    alone = accelerate(pipe)
+    expected = generate(pipe, PROMPTS[:2])
+    alone.remove()
+    held, differences = [], []
+    for _ in range(2):
+        handle = accelerate(pipe, parallel=ContextParallel(ring=world, timeout=TIMEOUT))
+        (group,) = ring_groups(handle)
+        peer = Peer(group, library)
+        transport._selected[group] = {(CPU, "auto"): transport.Selection(peer, "a test")}
+        differences.append(float((generate(pipe, PROMPTS[:2]) - expected).abs().max() / expected.abs().max()))
+        held.append(peer.memory_bytes)
+        accelerate(pipe, cache=0.1)
+        handle.remove()
+        held.append(peer.memory_bytes)
+    return {
+        "differences": differences,
+        "held": held,
+        "registered": ctypes.c_uint.in_dll(ctypes.CDLL(library), "registered").value,
+        "watches": [thread.name for thread in threading.enumerate() if thread.name.endswith(" watch")],
+        "equal": torch.equal(generate(pipe, PROMPTS[:2]), stock),
+    }
 
 
 def traces(pipe: Any) -> list[Any]:

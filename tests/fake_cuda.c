@@ -294,6 +294,26 @@ int stream_is_idle(CUstream name) {
   return 1;
 }
 
+// How many steps a stream has been given so far.
+unsigned steps_enqueued(CUstream name) {
+  for (unsigned i = 0; i < stream_count; ++i) {
+    if (streams[i]->name == name) {
+      return load(&streams[i]->enqueued);
+    }
+  }
+  return 0;
+}
+
+// How many of them it has done.
+unsigned steps_finished(CUstream name) {
+  for (unsigned i = 0; i < stream_count; ++i) {
+    if (streams[i]->name == name) {
+      return load(&streams[i]->done);
+    }
+  }
+  return 0;
+}
+
 CUresult cuStreamWaitValue32(CUstream stream, CUdeviceptr address, cuuint32_t value, unsigned flags) {
   if (flags != CU_STREAM_WAIT_VALUE_GEQ || address % 4) {
     return CUDA_ERROR_INVALID_VALUE;

@@ -754,6 +754,28 @@ def test_a_run_that_is_not_done_in_time_is_ended(monkeypatch: pytest.MonkeyPatch
     assert sanitize._output([sys.executable, "-c", script]) == "begun\n\nnot done after 1 s"
 
 
+# --- the preparation --------------------------------------------------------------------------------------------------
+
+
+def test_the_preparation_as_tables(tmp_path: Path) -> None:
+    notes = {"unfused": 1e-7, "equal": 0.75}
+    check = record.Check("preparation, rms, half", 1, 0, "float32", 2e-7, 1e-6, notes)
+    record.write_records("prepare-checks", [check], tmp_path)
+    assert rows_of("prepare-checks", tmp_path)[2:] == ["| rms, half, float32 | 2e-07 | 1e-06 | 1e-07 | 75.00% |"]
+    speeds = [
+        Record(
+            "prepare_attention", {"S": 4608}, "bfloat16", OURS, 0.5, "eager", 2.0, gbps=1500.0,
+            notes={"block": "dual", "of_copy": 0.9, "host_us": 410.2, "compiled_ms": compiled},
+        )
+        for compiled in (1.0, None)  # no compiler on a CPU
+    ]  # fmt: skip
+    record.write_records("prepare-speed", speeds, tmp_path)
+    assert rows_of("prepare-speed", tmp_path)[2:] == [
+        "| dual, 4,608 tokens | 0.500 | 1,500 | 90% | 2.000 (4.0x) | 1.000 (2.0x) | 410 |",
+        "| dual, 4,608 tokens | 0.500 | 1,500 | 90% | 2.000 (4.0x) |  | 410 |",
+    ]
+
+
 # --- the profile of a step --------------------------------------------------------------------------------------------
 
 # Names as torch.profiler gives them on an H100: (kernel, operator, innermost module, category).
@@ -846,6 +868,26 @@ def test_work_is_found_under_the_module_that_did_it() -> None:
     assert before == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
 
 
+def test_the_profiled_step_prepares_as_the_timed_one_does() -> None:
+    """No norm is called that the preparation takes over; others are, and are marked."""
+    pytest.importorskip("diffusers")
+    from tiny_hunyuan import tiny_pipeline, transformer_inputs
+
+    from para_kernels.integrations.diffusers import accelerate
+
+    pipe, called = tiny_pipeline(), []
+    accelerate(pipe)
+    norms = {name: module for name, module in pipe.transformer.named_modules() if type(module).__name__ == "RMSNorm"}
+    assert norms
+    for name, norm in norms.items():
+        norm.forward = lambda x, name=name, forward=norm.forward: called.append(name) or forward(x)
+    inputs = transformer_inputs()
+    with torch.no_grad():
+        found = step_profile.profiled(pipe.transformer, lambda: pipe.transformer(**inputs), CPU)
+    assert called == []
+    assert {"Attention", "LayerNorm", "HunyuanVideoTransformer3DModel"} <= {launch.module for launch in found.launches}
+
+
 def test_the_profile_as_records_and_tables(tmp_path: Path) -> None:
     launches = [Launch("gemm", "aten::addmm", "Linear", 3000.0)] * 2 + [Launch("exp", "aten::exp", "GELU", 1000.0)]
     found = step_profile.Profile(launches, span=8e-3, idle=1e-3)
@@ -926,6 +968,57 @@ def test_the_step_over_several_gpus_rehearses_without_any(tmp_path: Path) -> Non
         assert notes["cache_difference"] < 1e-5
         assert (notes["same_decisions"], notes["reused"], notes["cache_steps"]) == (1, 2, 4)
         assert notes["closest_to_threshold"] > 1e-2
+
+
+@pytest.mark.parametrize("model", ["hunyuan", "flux", "cogvideox"])
+def test_the_settings_of_a_step_run_small(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    from benchmarks import step_settings
+
+    settings = ["diffusers", "exact", "exact, cache"]
+    monkeypatch.setattr(
+        step_settings,
+        "SETTINGS",
+        (*step_settings.SETTINGS, step_settings.Setting("exact, cache", {"cache": 0.08})),
+    )
+    arguments = [model, "--small", "--steps", "4", "--out", str(tmp_path), "--only", *settings]
+    monkeypatch.setattr(sys, "argv", ["step_settings", *arguments])
+    assert step_settings.main() == 0
+    rows = record.read_records(f"{model}_step_settings", tmp_path)
+    assert [row["kernel"] for row in rows] == settings
+    stock, exact, cached = rows
+    assert (stock["ratio"], stock["notes"]["difference"]) == (1.0, 0.0)
+    assert exact["notes"]["difference"] < (1e-2 if torch.cuda.is_available() else 1e-5)
+    assert (exact["notes"]["reused"], cached["notes"]["reused"]) == (0, 2)
+
+
+def test_a_setting_that_fails_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("diffusers")
+    from benchmarks import step_settings
+
+    bad = step_settings.Setting("bad", {"attention": "none such"})
+    monkeypatch.setattr(step_settings, "SETTINGS", (bad, *step_settings.SETTINGS))
+    arguments = ["flux", "--small", "--steps", "1", "--out", str(tmp_path), "--only", "bad", "exact"]
+    monkeypatch.setattr(sys, "argv", ["step_settings", *arguments])
+    assert step_settings.main() == 1
+    assert "failed: bad" in capsys.readouterr().out
+    (row,) = record.read_records("flux_step_settings", tmp_path)
+    assert (row["kernel"], row["peer"]) == ("exact", None)
+
+
+@pytest.mark.parametrize("model", ["flux", "cogvideox"])
+def test_steps_over_several_gpus_rehearse_without_any(model: str, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    printed = torchrun("benchmarks.step_ranks", model, "--small", "--steps", "2", "--out", str(tmp_path))
+    assert "failed: none" in printed
+    rows = {row["kernel"]: row for row in record.read_records(f"{model}_step_ranks", tmp_path)}
+    assert list(rows) == ["one GPU", "auto", "ring", "ulysses", "diffusers on one GPU"]
+    for row in rows.values():
+        assert row["notes"]["difference"] < 1e-5
+        assert row["ratio"] > 0
+    assert rows["ring"]["notes"]["place"] == "batch 1 x ring 2 x ulysses 1"
 
 
 def test_the_kept_demo_writes_its_record_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,6 +184,7 @@ def test_each_call_starts_afresh_and_keeps_nothing(pipe: HunyuanVideoPipeline, p
 def test_policies_follow_each_other_on_one_installation(pipe: HunyuanVideoPipeline) -> None:
     """Each re-tuned pipe is one that was freshly accelerated, and at the end the stock one."""
     stock = generate(pipe)
+    handle = accelerate(pipe)
     results = []
     for policy in POLICIES.values():
         handle = accelerate(pipe, cache=policy)

@@ -21,6 +21,7 @@ from tiny_hunyuan import PROMPTS, tiny_pipeline
 
 from para_kernels.attention import selected_kernel
 from para_kernels.integrations.diffusers import cli, demo, doctor, loading
+from para_kernels.integrations.diffusers import generate as generating
 from para_kernels.integrations.diffusers.generate import Acceleration, Request, generate
 from para_kernels.integrations.diffusers.handle import Handle
 from para_kernels.integrations.diffusers.toy import TOY_PIPELINE
@@ -73,6 +74,21 @@ def test_generate_takes_the_output_name_as_it_is_for_one_prompt(model: str, tmp_
     output = tmp_path / "one.mp4"
     assert cli.main(["generate", PROMPTS[0], "--model", model, *SIZE, "--zoom", "1", "--output", str(output)]) == 0
     assert read_mp4(output) == (5, (32, 48))
+
+
+def test_generate_writes_the_exact_frames(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def noted(pipe: Any, request: Any) -> Any:
+        made.append(kept(pipe, request))
+        return made[-1]
+
+    kept = generating.generate
+    monkeypatch.setattr(generating, "generate", noted)
+    assert cli.main(["generate", *PROMPTS, "--model", model, *SIZE, "--output", str(tmp_path / "v.npy")]) == 0
+    for i, expected in enumerate(made[0].videos, start=1):
+        np.testing.assert_array_equal(np.load(tmp_path / f"v-{i}.npy"), expected.astype(np.float32))
+    assert len(list(tmp_path.iterdir())) == len(PROMPTS)
 
 
 def test_one_by_one_makes_a_call_per_prompt(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

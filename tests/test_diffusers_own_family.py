@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from para_kernels.integrations.diffusers import Family, Processor, ShardPlan, accelerate, register_family
+from para_kernels.integrations.diffusers import Family, Passes, Processor, ShardPlan, accelerate, register_family
 
 
 class NovelAttention(nn.Module):
@@ -127,6 +127,7 @@ def test_unknown_before_and_after() -> None:
         ({"reused_streams": ("y",)}, "reused_streams: got"),
         ({"cache_threshold": -1.0}, "cache_threshold"),
         ({"processor": None}, "processor: got None"),
+        ({"passes": Passes(("cond",), "text")}, "passes.prompts: got 'text', allowed is a tuple"),  # type: ignore[arg-type]
         ({"shards": replace(NOVEL.shards, sequence=("y",))}, "shards.sequence: got"),
         ({"components": "transformer"}, "components: got 'transformer', allowed is a tuple"),
         (
@@ -159,6 +160,7 @@ def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> No
     ("changes", "message"),
     [
         ({"block_lists": ("blocks",)}, "block_lists: NovelTransformer has no nn.ModuleList 'blocks'"),
+        ({"passes": Passes(("cond", "uncond"), ("text",))}, "NovelTransformer.forward has no argument 'text'"),
         ({"head_dim": "dim"}, "the config of NovelTransformer has no entry 'dim'"),
         ({"shards": replace(NOVEL.shards, gathered_at="tail")}, "NovelTransformer has no submodule 'tail'"),
     ],

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 pytest.importorskip("diffusers")
@@ -148,6 +149,25 @@ def test_the_first_rank_alone_shows_progress(shared: Path) -> None:
 def test_remove_leaves_nothing_behind(shared: Path, world: int) -> None:
     for one in seen(shared, world, "remove"):
         assert one["same"]
+        assert one["equal"]
+        assert all(one["kept"])
+        assert all(one["given back"])
+        assert one["again"]
+
+
+def test_remove_gives_back_the_buffers_of_the_ring(tmp_path: Path) -> None:
+    pytest.importorskip("para_kernels._C")
+    pytest.importorskip("triton.backends.nvidia.driver")
+    if torch.cuda.is_available():
+        pytest.skip("the fake driver cannot stand beside a real one")
+    from fake_cuda import build_library
+
+    for one in ranks.launch(2, diffusers_ranks.buffers, str(build_library(tmp_path))):
+        assert isinstance(one, dict), one
+        assert max(one["differences"]) <= TOLERANCE
+        assert [bool(held) for held in one["held"]] == [True, False] * 2
+        assert one["registered"] == 0
+        assert one["watches"] == []
         assert one["equal"]
 
 

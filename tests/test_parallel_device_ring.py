@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import random
 import signal
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +61,7 @@ def differences(rank: int, world: int, name: str, library: str, delay_us: int, l
     random.seed(rank)
     transport = make(name, library, delay_us)
     worst = [0.0] * len(CASES)
+    seen = []
     for layer in range(layers):
         # Two layers of a case, so that both slots are used, in an order that is the same on all ranks.
         index = layer // 2 % len(CASES)
@@ -75,11 +78,12 @@ def differences(rank: int, world: int, name: str, library: str, delay_us: int, l
             q[:, mine], k[:, mine], v[:, mine], lengths=lengths, kv_lens=lens[0], q_lens=lens[1], scale=None
         )
         expected, expected_lse = attention_batch(q, k, v, kv_lens, q_lens)
-        worst[index] = max(worst[index], error(out, expected[:, mine]), lse_error(lse, expected_lse[:, :, mine]))
-    raise_on_failure()
+        seen.append((index, out, lse, expected[:, mine], expected_lse[:, :, mine]))
     assert transport.memory_bytes > 0
-    dist.barrier()
     transport.close()
+    raise_on_failure()
+    for index, out, lse, expected, expected_lse in seen:
+        worst[index] = max(worst[index], error(out, expected), lse_error(lse, expected_lse))
     return worst
 
 
@@ -96,7 +100,7 @@ def ahead(rank: int, world: int, name: str, library: str) -> float:
     """Rank 0 needs no keys of the others, which are slow: nothing but their credits keeps it from its slots."""
     torch.manual_seed(0)
     transport = make(name, library, 3000 if rank else 0)
-    worst = 0.0
+    seen = []
     for _ in range(12):
         q, k, v = (torch.randn(1, 5 * world, 2, 64) for _ in range(3))
         mine = slice(5 * rank, 5 * rank + 5)
@@ -104,10 +108,9 @@ def ahead(rank: int, world: int, name: str, library: str) -> float:
         out, _ = transport.ring(
             q[:, mine], k[:, mine], v[:, mine], lengths=(5,) * world, kv_lens=kv_lens, q_lens=None, scale=None
         )
-        worst = max(worst, error(out, attention_batch(q, k, v, [5])[0][:, mine]))
-    dist.barrier()
+        seen.append((out, attention_batch(q, k, v, [5])[0][:, mine]))
     transport.close()
-    return worst
+    return max(error(out, expected) for out, expected in seen)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -193,6 +196,150 @@ def test_what_the_driver_refuses_is_raised(name: str, library: str) -> None:
     assert all(a or b for a, b in zip(said, ended, strict=True))
 
 
+def order(rank: int, world: int, name: str, library: str, launches_block: bool) -> list[bool]:
+    """For each layer, whether attention was launched before the side streams were given anything of it."""
+    transport = make(name, library)
+    transport._launches_block = launches_block
+    attend, seen = transport._attend, []
+
+    def given() -> int:
+        return sum(transport.fake.steps_enqueued(stream) for stream in transport._sides)
+
+    def attended(*arguments: Any) -> None:
+        seen.append(given() == before)
+        attend(*arguments)
+
+    transport._attend = attended
+    q = torch.ones(1, 4, 2, 8)
+    for _ in range(3):
+        before = given()
+        transport.ring(q, q, q, lengths=(4,) * world, kv_lens=None, q_lens=None, scale=None)
+        assert given() > before
+    transport.close()
+    return seen
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("launches_block", [False, True])
+def test_attention_is_launched_before_the_transfers_unless_that_blocks(
+    name: str, library: str, launches_block: bool
+) -> None:
+    assert launch(2, order, name, library, launches_block) == [[not launches_block] * 3] * 2
+
+
+def broken(rank: int, world: int, name: str, library: str, driver_too: bool) -> tuple[str, str, float, float]:
+    """Rank 1 fails between the launch of its kernel and the transfers: what a rank is told, and how its kernel ends."""
+    transport = make(name, library)
+    q = torch.ones(1, 4, 2, 8)
+
+    def layer() -> torch.Tensor:
+        return transport.ring(q, q, q, lengths=(4,) * world, kv_lens=None, q_lens=None, scale=None)[0]
+
+    layer()
+    transport._synchronize()
+    dist.barrier()
+    outs, attend = [], transport._attend
+
+    def attended(*arguments: Any) -> None:
+        outs.append(arguments[4])
+        attend(*arguments)
+
+    class Refused:
+        def run(self, streams: list[int], epoch: int) -> None:
+            if driver_too:
+                ctypes.c_int.in_dll(transport.fake, "result").value = 801
+            raise RuntimeError("refused")
+
+    transport._attend = attended
+    if rank == 1:
+        for shape, known in transport._layouts.items():
+            transport._layouts[shape] = dataclasses.replace(known, transfers=(Refused(), Refused()))
+    said, told = "", ""
+    started = time.monotonic()
+    with deadline(2.0 if driver_too else 60.0):
+        try:
+            layer()
+        except RuntimeError as failed:
+            said = str(failed)
+    transport._synchronize()
+    seconds = time.monotonic() - started
+    try:
+        while time.monotonic() < started + 10:
+            transport.check()
+            time.sleep(0.01)
+    except RankFailure as failed:
+        told = str(failed)
+    return said, told, seconds, float(outs[0].sum()) if outs else 0.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("driver_too", [False, True])
+def test_a_host_that_fails_behind_the_launch_ends_its_kernel_and_the_others(
+    name: str, library: str, driver_too: bool
+) -> None:
+    """By flags without copies, at once; or, where the driver takes no more, by the kernel's bounded wait."""
+    other, (said, told, seconds, total) = launch(2, broken, name, library, driver_too)
+    assert said == "refused"
+    assert told.startswith("rank 1 failed in an earlier call: RuntimeError: refused")
+    if driver_too:
+        assert 1.9 <= seconds < 10
+        assert total != total  # NaN: what waited in vain must not look like a result
+    else:
+        assert seconds < 5
+    assert "was ended by rank 1" in other[1]
+    assert other[2] < 10
+
+
+def closing(rank: int, world: int, name: str, library: str) -> tuple[float, int, int]:
+    """Rank 0 closes as soon as its own device is done; rank 1's copies take their time. Then both begin anew."""
+    torch.manual_seed(0)
+    worst, held = 0.0, 0
+    library_itself = ctypes.CDLL(library)
+    for _ in range(2):
+        transport = make(name, library, 20_000 if rank else 0)
+        q, k, v = (torch.randn(1, 5 * world, 2, 64) for _ in range(3))
+        mine = slice(5 * rank, 5 * rank + 5)
+        out, _ = transport.ring(
+            q[:, mine], k[:, mine], v[:, mine], lengths=(5,) * world, kv_lens=None, q_lens=None, scale=None
+        )
+        transport.close()
+        worst = max(worst, error(out, attention_batch(q, k, v)[0][:, mine]))
+        held += transport.memory_bytes
+    raise_on_failure()
+    return worst, held, ctypes.c_uint.in_dll(library_itself, "registered").value
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_closing_waits_for_those_who_still_read_and_gives_all_back(name: str, library: str) -> None:
+    for worst, held, registered in launch(2, closing, name, library):
+        assert worst <= 1e-5
+        assert held == 0
+        assert registered == 0
+
+
+def closing_alone(rank: int, world: int, name: str, library: str) -> float:
+    """Rank 1 dies in the second layer; rank 0 has been told, and closes: seconds that took."""
+    transport = make(name, library)
+    q = torch.ones(1, 4, 2, 8)
+    try:
+        for layer in range(2):
+            if rank == 1 and layer == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            transport.ring(q, q, q, lengths=(4,) * world, kv_lens=None, q_lens=None, scale=None)
+            transport._synchronize()
+            transport.check()
+    except RankFailure:
+        started = time.monotonic()
+        transport.close()
+        return time.monotonic() - started
+    return -1.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_closing_does_not_wait_for_a_rank_that_died(name: str, library: str) -> None:
+    assert 0 <= launch(2, closing_alone, name, library, lost=1)[0] < 8
+
+
 def test_slots_never_overlap_and_start_at_rows() -> None:
     for dim, dtype in ((8, torch.float32), (24, torch.bfloat16), (200, torch.float32), (128, torch.float16)):
         shape = Shape((11, 13), 2, 3, dim, dtype)
@@ -202,26 +349,6 @@ def test_slots_never_overlap_and_start_at_rows() -> None:
             assert place.offset(index) % shape.row_bytes == 0
             assert index * capacity <= place.offset(index) < index * capacity + shape.row_bytes
         assert shape.row_bytes <= device_ring._ALIGNMENT
-
-
-def early_heads(shape: Shape) -> int:
-    transport = object.__new__(peer.PeerTransport)
-    return transport._early_heads(shape)
-
-
-@pytest.mark.parametrize("rows", [1, 1000, 4096, 16_384, 60_000])
-def test_the_heads_that_are_announced_early_are_whole_groups_and_aligned(
-    rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for heads, dim in ((24, 128), (5, 64), (3, 24), (1, 128), (7, 5)):
-        shape = Shape((rows, rows), 2, heads, dim, torch.bfloat16)
-        early = early_heads(shape)
-        assert early == 0 or early in [first for first, _ in shape.groups()]
-        assert early * shape.row_bytes % 16 == 0
-    assert early_heads(Shape((4096, 4096), 1, 24, 128, torch.bfloat16)) == 6
-    assert early_heads(Shape((64, 64), 1, 24, 128, torch.bfloat16)) == 0  # one group: nothing comes after it
-    monkeypatch.setattr(peer, "EARLY_PART", 0)
-    assert early_heads(Shape((4096, 4096), 1, 24, 128, torch.bfloat16)) == 0
 
 
 @pytest.mark.parametrize("rows", [1, 1000, 60_000, 500_000])

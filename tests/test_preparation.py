@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from reference import prepared
 from torch import Tensor, nn
 
+from para_kernels import ops, preparation
 from para_kernels.integrations.diffusers.norms import left_to_norm
 from para_kernels.preparation import Norm, Stream, prepare_attention, prepare_projection
 
@@ -300,3 +301,55 @@ def test_nothing_is_written_to_what_went_in() -> None:
         before = [stream.query.clone() for stream in streams]
         prepare_attention(streams, rotary_form=form)  # type: ignore[arg-type]
         assert all(torch.equal(stream.query, query) for stream, query in zip(streams, before, strict=True))
+
+
+needs_extension = pytest.mark.skipif(ops._C is None, reason="without the extension every call is checked")
+
+
+@needs_extension
+def test_calls_alike_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
+    monkeypatch.setattr(preparation, "_known_good", set())
+    monkeypatch.setattr(preparation, "_check_form", checked.append)
+    for _ in range(2):
+        prepare_attention(Case().streams())
+        prepare_projection(Case().streams()[0].query, None)
+        prepare_attention([x._replace(value=None) for x in Case().streams()], value=torch.ones(2, 8, 3, 16))
+    assert len(checked) == 3
+
+
+@needs_extension
+@pytest.mark.parametrize("message", bad_inputs())
+def test_what_is_like_no_good_call_is_checked(message: str) -> None:
+    prepare_attention(Case().streams())
+    for _ in range(2):  # a refused call is not remembered either
+        with pytest.raises(ValueError, match=message):
+            prepare_attention(*bad_inputs()[message])
+
+
+@needs_extension
+def test_a_signature_tells_apart_what_checks_tell_apart() -> None:
+    assert ops._C is not None
+    x = torch.randn(2, 3, 4)
+    others = (
+        torch.randn(2, 4, 3),
+        torch.randn(3, 2, 4).transpose(0, 1),
+        x.half(),
+        torch.randn(2, 3, 4, device="meta"),
+        x.clone().requires_grad_(),
+        torch.randn(24),
+        None,
+    )
+    signatures = {ops._C.signature(y) for y in (x, *others)}
+    assert len(signatures) == 1 + len(others)
+    assert ops._C.signature(x, None) not in {ops._C.signature(x), ops._C.signature(None, x)}
+    assert ops._C.signature(x) == ops._C.signature(torch.randn(2, 3, 4))
+    with torch.no_grad():
+        assert ops._C.signature(others[4]) == ops._C.signature(x)
+    assert ops._C.signature(nn.Parameter(x, requires_grad=False)) == ops._C.signature(x)
+    assert ops._C.signature(x.to_sparse()) is None
+    assert ops._C.signature(x.as_subclass(Other)) is None
+
+
+class Other(Tensor):
+    """A subclass, whose checks may mean something else."""

@@ -127,11 +127,31 @@ def test_mp4_holds_the_frames(tmp_path: Path, zoom: int) -> None:
         ({"fps": 0}, "fps: 0"),
         ({"zoom": 0}, "zoom: 0"),
         ({"path": Path("v.gif")}, "output: 'v.gif'"),
+        ({"path": Path("v.npy")}, "output: 'v.npy'"),
     ],
 )
 def test_write_mp4_refuses(tmp_path: Path, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         video.write_mp4(**({"path": tmp_path / "v.mp4", "frames": smooth(), "fps": 8, "zoom": 1} | arguments))
+    assert not list(tmp_path.iterdir())
+
+
+def test_npy_holds_the_very_frames(tmp_path: Path) -> None:
+    shown = smooth() * 1.5 - 0.2  # past 0 and 1: nothing is clipped
+    video.write_video(tmp_path / "v.npy", shown, fps=8, zoom=3)
+    written = np.load(tmp_path / "v.npy")
+    assert written.dtype == np.float32
+    np.testing.assert_array_equal(written, shown.astype(np.float32))
+    video.write_video(tmp_path / "v.mp4", smooth(), fps=8, zoom=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"v.npy", "v.mp4"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [({"frames": smooth()[0]}, "frames: shape"), ({"path": Path("v.mp4")}, "output: 'v.mp4'")]
+)
+def test_write_npy_refuses(tmp_path: Path, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        video.write_npy(**({"path": tmp_path / "v.npy", "frames": smooth()} | arguments))
     assert not list(tmp_path.iterdir())
 
 

@@ -1,10 +1,11 @@
-"""Which attention kernel runs: the Hopper kernel where it can, the portable one everywhere else."""
+"""Which attention kernel runs: the Hopper kernel where it can, cuDNN at the few sizes at which that is faster, and the
+portable one everywhere else."""
 
 from __future__ import annotations
 
 import torch
 
-from . import attention, hopper_attention, hopper_ring_attention, ring_attention
+from . import attention, cudnn_attention, hopper_attention, hopper_ring_attention, ring_attention
 
 _HOPPER = (9, 0)
 
@@ -23,10 +24,14 @@ def attention_forward(
     capability: tuple[int, int],
 ) -> None:
     """Launch a kernel; arguments and contract are those of `attention.attention_forward`."""
-    if capability == _HOPPER and hopper_attention.hopper_attention_forward(
-        q, k, v, out, lse, q_lens, kv_lens, scale, packed_max_q=packed_max_q, keep_plan=True
-    ):
-        return
+    if capability == _HOPPER:
+        whole = packed_max_q is None and q_lens is None and kv_lens is None
+        if whole and cudnn_attention.cudnn_attention_forward(q, k, v, out, lse, scale):
+            return
+        if hopper_attention.hopper_attention_forward(
+            q, k, v, out, lse, q_lens, kv_lens, scale, packed_max_q=packed_max_q, keep_plan=True
+        ):
+            return
     attention.attention_forward(
         q, k, v, out, lse, q_lens, kv_lens, scale, packed_max_q=packed_max_q, capability=capability, keep_plan=True
     )

@@ -111,6 +111,19 @@ def choose(*problem: int, uneven: bool = False) -> Choice:
     return _fastest(_microseconds_of_rows(of, uneven) | small)
 
 
+# With few keys a tile's start and end outweigh its blocks, and where its tiles fill the multiprocessors two or three
+# times over nothing hides that: four samples of 512 tokens take 33.2 us, and 31.0 by cuDNN (H100, 24 heads of 128,
+# inputs out of the L2; benchmarks/results/gpu-small.json has others).
+_CUDNN_KEYS, _CUDNN_ROUNDS = 512, (2.0, 3.0)
+
+
+def is_cudnn_faster(head_dim: int, max_q: int, keys: int, heads: int, samples: int, processors: int) -> bool:
+    """Whether cuDNN takes less time than the best choice, for samples of one length."""
+    least, most = _CUDNN_ROUNDS
+    rounds = Choice(CONFIGS[head_dim], 2, True).tiles(max_q, heads, samples) / processors
+    return head_dim == 128 and _CUDNN_KEYS // 2 <= keys <= _CUDNN_KEYS and least < rounds <= most
+
+
 def takes(dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the kernel exists for this type and head dim."""
     return dtype in _DTYPES and head_dim in CONFIGS

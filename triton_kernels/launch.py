@@ -30,7 +30,10 @@ Launch = Callable[[Grid, int, tuple[object, ...]], bool]
 # (tensor, shape, strides in elements) -> Triton's or Gluon's TensorDescriptor
 MakeDescriptor = Callable[[torch.Tensor, list[int], list[int]], Any]
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "i32": torch.int32}
+_DTYPES = {
+    "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "i32": torch.int32, "i8": torch.int8,
+    "fp8e4nv": torch.float8_e4m3fn,
+}  # fmt: skip
 _NUMBERS = {"i32": "int32", "i64": "int64", "fp32": "float32"}
 _SECONDS_IN_SILENCE = 1.0
 
@@ -54,6 +57,17 @@ def use_extension(module: ModuleType | None, library: str = "libcuda.so.1") -> N
     if module is not None:
         module.use_stream_for(_stream_for)
     _extension = None if module is None else _Extension(module, library)
+
+
+def keeps_plans() -> bool:
+    """Whether C++ can be told how later calls are to be made."""
+    return _extension is not None
+
+
+def keep_cudnn_plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Let C++ leave calls of attention like this one, without lengths, to cuDNN."""
+    assert _extension is not None
+    _extension.module.keep_cudnn_plan(q, k, v)
 
 
 class NotDirectError(Exception):

@@ -8,6 +8,9 @@ A program takes some rows of one projection through some of its heads, one head 
 row and head, writing BLOCK_S rows of one head side by side. RoPE's angles stay in registers meanwhile.
 """
 
+# Of a function that Triton compiles, pyright takes a result for what Python would return.
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import functools

@@ -11,7 +11,7 @@ from .accelerate import accelerate, apply_cache_on_pipe, parallelize_pipe
 from .attention import ParaAttnProcessor
 from .families import register_family
 from .handle import Handle
-from .models import Family, ShardPlan
+from .models import Family, Passes, ShardPlan
 from .processors import Processor
 from .vae import ParallelVae, parallelize_vae
 
@@ -20,6 +20,7 @@ __all__ = [
     "Handle",
     "ParaAttnProcessor",
     "ParallelVae",
+    "Passes",
     "Processor",
     "ShardPlan",
     "accelerate",

@@ -14,13 +14,15 @@ from para_kernels import ContextParallel
 from para_kernels.cache import FirstBlockCache, Policy, TeaCache, check_threshold
 from para_kernels.parallel.failure import DEFAULT_TIMEOUT
 
+from .attention import ATTEND
+from .compiled import DEFAULT_BACKEND
 from .families import check_transformer, known_families
 from .handle import Handle
 from .installation import Settings
 from .models import Family
 from .places import Places
 
-ATTENTION = ("exact",)
+ATTENTION = tuple(ATTEND)
 
 
 class Keep(Enum):
@@ -34,9 +36,10 @@ def accelerate(
     cache: Policy | float | bool | Keep | None = Keep.AS_IS,
     attention: str = "exact",
     parallel: ContextParallel | Keep | None = Keep.AS_IS,
+    compile: bool | str | Keep | None = Keep.AS_IS,  # noqa: A002
 ) -> Handle:
-    """Put this package's attention, and if asked for a cache of steps and context parallelism, under a diffusers
-    pipeline.
+    """Put this package's attention, and if asked for a cache of steps, context parallelism and compiled blocks, under a
+    diffusers pipeline.
 
     Works on this pipeline's transformer alone (on both of Wan 2.2's), and on its instance: pipelines that share the
     transformer share the installation, others are not touched. Called again it re-tunes what is there.
@@ -47,9 +50,14 @@ def accelerate(
             True for the family's default threshold; None, False or 0 for no cache, which is bit for bit the uncached
             pipe. Not given: as it is, that is none on a pipe that has not
             been accelerated.
-        attention: `"exact"`, the only kind there is.
+        attention: `"exact"`; or `"int8"`, `flash_attention_int8` for the joint sequence of video and text, which
+            changes the output and is for one process.
         parallel: spreads the work over the ranks of the running `torch.distributed` world, see `parallelize_pipe`; None
             for no spreading. Not given: as it is.
+        compile: True to compile the transformer's blocks, each kind as one graph of `torch.compile` that serves every
+            resolution; None or False not to; a name for another backend than "inductor". They are compiled when they
+            first run. Hooks of offloading may stand on blocks and on the transformer, not inside of blocks. Not given:
+            as it is.
 
     Returns:
         The handle of the installation: `summary()`, `records`, `remove()`. The same one every time until it is removed.
@@ -62,8 +70,10 @@ def accelerate(
         raise ValueError(f"attention: got {attention!r}, allowed is one of {list(ATTENTION)}")
     handle = _handle(transformers, family)
     policy = handle.settings.cache if isinstance(cache, Keep) else _policy(cache, family)
+    _check_spread(attention, handle.settings.parallel if isinstance(parallel, Keep) else parallel)
     places = handle.settings.parallel if isinstance(parallel, Keep) else _places(parallel, handle)
-    return _configured(handle, pipe, transformers, Settings(attention, policy, places))
+    backend = handle.settings.compile if isinstance(compile, Keep) else _backend(compile)
+    return _configured(handle, pipe, transformers, Settings(attention, policy, places, backend))
 
 
 def apply_cache_on_pipe(
@@ -129,8 +139,10 @@ def parallelize_pipe(
     family, transformers = _recognised(pipe)
     wanted = ContextParallel("auto" if mesh is None else None, transport=transport, timeout=timeout)
     handle = _handle(transformers, family)
+    if handle.settings.attention == "int8":
+        raise ValueError("pipe: has attention 'int8', which is for one process; accelerate it with 'exact' first")
     places = _places(wanted, handle) if mesh is None else Places(wanted, mesh)
-    return _configured(handle, pipe, transformers, Settings("exact", handle.settings.cache, places))
+    return _configured(handle, pipe, transformers, replace(handle.settings, attention="exact", parallel=places))
 
 
 def _recognised(pipe: Any) -> tuple[Family, dict[str, Any]]:
@@ -205,6 +217,21 @@ def _places(parallel: ContextParallel | None, handle: Handle) -> Places | None:
         raise ValueError(f"parallel: got {parallel!r}, allowed is a ContextParallel or None")
     there = handle.settings.parallel
     return there if there is not None and (there.wanted, there.mesh) == (parallel, None) else Places(parallel)
+
+
+def _backend(wanted: bool | str | None) -> str | None:
+    if wanted is None or wanted is False:
+        return None
+    if wanted is True:
+        return DEFAULT_BACKEND
+    if not isinstance(wanted, str):
+        raise ValueError(f"compile: got {wanted!r}, allowed is True, False, None or the name of a backend")
+    return wanted
+
+
+def _check_spread(attention: str, parallel: Places | ContextParallel | None) -> None:
+    if parallel is not None and attention != "exact":
+        raise ValueError(f"attention: got {attention!r}, allowed is 'exact' where the work is spread over ranks")
 
 
 def _rescaled(policy: TeaCache, family: Family) -> TeaCache:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +10,10 @@ import torch
 from torch import Tensor
 
 from para_kernels import flash_attention
+from para_kernels.attention8 import flash_attention_int8
 from para_kernels.integrations.diffusers.norms import left_to_norm
+from para_kernels.integrations.diffusers.outside import Attend
 from para_kernels.preparation import Rotary, Stream, prepare_attention
-
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""q, k, v (B, S, H, D) and the lengths (B,) of the whole sequence, None for full ones: to out (B, S, H, D)."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,21 @@ class Shard:
     attend_video: Attend
 
 
+def attend_here(query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None) -> Tensor:
+    """Queries past the length are padding as much as the keys are: they cost nothing."""
+    return flash_attention(query, key, value, kv_lens=lens, q_lens=lens)
+
+
+def attend_in_8_bits(query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None) -> Tensor:
+    """As `attend_here`, within a few percent of it."""
+    return flash_attention_int8(query, key, value, kv_lens=lens, q_lens=lens)
+
+
+# What `accelerate` takes as its `attention`. 8 bits are for the joint sequence, or the video alone: attention over the
+# text, in refiners and to its tokens, is cheap and stays exact.
+ATTEND: dict[str, Attend] = {"exact": attend_here, "int8": attend_in_8_bits}
+
+
 class AttentionLengths:
     """The true lengths of the running forward, int32 (B,) on the device; never read on the host.
 
@@ -45,10 +58,12 @@ class AttentionLengths:
 
     Attributes:
         shard: while the blocks see a part of the joint sequence only, which part it is.
+        attend: attention of the joint sequence where all of it is here.
     """
 
     def __init__(self) -> None:
         self.shard: Shard | None = None
+        self.attend: Attend = attend_here
         self._text: Tensor | None = None
         self._joint: tuple[int, Tensor] | None = None
         self._mask: tuple[weakref.ref[Tensor], Tensor] | None = None
@@ -62,6 +77,11 @@ class AttentionLengths:
         """The forward is over: what is called from here on belongs to another one."""
         self._text = self._joint = self.shard = None
 
+    def here(self, video_tokens: int) -> Shard:
+        """Which rows are here: all of them, with so many of video, where nothing is spread over ranks."""
+        everything = Shard(video_tokens, slice(video_tokens), self.attend, slice(None), self.attend)
+        return self.shard or everything
+
     def text(self, mask: Tensor | None) -> Tensor | None:
         """Lengths of the text alone. None: every token is real."""
         return self._from_mask(mask) if self._text is None else self._text
@@ -70,12 +90,16 @@ class AttentionLengths:
         """Lengths of the video with the text behind it. None: every token is real."""
         if self._text is None:
             return self._from_mask(mask)
+        if torch.compiler.is_compiling():  # What a graph keeps here it would want to find here the next time.
+            return self._text + video_tokens
         if self._joint is None or self._joint[0] != video_tokens:
             self._joint = (video_tokens, self._text + video_tokens)
         return self._joint[1]
 
     def behind(self, video_tokens: int, text_mask: Tensor) -> Tensor:
         """Lengths of the video with several texts behind it, whose common mask (B, T) the model hands to attention."""
+        if torch.compiler.is_compiling():
+            return text_mask.sum(dim=1, dtype=torch.int32) + video_tokens
         if self._mask is None or self._mask[0]() is not text_mask:
             self._mask = (weakref.ref(text_mask), text_mask.sum(dim=1, dtype=torch.int32) + video_tokens)
         return self._mask[1]
@@ -83,6 +107,8 @@ class AttentionLengths:
     def _from_mask(self, mask: Tensor | None) -> Tensor | None:
         if mask is None:
             return None
+        if torch.compiler.is_compiling():
+            return _key_lengths(mask)
         if self._mask is None or self._mask[0]() is not mask:
             self._mask = (weakref.ref(mask), _key_lengths(mask))
         return self._mask[1]
@@ -128,7 +154,7 @@ class ParaAttnProcessor:
             return video_out(attn, attend_here(query, key, value, lens).flatten(2))
 
         cut = hidden_states.shape[1]
-        shard = self.lengths.shard or Shard(cut, slice(cut), attend_here, slice(None), attend_here)
+        shard = self.lengths.here(cut)
         lens = self._joint_lengths(shard.video_tokens, attention_mask)
         rotary = None if image_rotary_emb is None else rotary_rows(image_rotary_emb, shard.rows)
         streams = _single_stream if attn.add_q_proj is None else _dual_stream
@@ -147,11 +173,6 @@ class SeveralTextsProcessor(ParaAttnProcessor):
     def _joint_lengths(self, video_tokens: int, mask: Tensor | None) -> Tensor | None:
         assert mask is not None
         return self.lengths.behind(video_tokens, mask)
-
-
-def attend_here(query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None) -> Tensor:
-    """Queries past the length are padding as much as the keys are: they cost nothing."""
-    return flash_attention(query, key, value, kv_lens=lens, q_lens=lens)
 
 
 def rotary_rows(rotary: Rotary, rows: slice) -> Rotary:

@@ -23,18 +23,23 @@ class BlockCache:
 
     The policy's first and last blocks always run. Between them, `start` to `stop`, is what a reused step skips.
 
+    Args:
+        count: of the blocks.
+        joined: how many of them, at the end, take and return all streams in one.
+
     Attributes:
         spread: where forwards are spread over ranks, None where they are not. All ranks then decide alike.
         rows: how many rows of each stream are here, in the order in which attention joins them.
     """
 
-    def __init__(self, policy: Policy, family: Family, branch: BranchName, count: int) -> None:
+    def __init__(self, policy: Policy, family: Family, branch: BranchName, count: int, joined: int = 0) -> None:
         self.family = family
         self.branch = branch
         self.spread: Spread | None = None
         self.states: dict[str, CacheState] = {}
         self.rows: dict[str, int] = {}
         self._count = count
+        self.joined = joined
         self.retune(policy)
 
     def retune(self, policy: Policy) -> None:
@@ -49,6 +54,10 @@ class BlockCache:
         """A call has begun or ended: nothing of it may be reused in another one, and its tensors are freed."""
         self.states.clear()
         self.end_forward()
+
+    def forget(self, branch: str) -> None:
+        """The branch's next call has nothing to do with its earlier ones."""
+        self.states.pop(branch, None)
 
     def begin_forward(self) -> None:
         """A forward of the transformer begins: no decision yet, blocks run."""
@@ -88,8 +97,10 @@ class BlockCache:
         return streams
 
     def watches(self, index: int) -> bool:
-        """Whether anything is to be done after block number `index`."""
-        return index in (self.start - 1, self.stop - 1)
+        """Whether anything is to be done after block number `index`; not if the model has left out the first block."""
+        if index == self.start - 1:
+            return self._hidden_in is not None
+        return index == self.stop - 1 and bool(self._before)
 
     def _decided(self, streams: dict[str, Tensor]) -> dict[str, Tensor]:
         """On a hit the streams as the last of the skipped blocks would have left them."""
@@ -216,8 +227,7 @@ def check_cacheable(transformer: Any, family: Family, policy: Policy, installed:
         )
 
 
-def add_cache_hooks(undo: ExitStack, cache: BlockCache, transformer: nn.Module) -> None:
-    """Put the cache under the transformer's blocks; closing `undo` takes it off again."""
-    joined = {block for name in cache.family.joined for block in getattr(transformer, name)}
-    for index, block in enumerate(transformer_blocks(transformer, cache.family)):
-        add_hook(undo, block, BlockHook(cache, block, index, block in joined), _HOOK)
+def add_cache_hooks(undo: ExitStack, cache: BlockCache, blocks: list[nn.Module]) -> None:
+    """Put the cache under the blocks; closing `undo` takes it off again."""
+    for index, block in enumerate(blocks):
+        add_hook(undo, block, BlockHook(cache, block, index, index >= len(blocks) - cache.joined), _HOOK)

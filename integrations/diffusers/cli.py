@@ -53,8 +53,10 @@ examples:
   para-kernels generate "a cat walks on the grass" --model hunyuanvideo-community/HunyuanVideo \\
       --height 544 --width 960 --frames 61 --steps 30 --cache auto
       the real model, from the Hugging Face hub or from a directory
-  para-kernels generate "a 7 moving to the left" --attention stock
-      diffusers' own attention, to compare with
+  para-kernels generate "a 7 moving to the left" --attention stock --output stock.npy
+      diffusers' own attention, and the very numbers of its frames, to compare with
+  para-kernels generate "a 7 moving to the left" --attention int8
+      attention in 8 bits: faster on large models, slightly another video
   torchrun --nproc-per-node 2 -m para_kernels generate "a 7 moving to the left"
       the same video on two GPUs, or two processes; --ring, --ulysses and --batch say how it is split
 
@@ -181,14 +183,23 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--attention",
-        choices=("exact", "stock"),
+        choices=("exact", "int8", "stock"),
         default="exact",
-        help="this package's attention or diffusers' own (default: exact)",
+        help="this package's attention, in 16 or in 8 bits, or diffusers' own (default: exact)",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the transformer's blocks, once for every size of video"
     )
     _add_parallel(parser)
     parser.add_argument("--one-by-one", action="store_true", help="a call per prompt instead of one batch")
     _add_video(parser)
-    parser.add_argument("--output", type=Path, default=Path("video.mp4"), help="mp4 to write (default: video.mp4)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("video.mp4"),
+        metavar="NAME.mp4|NAME.npy",
+        help="video to write (default: video.mp4); npy: the very frames, float32 in [0, 1], neither zoomed nor coded",
+    )
     parser.set_defaults(run=_generate)
 
 
@@ -345,6 +356,7 @@ def _generate(options: argparse.Namespace) -> None:
                 max_consecutive_hits=options.max_consecutive_hits,
                 parallel=parallel,
                 parallel_vae=not options.no_parallel_vae,
+                compile=options.compile,
             ),
             batched=not options.one_by_one,
             output=options.output,

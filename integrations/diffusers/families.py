@@ -66,6 +66,9 @@ def _check(family: Family) -> None:
         _check_names(name, getattr(family, name))
     for name in ("samples", "sequence"):
         _check_names(f"shards.{name}", getattr(family.shards, name))
+    if family.passes is not None:
+        _check_names("passes.names", family.passes.names)
+        _check_names("passes.prompts", family.passes.prompts)
     check_threshold("cache_threshold", family.cache_threshold)
     if not callable(family.processor):
         raise ValueError(f"processor: got {family.processor!r}, allowed is a function of AttentionLengths")

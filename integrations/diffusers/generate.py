@@ -18,9 +18,9 @@ from .handle import Handle
 from .loading import load_pipeline
 from .processes import is_first, joined
 from .vae import ParallelVae, parallelize_vae
-from .video import check_video, make_folder, write_mp4
+from .video import check_video, make_folder, write_video
 
-ATTENTION = ("exact", "stock")
+ATTENTION = ("exact", "int8", "stock")
 SPATIAL_MULTIPLE = 16  # the VAE halves three times and the transformer takes patches of two
 MAX_SEED = 2**63 - 1
 TEMPORAL_MULTIPLE = 4  # the VAE keeps the first frame and makes one latent frame of every four after it
@@ -67,12 +67,14 @@ class Acceleration:
     """Which of the package's parts run under the pipeline.
 
     Attributes:
-        attention: ``exact`` swaps in this package's attention, ``stock`` leaves diffusers' own.
+        attention: ``exact`` swaps in this package's attention, ``int8`` its attention in 8 bits, ``stock`` leaves
+            diffusers' own.
         cache: First Block Cache threshold; True for the model family's default, None for no cache.
         warmup_steps: steps that are always computed at the start.
         max_consecutive_hits: reused steps in a row after which one is computed; None for no limit.
         parallel: how the work is spread over the ranks of the world; None for one process.
         parallel_vae: with `parallel`, whether the ranks share out the VAE's tiles too. Turns tiling on.
+        compile: whether the transformer's blocks are compiled.
     """
 
     attention: str = "exact"
@@ -81,6 +83,7 @@ class Acceleration:
     max_consecutive_hits: int | None = None
     parallel: ContextParallel | None = None
     parallel_vae: bool = True
+    compile: bool = False
 
     def check(self) -> None:
         """Raise a ValueError that names the first bad field, before a model is loaded."""
@@ -88,6 +91,8 @@ class Acceleration:
             raise ValueError(f"attention: {self.attention!r}; must be one of {', '.join(ATTENTION)}")
         if self.parallel is not None and self.attention != "exact":
             raise ValueError(f"attention: {self.attention!r}; must be exact on several ranks")
+        if self.compile and self.attention != "exact":
+            raise ValueError(f"attention: {self.attention!r}; must be exact with compile")
         # True stands for a threshold that only the model's family knows; any valid one lets the others be checked.
         threshold = 0.0 if self.cache is None or self.cache is True else self.cache
         FirstBlockCache(threshold, warmup_steps=self.warmup_steps, max_consecutive_hits=self.max_consecutive_hits)
@@ -99,8 +104,10 @@ class Acceleration:
     def install(self, pipe: Any) -> Handle:
         """Put the parts under `pipe`. With neither of them the handle still reports the steps."""
         self.check()
-        if self.attention == "exact":
-            handle = accelerate(pipe, cache=None, parallel=self.parallel)
+        if self.attention != "stock":
+            handle = accelerate(
+                pipe, cache=None, attention=self.attention, parallel=self.parallel, compile=self.compile
+            )
             if self.cache is None:
                 return handle
         return apply_cache_on_pipe(
@@ -188,7 +195,7 @@ class GenerateJob:
 
 
 def run(job: GenerateJob) -> None:
-    """Generate, write one mp4 per prompt, print what was written and the step summary; on rank 0 alone."""
+    """Generate, write one video per prompt, print what was written and the step summary; on rank 0 alone."""
     job.request.check()
     job.acceleration.check()
     check_video(job.output, job.fps, job.zoom)
@@ -210,16 +217,16 @@ def run(job: GenerateJob) -> None:
 
 def _write(job: GenerateJob, request: Request, generation: Generation, paths: list[Path]) -> None:
     for path, prompt, video in zip(paths, request.prompts, generation.videos, strict=True):
-        write_mp4(path, video, job.fps, job.zoom)
+        write_video(path, video, job.fps, job.zoom)
         print(f"{path}  {prompt!r}")
     print(f"\n{generation.seconds:.2f} s for {len(request.prompts)} video(s), {request.steps} steps\n")
 
 
 def output_paths(output: Path, count: int) -> list[Path]:
-    """`output` itself for one video, else ``NAME-1.mp4``, ``NAME-2.mp4``, ..."""
+    """`output` itself for one video, else ``NAME-1.mp4``, ``NAME-2.mp4``, ...; or with its other ending."""
     if count == 1:
         return [output]
-    return [output.with_name(f"{output.stem}-{i + 1}.mp4") for i in range(count)]
+    return [output.with_name(f"{output.stem}-{i + 1}{output.suffix}") for i in range(count)]
 
 
 def _calls(request: Request, paths: list[Path], batched: bool) -> list[tuple[Request, list[Path]]]:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from para_kernels.cache import StepRecord
 from para_kernels.parallel.failure import deadline
@@ -16,6 +16,7 @@ from para_kernels.parallel.failure import deadline
 from .agreement import from_first, quiet_progress, share_noise
 from .cache import check_cacheable
 from .calls import Calls
+from .compiled import check_compilable, check_no_hooks_inside
 from .installation import STOCK, Installation, Settings
 from .models import Family
 from .parallel import Spread
@@ -64,11 +65,15 @@ class Handle:
         return render(self)
 
     def remove(self) -> None:
-        """Take everything off again, for every pipeline that has these transformers. A second time does nothing."""
-        for installation in self._installations:
-            installation.take_off()
-        self._stop_sharing()
+        """Take everything off again, for every pipeline that has these transformers. A second time does nothing.
+
+        Spread over ranks: to be called on all of them. The memory that keys and values travelled through is given back.
+        """
         self.settings = Settings()
+        with ExitStack() as undo:  # all of them even if one fails
+            undo.callback(self._stop_sharing)
+            for installation in self._installations:
+                undo.callback(installation.take_off)
 
     # --- for `accelerate` and the summary ---------------------------------------------------------------------------
 
@@ -98,6 +103,11 @@ class Handle:
         spreads = [installation.spread for installation in self._installations if installation.spread is not None]
         return next((spread for spread in spreads if spread.last_place is not None), next(iter(spreads), None))
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of all transformers, in the order in which they run."""
+        return [block for installation in self._installations for block in installation.blocks]
+
     def configure(self, transformers: Mapping[str, Any], settings: Settings) -> None:
         """Put on what is missing, take off what is not wanted, re-tune the rest. A failure changes nothing.
 
@@ -107,13 +117,11 @@ class Handle:
 
         Raises:
             ValueError: if the cache is wanted and another cache is enabled, or there are too few blocks to skip any, or
-                what the policy looks at is missing.
+                what the policy looks at is missing; if compiled blocks are wanted and the blocks cannot be compiled.
         """
         installations = [*self._installations, *self._new(transformers)]
         for installation in installations:
-            if settings.cache is not None:
-                has_cache = installation.cache is not None
-                check_cacheable(installation.transformer, self.family, settings.cache, installed=has_cache)
+            _check(installation, settings)
         wanted = _wanted_parts(settings)
         with ExitStack() as failed:
             for installation in installations:
@@ -152,6 +160,8 @@ class Handle:
         if self.calls.begin_forward():
             self._reset()
             self.timeline.clear()
+            if self.settings.compile is not None:
+                check_no_hooks_inside(self.blocks)  # They may have come after the installation.
 
     def end_call(self) -> None:
         """The pipeline ends a call."""
@@ -186,11 +196,20 @@ class Handle:
             return from_first(tensor, name, places.everyone)
 
 
+def _check(installation: Installation, settings: Settings) -> None:
+    if settings.cache is not None:
+        has_cache = installation.cache is not None
+        check_cacheable(installation.transformer, installation.family, settings.cache, installed=has_cache)
+    if settings.compile is not None:
+        check_compilable(installation.blocks, settings.compile, installed=installation.compiled is not None)
+
+
 def _wanted_parts(settings: Settings) -> list[str]:
     """In the order in which they are put on."""
     wanted = {
         "listeners": True,
         "attention": settings.attention != STOCK,
+        "compile": settings.compile is not None,
         "parallel": settings.parallel is not None,
         "cache": settings.cache is not None,
     }

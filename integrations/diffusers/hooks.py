@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook, StateManager
 from torch import nn
 
@@ -18,7 +20,7 @@ def add_hook(undo: ExitStack, module: nn.Module, hook: ModelHook, name: str) -> 
     """Register `hook` on `module`; closing `undo` takes it off again, with all that came with it."""
     if not hasattr(module, "_diffusers_hook"):
         undo.callback(_drop_empty_registry, module)
-    undo.callback(_drop_plain_forward, module)
+    undo.callback(drop_plain_forward, module)
     registry = HookRegistry.check_if_exists_or_initialize(module)
     registry.register_hook(hook, name)
     undo.callback(registry.remove_hook, name, recurse=False)
@@ -41,7 +43,7 @@ def _drop_empty_registry(module: Any) -> None:
         del module._diffusers_hook
 
 
-def _drop_plain_forward(module: nn.Module) -> None:
+def drop_plain_forward(module: nn.Module) -> None:
     """A registry leaves `forward` behind as an attribute of the instance. Where it is the class's own, delete it."""
     forward = module.__dict__.get("forward")
     if inspect.ismethod(forward) and forward.__self__ is module and forward.__func__ is type(module).forward:
@@ -79,38 +81,54 @@ class Argument:
 
 
 class BranchName(StateManager):
-    """Which of the calls of one step is running: the name that the pipeline gives it by `cache_context` (`"cond"`,
-    `"uncond"`, ...); where it gives none, the step's first call is `"default"`, its second `"default 2"`, and so on.
+    """The name of the running call among those of one step: `"cond"`, `"uncond"`, ...
 
-    diffusers announces the name to every `StateManager` that it finds on a stateful hook: as a string in 0.36, later as
-    an object with a name.
+    The pipeline gives it by `cache_context`, which diffusers announces to every `StateManager` that it finds on a
+    stateful hook: as a string in 0.36, later as an object with a name. Calls without one are told apart by their
+    prompts, which are the same objects from step to step: no value of theirs is looked at, so the device is not read.
 
     Args:
+        passes: names for calls that are not announced, in the order of their first appearance; () if all are one.
         of: what the name is of, where it is not clear.
     """
 
-    def __init__(self, of: str = "") -> None:
+    def __init__(self, passes: tuple[str, ...] = (), of: str = "") -> None:
         super().__init__(state_cls=object)  # type: ignore[arg-type]  # Never asked for a state: only the name is of interest.
         self._suffix = f" of {of}" if of else ""
+        self._passes = tuple(name + self._suffix for name in passes)
         self.reset()
 
-    @property
-    def name(self) -> str:
-        number = f" {self._calls}" if self._calls > 1 else ""
-        return (self._announced or DEFAULT_BRANCH + number) + self._suffix
-
-    def begin_forward(self, step: object) -> None:
-        """A call begins; `step` differs from step to step, None where that is not known."""
-        self._calls = self._calls + 1 if step is not None and step == self._step else 1
-        self._step = step
-
     def set_context(self, context: Any) -> None:
-        self._announced = None if context is None else getattr(context, "name", context)
+        self._announced = context is not None
+        self.name = (DEFAULT_BRANCH if context is None else getattr(context, "name", context)) + self._suffix
 
     def reset(self, *args: Any, **kwargs: Any) -> None:
-        self._announced: str | None = None
-        self._step: object = None
-        self._calls = 0
+        self.set_context(None)
+        self.end_call()
+
+    def end_call(self) -> None:
+        """Let go of the prompts: the next call has others."""
+        self._prompts: dict[str, tuple[Any, ...]] = {}  # of each pass, the one that ran longest ago first
+
+    @torch._disable_dynamo  # Compiled code would be compiled anew for other objects.
+    def begin(self, prompts: tuple[Any, ...]) -> bool:
+        """A call begins: name it, if nobody has. Prompts that are new when all names are taken get the name of those
+        that ran longest ago, so that no more is kept than there are names.
+
+        Args:
+            prompts: what tells the call apart; held until the call's end, so that no other object gets its identity.
+
+        Returns:
+            Whether what is known of the name's earlier calls belongs to other prompts.
+        """
+        if self._announced or not self._passes:
+            return False
+        known = [name for name, theirs in self._prompts.items() if all(map(operator.is_, prompts, theirs))]
+        free = [name for name in self._passes if name not in self._prompts]
+        self.name = [*known, *free, *self._prompts][0]
+        self._prompts.pop(self.name, None)
+        self._prompts[self.name] = prompts
+        return not known
 
 
 class CallHook(ModelHook):

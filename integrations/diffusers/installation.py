@@ -12,8 +12,9 @@ from torch import nn
 
 from para_kernels.cache import Policy
 
-from .attention import AttentionLengths
+from .attention import ATTEND, AttentionLengths, attend_here
 from .cache import BlockCache, add_cache_hooks, transformer_blocks
+from .compiled import CompiledBlocks
 from .hooks import Argument, BranchName, CallHook, DropArgumentHook, add_hook, forget_child_registries
 from .models import Family
 from .parallel import Spread
@@ -31,30 +32,32 @@ class Settings:
     """What is wanted.
 
     Attributes:
-        attention: `"exact"` or `"stock"`, diffusers' own.
+        attention: one of `ATTEND`, or `"stock"`, diffusers' own.
         cache: None without one.
         parallel: where forwards run, None in one process; needs `"exact"`.
+        compile: the backend of `torch.compile` for the blocks, None where they are not compiled.
     """
 
     attention: str = STOCK
     cache: Policy | None = None
     parallel: Places | None = None
+    compile: str | None = None
 
 
 class Installation:
     """The installation on one transformer; a `Handle` has one for each of its pipeline's transformers.
 
-    It has four parts, each put on and taken off as a whole: the listeners (which call, which branch, what length, how
-    long), the attention processors, the spreading over ranks, the cache. What must run around the transformer's forward
-    is a hook of torch's own: those stay on the module when CPU offload unwraps and wraps `forward` anew after every
-    call, which loses any hook of diffusers' that wraps the same `forward`.
+    It has five parts, each put on and taken off as a whole: the listeners (which call, which branch, what length, how
+    long), the attention processors, the compiled blocks, the spreading over ranks, the cache. What must run around the
+    transformer's forward is a hook of torch's own: those stay on the module when CPU offload unwraps and wraps
+    `forward` anew after every call, which loses any hook of diffusers' that wraps the same `forward`.
 
     Args:
         handle: whose it is.
         name: tells its steps from those of the handle's other transformers; "" where there is no need.
 
     Attributes:
-        cache, spread: None where there is none.
+        cache, spread, compiled: None where there is none.
     """
 
     def __init__(self, handle: Handle, transformer: Any, name: str) -> None:
@@ -63,8 +66,10 @@ class Installation:
         self.family: Family = handle.family
         self.cache: BlockCache | None = None
         self.spread: Spread | None = None
+        self.compiled: CompiledBlocks | None = None
         self._parts: dict[str, ExitStack] = {}
-        self._branch = BranchName(name)
+        passes = handle.family.passes
+        self._branch = BranchName(passes.names if passes else (), of=name)
         self._lengths = AttentionLengths()
         self._device: torch.device | None = None
 
@@ -87,6 +92,11 @@ class Installation:
         """How many attention modules have this installation's processor now."""
         return sum(self._is_ours(processor) for processor in attn_processors(self.transformer).values())
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer's blocks, in the order in which they run."""
+        return transformer_blocks(self.transformer, self.family)
+
     # --- parts ------------------------------------------------------------------------------------------------------
 
     def put_on(self, failed: ExitStack, wanted: Sequence[str], settings: Settings) -> None:
@@ -94,6 +104,7 @@ class Installation:
         add = {
             "listeners": self._add_listeners,
             "attention": self._add_attention,
+            "compile": self._add_compiled,
             "parallel": self._add_parallel,
             "cache": self._add_cache,
         }
@@ -108,20 +119,25 @@ class Installation:
 
     def take_off(self, wanted: Sequence[str] = ()) -> None:
         """Remove every part but those wanted."""
-        for part in reversed([part for part in self._parts if part not in wanted]):
-            self._parts.pop(part).close()
-        forget_child_registries(self.transformer)
+        with ExitStack() as undo:  # the last one first, and all of them even if one fails
+            undo.callback(forget_child_registries, self.transformer)
+            for part in [part for part in self._parts if part not in wanted]:
+                undo.push(self._parts.pop(part))
 
     def retune(self, settings: Settings) -> None:
         """Tell the parts that are there what is wanted of them now."""
+        self._lengths.attend = ATTEND.get(settings.attention, attend_here)
         if self.cache is not None and settings.cache is not None:
             self.cache.retune(settings.cache)
             self.cache.spread = self.spread
+        if self.compiled is not None and settings.compile is not None:
+            self.compiled.retune(settings.compile)
         if self.spread is not None and settings.parallel is not None:
             self.spread.retune(settings.parallel)
 
     def end_call(self) -> None:
         """A call begins or is over: nothing of it goes into another."""
+        self._branch.end_call()
         if self.cache is not None:
             self.cache.reset()
         if self.spread is not None:
@@ -132,6 +148,8 @@ class Installation:
         mask = self.family.text_mask
         self._text_mask = None if mask is None else Argument.of(transformer, mask)
         self._latents = Argument.of(transformer, self.family.shards.samples[0])
+        passes = self.family.passes
+        self._prompts = [Argument.of(transformer, name) for name in passes.prompts] if passes else []
         # The list of blocks is itself never called and nobody else hooks it: a place to listen that stands in no
         # one's way.
         blocks = getattr(transformer, self.family.block_lists[0])
@@ -161,6 +179,15 @@ class Installation:
     def _is_ours(self, processor: Any) -> bool:
         return getattr(processor, "lengths", None) is self._lengths
 
+    def _add_compiled(self, undo: ExitStack, settings: Settings) -> None:
+        assert settings.compile is not None
+        undo.callback(self._forget_compiled)
+        self.compiled = CompiledBlocks(self._lengths, self.family.block_arguments, settings.compile)
+        self.compiled.add_to(self.blocks, undo)
+
+    def _forget_compiled(self) -> None:
+        self.compiled = None
+
     def _add_parallel(self, undo: ExitStack, settings: Settings) -> None:
         assert settings.parallel is not None
         undo.callback(self._forget_parallel)
@@ -168,17 +195,19 @@ class Installation:
         self.spread.add_hooks(undo)
 
     def _forget_parallel(self) -> None:
-        self.spread = None
+        spread, self.spread = self.spread, None
         if self.cache is not None:
             self.cache.spread = None
             self.cache.reset()
+        if spread is not None:
+            spread.close()
 
     def _add_cache(self, undo: ExitStack, settings: Settings) -> None:
         assert settings.cache is not None
         undo.callback(self._forget_cache)
-        count = len(transformer_blocks(self.transformer, self.family))
-        self.cache = BlockCache(settings.cache, self.family, self._branch, count)
-        add_cache_hooks(undo, self.cache, self.transformer)
+        joined = sum(len(getattr(self.transformer, name)) for name in self.family.joined)
+        self.cache = BlockCache(settings.cache, self.family, self._branch, len(self.blocks), joined)
+        add_cache_hooks(undo, self.cache, self.blocks)
 
     def _forget_cache(self) -> None:
         self.cache = None
@@ -190,7 +219,9 @@ class Installation:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         handle = self.handle
         handle.begin_forward()
-        self._branch.begin_forward(handle.calls.step)
+        other = self._branch.begin(tuple(argument.get(args, kwargs) for argument in self._prompts))
+        if other and self.cache is not None:
+            self.cache.forget(self._branch.name)
         if self.spread is not None:
             args, kwargs = self.spread.begin(args, kwargs, self._branch.name, str(handle.settings.cache))
         text_mask = None if self._text_mask is None else self._text_mask.get(args, kwargs)

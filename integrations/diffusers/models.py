@@ -60,6 +60,20 @@ class Modulation:
 
 
 @dataclass(frozen=True)
+class Passes:
+    """How the passes of one step are told apart where the pipeline announces them by no `cache_context`.
+
+    Attributes:
+        names: of the passes, in the order in which a step runs them.
+        prompts: names of the transformer's arguments in which a pass is given the same objects at every step, and
+            every pass of a step others.
+    """
+
+    names: tuple[str, ...]
+    prompts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Family:
     """One row: how a family's pipeline and transformer are recognised, and where things stand in them.
 
@@ -87,6 +101,8 @@ class Family:
         shards: how the forward is spread over ranks.
         modulation: what TeaCache looks at; None where it cannot be used.
         teacache_rescale: TeaCache's published polynomial, the highest power first; None where there is none.
+        passes: what tells calls apart that a pipeline makes without a `cache_context`; None where they are all one
+            pass, or there are none.
     """
 
     name: str
@@ -109,6 +125,7 @@ class Family:
     refiner_mask: str = "attention_mask"
     modulation: Modulation | None = None
     teacache_rescale: tuple[float, ...] | None = None
+    passes: Passes | None = None
 
 
 HUNYUAN_VIDEO = Family(
@@ -147,6 +164,7 @@ HUNYUAN_VIDEO_IMAGE = Family(
     block_lists=("transformer_blocks", "single_transformer_blocks"),
     cache_threshold=0.06,
     shards=replace(HUNYUAN_VIDEO.shards, prefix="num_tokens"),  # of the first frame, where it is the image
+    passes=Passes(("cond", "uncond"), ("encoder_hidden_states", "pooled_projections")),
 )
 
 HUNYUAN_VIDEO_15 = Family(
@@ -192,6 +210,7 @@ FLUX = Family(
     modulation=Modulation("norm1", (("x", "hidden_states"), ("emb", "temb"))),
     # github.com/ali-vilab/TeaCache, TeaCache4FLUX: fitted on FLUX.1-dev.
     teacache_rescale=(4.98651651e02, -2.83781631e02, 5.58554382e01, -3.82021401e00, 2.64230861e-01),
+    passes=Passes(("cond", "uncond"), ("encoder_hidden_states", "pooled_projections")),  # Kontext; Fill has one pass
 )
 
 FLUX_2 = Family(
@@ -273,6 +292,8 @@ STABLE_DIFFUSION_3 = Family(
         patch=((2, "patch_size"), (3, "patch_size")),
         sequence=("hidden_states", "encoder_hidden_states"),
     ),
+    # Skip layer guidance has a second pass, in some of the steps.
+    passes=Passes(("cond_uncond", "skip_layers"), ("encoder_hidden_states", "pooled_projections")),
 )
 
 FAMILIES = (

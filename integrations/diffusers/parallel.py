@@ -28,6 +28,7 @@ from .agreement import agree
 from .attention import AttentionLengths, Shard
 from .hooks import Argument
 from .models import Family
+from .outside import Outside
 from .places import Place, Places
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -59,8 +60,9 @@ class Spread:
         transport: how keys and values travelled, and why.
 
     The hooks are torch's own, on the first block, the last block, and the module at whose output the rows are gathered:
-    they run around whatever other hooks stand on these modules, in whatever order all of them came. Compiled code
-    breaks where ranks talk.
+    they run around whatever other hooks stand on these modules, in whatever order all of them came, and around
+    compiled blocks. Inside a block compiled code calls attention over ranks as an operator, see outside.py; code that
+    was compiled across blocks breaks where ranks talk.
     """
 
     def __init__(self, transformer: Any, family: Family, lengths: AttentionLengths, places: Places) -> None:
@@ -81,14 +83,20 @@ class Spread:
         self._text = None if self._plan.text is None else Argument.of(transformer, self._plan.text)
         self._forward: _Forward | None = None
         self._agreed: set[str] = set()
+        self._outside = Outside(joint=self._attend_joint, video=self._attend_video)
 
     def retune(self, places: Places) -> None:
         """Go on with another mesh."""
-        if places is not self.places:
+        before, self.places = self.places, places
+        self._agreed.clear()
+        if before is not places:
             self.last_place = None
             self.transport = NOT_YET
-        self.places = places
-        self._agreed.clear()
+            before.close()
+
+    def close(self) -> None:
+        """Give back what the ranks' buffers for keys and values hold: see `Places.close`."""
+        self.places.close()
 
     def add_hooks(self, undo: ExitStack) -> None:
         """Put the hooks on the transformer's modules; closing `undo` takes them off again."""
@@ -208,11 +216,20 @@ class Spread:
         self._lengths.shard = Shard(
             video.total,
             forward.own(self._video),
-            partial(self._attend, forward.shards),
+            self._outside.joint,
             forward.shards.piece(forward.place.piece),
-            partial(self._attend, video),
+            self._outside.video,
         )
         return args, kwargs
+
+    def _attend_joint(self, query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None) -> Tensor:
+        assert self._forward is not None
+        assert self._forward.shards is not None
+        return self._attend(self._forward.shards, query, key, value, lens)
+
+    def _attend_video(self, query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None) -> Tensor:
+        assert self._forward is not None
+        return self._attend(self._forward.streams[self._video], query, key, value, lens)
 
     def _count_prefix(
         self, argument: Argument, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

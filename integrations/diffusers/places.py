@@ -14,7 +14,7 @@ from para_kernels import ContextParallel
 from para_kernels.parallel.failure import check_agreement, deadline
 from para_kernels.parallel.mesh import check_mesh, mesh_groups, node_size, world_size
 from para_kernels.parallel.split import Links, Workload, assumed_flops, measure_links, resolve_split
-from para_kernels.parallel.transport import selection
+from para_kernels.parallel.transport import close_transports, selection
 
 AUTO = "auto"
 
@@ -27,6 +27,7 @@ class Place:
         mesh: with the dims "ring" and "ulysses", and perhaps "batch".
         batch, batch_rank, batch_group: ranks that share out the samples.
         pieces, piece, sequence_group: ranks that share out the joint sequence of the same samples, in its order.
+        ring_group: those of them that keys and values go round.
         why: a sentence.
     """
 
@@ -37,6 +38,7 @@ class Place:
     pieces: int
     piece: int
     sequence_group: ProcessGroup
+    ring_group: ProcessGroup
     why: str
 
     @staticmethod
@@ -51,15 +53,15 @@ class Place:
             pieces=groups.pieces,
             piece=groups.piece,
             sequence_group=groups.sequence,
+            ring_group=groups.ring,
             why=why,
         )
 
     def transport(self, device: torch.device, wanted: str) -> str:
         """How keys and values travel here, and why; to be asked after they have."""
-        groups = mesh_groups(self.mesh)
-        if groups.ring.size() == 1:
+        if self.ring_group.size() == 1:
             return "all-to-all of torch.distributed: the ranks exchange heads, nothing goes round"
-        chosen = selection(groups.ring, device, wanted)
+        chosen = selection(self.ring_group, device, wanted)
         return f"{chosen.transport.name}; {chosen.reason}"
 
     def __str__(self) -> str:
@@ -118,6 +120,18 @@ class Places:
             parallel, why = resolve_split(self.wanted, work, world, node, _links(like.device, node), samples)
             self._chosen[shape] = Place.on(_mesh(parallel), why)
         return self._chosen[shape]
+
+    def close(self) -> None:
+        """Give back the buffers in which keys and values have travelled here; the next forward makes them anew.
+
+        To be called on all ranks alike, as forwards are. No rank waits for another's call, but for a rank that is late
+        to have taken what lies in the buffers. Groups are kept: they are dear. Other places may have the same ones, and
+        their next forward then makes its buffers anew too.
+        """
+        fixed = () if self.fixed is None else (self.fixed,)
+        with deadline(self.wanted.timeout):
+            for place in (*fixed, *self._chosen.values()):
+                close_transports(place.ring_group)
 
 
 _measured: dict[tuple[ProcessGroup, torch.device], Links] = {}

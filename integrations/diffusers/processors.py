@@ -17,7 +17,6 @@ from para_kernels.preparation import Rotary, Stream, prepare_attention, prepare_
 from .attention import (
     AttentionLengths,
     Shard,
-    attend_here,
     heads_of,
     on_device_of,
     projected,
@@ -28,8 +27,6 @@ from .attention import (
     video_out,
 )
 from .norms import left_to_norm
-
-_ALL = slice(None)
 
 
 class Processor:
@@ -44,7 +41,7 @@ class Processor:
 
     def shard(self, video_tokens: int) -> Shard:
         """Which rows are here: all of them where nothing is spread over ranks."""
-        return self.lengths.shard or Shard(video_tokens, slice(video_tokens), attend_here, _ALL, attend_here)
+        return self.lengths.here(video_tokens)
 
 
 class FluxProcessor(Processor):

@@ -7,8 +7,10 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from para_kernels.attention import selected_kernel
+from para_kernels.attention8 import selected_kernel_int8
 from para_kernels.cache import StepRecord
 
+from .compiled import kinds
 from .processor_swap import attn_processors
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ def render(handle: Handle) -> str:
         f"para-kernels on {handle.family.name}",
         f"attention   {_attention(handle)}",
         f"cache       {_cache(handle)}",
+        *_compiled(handle),
         *_parallel(handle.spread),
     ]
     if not records:
@@ -60,11 +63,18 @@ def _attention(handle: Handle) -> str:
 def _kernel(handle: Handle) -> str:
     device, dtype = handle.device, handle.transformer.dtype
     head_dim = getattr(handle.transformer.config, handle.family.head_dim)
-    return f"{selected_kernel(device, dtype, head_dim)} ({device}, {dtype}, head dim {head_dim})"
+    selected = selected_kernel_int8 if handle.settings.attention == "int8" else selected_kernel
+    return f"{selected(device, dtype, head_dim)} ({device}, {dtype}, head dim {head_dim})"
 
 
 def _cache(handle: Handle) -> str:
     return "none" if handle.settings.cache is None else handle.settings.cache.description()
+
+
+def _compiled(handle: Handle) -> list[str]:
+    """What is compiled, and by what: nothing where nothing is."""
+    backend = handle.settings.compile
+    return [] if backend is None else [f"compile     {kinds(handle.blocks)}; no graph breaks; {backend}"]
 
 
 def _parallel(spread: Spread | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Writing videos to mp4 files.
+"""Writing videos to files: mp4 to be looked at, npy with the very numbers, to be compared.
 
 Frames are float arrays of shape (frames, height, width, 3) with values in [0, 1].
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
+ENDINGS = (".mp4", ".npy")
 MP4_QUALITY = 8  # imageio-ffmpeg's scale of 0 (worst) to 10: no visible blocks in small synthetic frames
 
 
@@ -25,9 +26,9 @@ def enlarge(frames: np.ndarray, zoom: int) -> np.ndarray:
 
 
 def check_video(path: Path, fps: int, zoom: int) -> None:
-    """Raise a ValueError if no mp4 can be written like this: wrong ending, or `fps` or `zoom` below 1."""
-    if path.suffix != ".mp4":
-        raise ValueError(f"output: {str(path)!r}; must end in .mp4")
+    """Raise a ValueError if no video can be written like this: wrong ending, or `fps` or `zoom` below 1."""
+    if path.suffix not in ENDINGS:
+        raise ValueError(f"output: {str(path)!r}; must end in {' or '.join(ENDINGS)}")
     if fps < 1:
         raise ValueError(f"fps: {fps}; must be at least 1")
     if zoom < 1:
@@ -44,11 +45,44 @@ def make_folder(folder: Path) -> None:
         raise ValueError(f"output: folder {str(folder)!r} is not writable")
 
 
+def write_video(path: Path, frames: np.ndarray, fps: int, zoom: int = 1) -> None:
+    """Write one video as the path's ending says: by `write_mp4`, or by `write_npy`, which needs no `fps` and no `zoom`.
+
+    Raises:
+        ValueError: what they refuse.
+    """
+    if path.suffix == ".npy":
+        write_npy(path, frames)
+    else:
+        write_mp4(path, frames, fps, zoom)
+
+
+def write_npy(path: Path, frames: np.ndarray) -> None:
+    """Write one video as a float32 array in NumPy's format (`numpy.load`): values as they are, nothing is clipped.
+
+    Args:
+        path: file to write, ending in `.npy`, in a folder that exists.
+        frames: (frames, height, width, 3), float.
+
+    Raises:
+        ValueError: `frames` of another shape, or another ending.
+    """
+    if path.suffix != ".npy":
+        raise ValueError(f"output: {str(path)!r}; must end in .npy")
+    _check_frames(frames)
+    np.save(path, frames.astype(np.float32, copy=False), allow_pickle=False)
+
+
+def _check_frames(frames: np.ndarray) -> None:
+    if frames.ndim != 4 or frames.shape[-1] != 3:
+        raise ValueError(f"frames: shape {frames.shape}; must be (frames, height, width, 3)")
+
+
 def write_mp4(path: Path, frames: np.ndarray, fps: int, zoom: int = 1) -> None:
     """Write one video as H.264, each pixel enlarged `zoom` times.
 
     Args:
-        path: file to write, in a folder that exists.
+        path: file to write, ending in `.mp4`, in a folder that exists.
         frames: (frames, height, width, 3), float in [0, 1].
         fps: frames per second.
         zoom: whole factor of enlargement, for small videos.
@@ -57,8 +91,9 @@ def write_mp4(path: Path, frames: np.ndarray, fps: int, zoom: int = 1) -> None:
         ValueError: `frames` of another shape, or what `check_video` refuses.
     """
     check_video(path, fps, zoom)
-    if frames.ndim != 4 or frames.shape[-1] != 3:
-        raise ValueError(f"frames: shape {frames.shape}; must be (frames, height, width, 3)")
+    if path.suffix != ".mp4":
+        raise ValueError(f"output: {str(path)!r}; must end in .mp4")
+    _check_frames(frames)
     pixels = enlarge(to_uint8(frames), zoom)
     height, width = pixels.shape[1:3]
     # 4:2:0 chroma needs even sides, nothing more: keep ffmpeg from rescaling to multiples of 16.

@@ -3,8 +3,7 @@
 A word is written by one rank's stream only (cuStreamWriteValue32), and counts epochs, one for each layer of the ring,
 modulo 2**32; streams of any rank wait until it has reached an epoch (cuStreamWaitValue32). Nothing is ever reset.
 
-    early[r]    `peer` only: the keys and values of rank r's first heads lie in its slot
-    ready[r]    rank r's keys and values of this epoch lie in its slot, those of all heads
+    ready[r]    rank r's keys and values of this epoch lie in its slot; it has done with what it received before
     credit[r]   rank r has taken all pieces of this epoch: its peers may write over the slots that held them
     chunk[r][c] `host` only: chunk c of rank r's piece of this epoch lies in shared host memory
 
@@ -42,8 +41,8 @@ from para_kernels.parallel import failure
 from para_kernels.parallel.failure import RankFailure, exchange, global_rank, raise_obstacles
 
 _LINE = 16  # words: 64 bytes, so that no two writers share a line
-_READY, _CREDIT, _EARLY = 0, 1, 2
-_KINDS = 3
+_READY, _CREDIT = 0, 1
+_KINDS = 2
 _ABORT_WORDS = 4  # aborted, rank that says so, epoch, 1 + rank that is missing
 _FAR = 2**30  # past every epoch in use, and counted modulo 2**32 still ahead of them
 PAGE = 4096
@@ -147,9 +146,6 @@ class Control:
 
     # Addresses for the GPU.
 
-    def early(self, rank: int) -> int:
-        return self._base + 4 * self._at(_EARLY, rank)
-
     def ready(self, rank: int) -> int:
         return self._base + 4 * self._at(_READY, rank)
 
@@ -204,7 +200,20 @@ class Control:
         if self.failure is not None:
             raise RankFailure(self.failure)
 
-    def give_up(self, error: Exception) -> None:
+    def await_taken(self) -> None:
+        """Wait until every rank has taken all pieces of the epochs issued here; what they lie in may go then.
+
+        To be called when this rank's device is done: the others then lack nothing to go on with. Without an error where
+        a rank has failed or its process has ended, or after the timeout: nobody's result depends on it any more.
+        """
+        end = time.monotonic() + failure.current_timeout()
+        for rank in range(self.world):
+            while self.failure is None and self._behind(_CREDIT, rank) > 0 and time.monotonic() < end:
+                if not _is_running(self._pids[rank]):
+                    break
+                time.sleep(1e-3)
+
+    def give_up(self, error: BaseException) -> None:
         """End all ranks: this one has failed in the middle of a layer."""
         if self.failure is None and not isinstance(error, RankFailure):
             me = global_rank(self.group, self.rank)

@@ -2,22 +2,31 @@
 
 One layer, on each rank (epoch e counts layers; a slot is e modulo 2):
 
-    main stream   waits until every peer has taken this rank's piece of epoch e - 2, packs k and v into the slot
-                  (`peer`: the first heads in a launch of their own), then runs the attention kernel, which waits for
-                  the flags of the pieces that it reads
-    side streams  wait for the packing; announce it; wait until the peers have announced theirs; bring the pieces
-                  head by head in the order in which the kernel reads them; write a flag behind each group of heads;
-                  at last write the credit: all pieces of epoch e have been taken
+    main stream   waits until every peer has taken this rank's piece of epoch e - 2, packs k and v into the slot,
+                  announces that by a word that peers and the own side streams wait for, then runs the attention kernel,
+                  which waits for the flags of the pieces that it reads
+    side streams  wait until this rank has announced its piece, and the peers theirs; bring the pieces head by head in
+                  the order in which the kernel reads them; write a flag behind each group of heads; at last write the
+                  credit: all pieces of epoch e have been taken
 
-A received piece is overwritten by the side streams of the next layer, which begin after that layer's packing, that is
-after this layer's kernel. A rank that runs ahead can be one layer further than the slowest, two slots hold that. The
-order of consumption is r, r + 1, r + 2, ...: at any time all ranks take pieces of different ranks.
+A received piece is overwritten by the side streams of the next layer, which wait for that layer's announcement, and it
+comes after this layer's kernel. A rank that runs ahead can be one layer further than the slowest, two slots hold that.
+The order of consumption is r, r + 1, r + 2, ...: at any time all ranks take pieces of different ranks.
+
+The host enqueues the main stream's part first. A device that was idle then computes on its own keys while the host
+enqueues the transfers, some 30 calls of the driver. It does not matter that the kernel may wait for flags whose copies
+have not been enqueued yet: the streams order all that counts by words, not by the order in which the host came, and
+copies need no multiprocessor. Should the host fail in between, no copy brings the flags: `give_up` ends the peers, the
+flags are written without the copies, and if the driver refuses even that, the kernel ends by its own bounded wait.
+Where a launch blocks the host until the kernel is done (CUDA_LAUNCH_BLOCKING), the transfers are enqueued first.
 
 The memory of a rank is one range, the arena: two slots, then the world - 1 received pieces, `capacity` bytes each.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -99,10 +108,8 @@ class Layout:
     memory: Tensor
     flags: Tensor
     tables: tuple[Tensor, ...]
-    early_heads: int
-    wait_for_slot: Any
-    announce_early: Any
     transfers: tuple[Any, ...]
+    flags_alone: Any
 
 
 class DeviceRing(ABC):
@@ -127,6 +134,8 @@ class DeviceRing(ABC):
             self._control = Control(group, library, self.name, self._chunks)
             self._error = self._view_of_error()
             self._sides = self._make_streams(self._side_streams)
+            self._wait_for_slot, self._announce = self._main_programs()
+        self._launches_block = os.environ.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0")
         self._last_stream: int | None = None  # the default stream is 0
 
     # What differs between the two transports.
@@ -141,15 +150,7 @@ class DeviceRing(ABC):
 
     @abstractmethod
     def _steps(self, place: Place, slot: int, base: int, flags: Tensor) -> tuple[list[Any], int]:
-        """One layer's work of the side streams, and how many events it uses. Stream 0 is the main one."""
-
-    def _early_heads(self, shape: Shape) -> int:
-        """How many heads are packed and announced before the others: whole groups; 0 for all at once."""
-        return 0
-
-    def _early_steps(self) -> list[Any]:
-        """What the side streams do once those heads are packed; one event."""
-        return []
+        """One layer's work of the side streams, and how many events it uses; it waits for this rank's announcement."""
 
     @property
     @abstractmethod
@@ -180,13 +181,19 @@ class DeviceRing(ABC):
             epoch = self._control.next_epoch()
             slot = epoch % _SLOTS
             try:
-                layout.wait_for_slot.run([main], epoch)
-                self._pack_heads(k, v, layout, slot, epoch, main)
-                layout.transfers[slot].run([main, *self._sides], epoch)
+                self._wait_for_slot.run([main], epoch)
+                self._pack(k, v, layout.memory, layout.place.first_row(slot))
+                self._announce.run([main], epoch)
+                if self._launches_block:
+                    layout.transfers[slot].run(self._sides, epoch)
                 self._attend(q, layout, slot, epoch, out, lse, q_lens, kv_lens, scale)
-            except Exception as error:
+                if not self._launches_block:
+                    layout.transfers[slot].run(self._sides, epoch)
+            except BaseException as error:  # also an interrupt, which would leave the kernel without its copies
                 # The peers count this epoch: from here on nothing may be taken for a layer that it is not.
                 self._control.give_up(error)
+                with contextlib.suppress(RuntimeError):  # The driver may refuse this too: then the kernel's wait ends.
+                    layout.flags_alone.run(self._sides, epoch)
                 raise
         return out, lse
 
@@ -194,13 +201,17 @@ class DeviceRing(ABC):
         """Raise a RankFailure if a rank is missing: ask after the device is done, before its results are trusted."""
         self._control.check()
 
-    def give_up(self, error: Exception) -> None:
+    def give_up(self, error: BaseException) -> None:
         """End all ranks: this one has failed outside of a layer that the others have begun."""
         self._control.give_up(error)
 
     def close(self) -> None:
-        """Give back all memory, once this rank's device is done with it. Peers must not be in a call."""
+        """Give back all memory, once this rank's device is done with it and the peers have taken what lies in it.
+
+        Every rank closes for itself, and meets no other one there: whoever has made the same calls may be late.
+        """
         self._synchronize()
+        self._control.await_taken()
         self._layouts.clear()
         self._release()
         self._capacity = 0
@@ -233,14 +244,6 @@ class DeviceRing(ABC):
             q, pieces, sum(shape.lengths), out, lse, q_lens, kv_lens, softmax_scale(scale, q.shape[3]),
             kv_heads=shape.heads, own_start=sum(shape.lengths[: self.rank]), capability=ops._capability(self.device),
         )  # fmt: skip
-
-    def _pack_heads(self, k: Tensor, v: Tensor, layout: Layout, slot: int, epoch: int, main: int) -> None:
-        early, first_row = layout.early_heads, layout.place.first_row(slot)
-        if early:
-            self._pack(k[:, :, :early], v[:, :, :early], layout.memory, first_row)
-            layout.announce_early.run([main, *self._sides], epoch)
-        first_row += 2 * k.shape[0] * k.shape[1] * early
-        self._pack(k[:, :, early:], v[:, :, early:], layout.memory, first_row)
 
     def _pack(self, k: Tensor, v: Tensor, memory: Tensor, first_row: int) -> None:
         ops._triton().ring_attention.pack_piece(k, v, memory, first_row)
@@ -289,16 +292,21 @@ class DeviceRing(ABC):
         tables = tuple(self._table(place, slot) for slot in range(_SLOTS))
         assert ops._C is not None
         step, program = ops._C.StreamStep, ops._C.StreamProgram
-        before = [step.wait(0, self._control.credit(peer), -_SLOTS) for peer in self._peers()]
         transfers = []
         for slot in range(_SLOTS):
             steps, events = self._steps(place, slot, self._arena.data_ptr(), flags)
-            transfers.append(program(steps, 1 + self._side_streams, events, self._library))
-        early = self._early_heads(shape)
-        return Layout(
-            place, memory, flags, tables, early, program(before, 1, 0, self._library),
-            program(self._early_steps() if early else [], 1 + self._side_streams, 1, self._library), tuple(transfers),
-        )  # fmt: skip
+            transfers.append(program(steps, self._side_streams, events, self._library))
+        alone = [step.write(0, flags.data_ptr() + 4 * index) for index in range(flags.stride(0), flags.numel())]
+        flags_alone = program(alone, self._side_streams, 0, self._library)
+        return Layout(place, memory, flags, tables, tuple(transfers), flags_alone)
+
+    def _main_programs(self) -> tuple[Any, Any]:
+        """What the main stream does before the packing, and behind it; for all layers alike."""
+        assert ops._C is not None
+        step, program, control = ops._C.StreamStep, ops._C.StreamProgram, self._control
+        before = [step.wait(0, control.credit(peer), -_SLOTS) for peer in self._peers()]
+        behind = [step.write(0, control.ready(self.rank))]
+        return program(before, 1, 0, self._library), program(behind, 1, 0, self._library)
 
     def _table(self, place: Place, slot: int) -> Tensor:
         """`Pieces.table`: this rank's piece in its slot, then the received ones."""

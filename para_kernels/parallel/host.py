@@ -20,7 +20,7 @@ from para_kernels.parallel.failure import exchange
 
 # What a rank takes in begins to arrive one chunk after it began to leave; smaller ones cost more launches.
 CHUNK_BYTES = 8 * 2**20
-_OUT, _IN = 1, 2  # streams
+_OUT, _IN = 0, 1  # streams
 
 
 class HostTransport(DeviceRing):
@@ -59,8 +59,7 @@ class HostTransport(DeviceRing):
         assert ops._C is not None
         step = ops._C.StreamStep
         shape, control, size = place.shape, self._control, _chunk_bytes(place.shape)
-        steps = [step.record(0, 0), step.wait_record(_OUT, 0), step.wait_record(_IN, 0)]
-        steps.append(step.write(_OUT, control.ready(self.rank)))
+        steps = [step.wait(stream, control.ready(self.rank)) for stream in (_OUT, _IN)]
         for chunk, (start, count) in enumerate(_chunks(shape, self.rank, size)):
             target = self._address(slot, self.rank) + start
             steps.append(step.copy(_OUT, target, base + place.offset(slot) + start, count))
@@ -75,7 +74,7 @@ class HostTransport(DeviceRing):
                 if of[owner][group]:
                     steps.append(step.write(_IN, flags.data_ptr() + 4 * (t * flags.stride(0) + group)))
         steps.append(step.write(_IN, control.credit(self.rank)))
-        return steps, 1
+        return steps, 0
 
     def _address(self, slot: int, owner: int) -> int:
         """Of a rank's piece in the shared memory."""

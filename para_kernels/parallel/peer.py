@@ -14,23 +14,17 @@ from torch.distributed import ProcessGroup
 
 from para_kernels import ops
 from para_kernels.parallel.control import node
-from para_kernels.parallel.device_ring import DeviceRing, Place, Shape, unavailable_here
+from para_kernels.parallel.device_ring import DeviceRing, Place, unavailable_here
 from para_kernels.parallel.failure import exchange
 
-# The part of the heads that is packed and announced first. The programs that start together read about a quarter of the
-# heads at 4,096 rows a rank (24 heads, 132 multiprocessors), and to copy these takes longer than to pack the rest.
-EARLY_PART = 4
-_COPIES, _ANNOUNCEMENTS = (1, 2), 3  # streams
+_COPIES = (0, 1)  # streams
 
 
 class PeerTransport(DeviceRing):
-    """See `device_ring`. Two streams take turns with the groups of heads: one's flag overlaps the other's copy.
-
-    What is packed is announced in a third one, that no copy holds up.
-    """
+    """See `device_ring`. Two streams take turns with the groups of heads: one's flag overlaps the other's copy."""
 
     name = "peer"
-    _side_streams = 3
+    _side_streams = len(_COPIES)
     _arena: Tensor
     _bases: list[int]
 
@@ -58,43 +52,28 @@ class PeerTransport(DeviceRing):
     def _steps(self, place: Place, slot: int, base: int, flags: Tensor) -> tuple[list[Any], int]:
         assert ops._C is not None
         step = ops._C.StreamStep
-        shape, control = place.shape, self._control
-        early = self._early_heads(shape)
-        steps = [step.record(0, 0), step.wait_record(_ANNOUNCEMENTS, 0)]
-        steps.append(step.write(_ANNOUNCEMENTS, control.ready(self.rank)))
-        if not early:
-            steps += [step.wait_record(stream, 0) for stream in _COPIES]
-        waited: set[tuple[int, int]] = set()
-        for group, (first, count) in enumerate(shape.groups()):
+        shape, control, groups = place.shape, self._control, place.shape.groups()
+        used = _COPIES[: len(groups)]
+        steps = [step.wait(stream, control.ready(self.rank)) for stream in used]
+        announced: set[tuple[int, int]] = set()
+        for group, (first, count) in enumerate(groups):
             stream = _COPIES[group % len(_COPIES)]
             for t, owner in enumerate(self._peers(), 1):
                 head = shape.head_bytes(owner)
                 if not head:
                     continue
-                word = control.early(owner) if first < early else control.ready(owner)
-                if (stream, word) not in waited:
-                    waited.add((stream, word))
-                    steps.append(step.wait(stream, word))
+                if (stream, owner) not in announced:
+                    announced.add((stream, owner))
+                    steps.append(step.wait(stream, control.ready(owner)))
                 source = self._bases[owner] + place.offset(slot) + first * head
                 target = base + place.offset(1 + t) + first * head
                 steps.append(step.copy(stream, target, source, count * head))
                 steps.append(step.write(stream, flags.data_ptr() + 4 * (t * flags.stride(0) + group)))
         # No credit before both streams of copies are done with the slots.
-        steps += [step.record(_COPIES[1], 1), step.wait_record(_COPIES[0], 1)]
+        for event, stream in enumerate(used[1:]):
+            steps += [step.record(stream, event), step.wait_record(_COPIES[0], event)]
         steps.append(step.write(_COPIES[0], control.credit(self.rank)))
-        return steps, 2
-
-    def _early_heads(self, shape: Shape) -> int:
-        step = shape.heads_per_flag
-        heads = -(-shape.heads // (EARLY_PART * step)) * step if EARLY_PART else 0
-        # The other heads' keys start at a multiple of 16 bytes if these do: the packing is compiled for that.
-        return heads if heads < shape.heads and heads * shape.row_bytes % 16 == 0 else 0
-
-    def _early_steps(self) -> list[Any]:
-        assert ops._C is not None
-        step = ops._C.StreamStep
-        steps = [step.record(0, 0), *(step.wait_record(stream, 0) for stream in (*_COPIES, _ANNOUNCEMENTS))]
-        return [*steps, step.write(_ANNOUNCEMENTS, self._control.early(self.rank))]
+        return steps, len(used) - 1
 
 
 def unavailable(group: ProcessGroup, device: torch.device) -> str | None:

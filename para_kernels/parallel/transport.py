@@ -64,7 +64,7 @@ class Transport(Protocol):
 class SupportsGivingUp(Protocol):
     """A transport whose other ranks can be told, rather than time out."""
 
-    def give_up(self, error: Exception) -> None:
+    def give_up(self, error: BaseException) -> None:
         """End all ranks: this one has failed."""
         ...
 

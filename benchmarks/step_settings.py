@@ -1,0 +1,280 @@
+"""Denoising steps of a full-size transformer under every setting, in one run: stock diffusers, and this package's.
+
+    python -m benchmarks.step_settings hunyuan --out benchmarks/results
+    python -m benchmarks.step_settings flux --out benchmarks/results --steps 28
+    python -m benchmarks.step_settings flux --small --out /tmp/steps         a tiny model, also on a CPU
+    python -m benchmarks.step_settings hunyuan --only "diffusers,exact,exact compiled" --out /tmp/steps
+
+`hunyuan`: one step at 720 x 1280 x 129. `flux`: FLUX.1-dev's configuration, 28 steps at 1024 x 1024. `cogvideox`:
+CogVideoX-5b's, one step at 480 x 720 x 49. Weights are random
+in the shapes of the public configurations. Every second step's latents differ little from those before, so that a cache
+reuses about half of the steps; which ones is in the record. The differences between outputs are those of the last step.
+A setting that fails is reported and does not stop the others; the exit code is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from para_kernels.integrations.diffusers import Handle, accelerate
+
+from . import cogvideox_model, flux_model, step_model
+from .record import Record, write_records
+from .reference import relative_error
+from .step_model import forward
+
+STOCK = "diffusers"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the transformer runs.
+
+    Attributes:
+        options: what `accelerate` is given; None: nothing of this package is installed.
+        compiled: stock diffusers with its own regional compilation.
+    """
+
+    name: str
+    options: dict[str, Any] | None
+    compiled: bool = False
+
+    @property
+    def compiles(self) -> bool:
+        return self.compiled or bool((self.options or {}).get("compile"))
+
+
+SETTINGS = (
+    Setting(STOCK, None),
+    Setting("diffusers compiled", None, compiled=True),
+    Setting("exact", {}),
+    Setting("exact compiled", {"compile": True}),
+    Setting("exact compiled, cache", {"compile": True, "cache": 0.08}),
+    Setting("fp8 linears compiled", {"compile": True, "linears": "fp8"}),
+    Setting("int8 attention", {"attention": "int8"}),
+    Setting("int8 attention, fp8 linears compiled", {"compile": True, "linears": "fp8", "attention": "int8"}),
+    Setting(
+        "int8 attention, fp8 linears compiled, cache",
+        {"compile": True, "linears": "fp8", "attention": "int8", "cache": 0.08},
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is measured: `steps` are the transformer's arguments of every step, `small` those of a tiny one."""
+
+    transformer: Any
+    pipe: Any
+    steps: list[dict[str, Any]]
+    small: dict[str, Any]
+    shape: dict[str, int]
+    op: str
+
+
+@dataclass
+class Measured:
+    """Seconds of all steps, peak memory in GiB, the last output on the host, steps reused, seconds of the warm-up."""
+
+    seconds: float
+    peak_gib: float
+    output: Tensor
+    reused: int
+    warmup: float
+    notes: dict[str, float] = field(default_factory=dict)
+
+
+def hunyuan(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Model:
+    config = step_model.SMALL_CONFIG if options.small else {}
+    transformer = step_model.build_transformer(config, device, dtype)
+    tiny = (64, 96, 9)
+    size = tiny if options.small else (720, 1280, 129)
+    inputs, small = (step_model.step_inputs(transformer, *of, 120, device, dtype) for of in (size, tiny))
+    tokens = step_model.video_tokens(transformer, inputs) + step_model.TEXT_TOKENS
+    height, width, frames = size
+    shape = {"height": height, "width": width, "frames": frames, "S": tokens}
+    pipe = step_model.pipeline_around(transformer)
+    return Model(transformer, pipe, _steps(inputs, options.steps or 1), small, shape, "hunyuan_step")
+
+
+def flux(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Model:
+    config = flux_model.SMALL_CONFIG if options.small else flux_model.CONFIG
+    transformer = flux_model.build_transformer(config, device, dtype)
+    side = 64 if options.small else 1024
+    inputs, small = (flux_model.step_inputs(transformer, of, of, device, dtype) for of in (side, 64))
+    shape = {"height": side, "width": side, "S": inputs["hidden_states"].shape[1] + flux_model.TEXT_TOKENS}
+    pipe = flux_model.pipeline_around(transformer)
+    return Model(transformer, pipe, _steps(inputs, options.steps or 28), small, shape, "flux_step")
+
+
+def cogvideox(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Model:
+    config = cogvideox_model.SMALL_CONFIG if options.small else cogvideox_model.CONFIG
+    transformer = cogvideox_model.build_transformer(config, device, dtype)
+    tiny = (64, 64, 9)
+    height, width, frames = tiny if options.small else (480, 720, 49)
+    inputs = cogvideox_model.step_inputs(transformer, height, width, frames, device, dtype)
+    small = cogvideox_model.step_inputs(transformer, *tiny, device, dtype)
+    shape = {"height": height, "width": width, "frames": frames}
+    pipe = cogvideox_model.pipeline_around(transformer)
+    shape["S"] = cogvideox_model.tokens(transformer, inputs)
+    return Model(transformer, pipe, _steps(inputs, options.steps or 1), small, shape, "cogvideox_step")
+
+
+MODELS: dict[str, Callable[[argparse.Namespace, torch.device, torch.dtype], Model]] = {
+    "hunyuan": hunyuan,
+    "flux": flux,
+    "cogvideox": cogvideox,
+}
+
+
+def _steps(inputs: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """Latents that change little in every second step, and much in the others."""
+    latents = inputs["hidden_states"]
+    noise = latents.flip(-1)
+    changes = [0.005 * (step % 2) + 0.6 * (step // 2) for step in range(count)]
+    return [inputs | {"hidden_states": latents + change * noise} for change in changes]
+
+
+def main() -> int:
+    options = _options()
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    start = time.perf_counter()
+    model = MODELS[options.model](options, device, dtype)
+    print(
+        f"{options.model}: {model.shape}, {len(model.steps)} steps, made in {time.perf_counter() - start:.1f} s",
+        flush=True,
+    )
+    measured: dict[str, Measured] = {}
+    failed = []
+    for setting in SETTINGS:
+        if setting.name not in options.only:
+            continue
+        try:
+            measured[setting.name] = measure(model, setting, device)
+        except Exception:  # one setting that fails must not cost the others their results
+            failed.append(setting.name)
+            print(f"{setting.name}: {traceback.format_exc()}", flush=True)
+        else:
+            print(_line(setting.name, measured), flush=True)
+            write_records(f"{model.op}_settings", records(model, measured, dtype), options.out)
+        _free(device)
+    print(f"failed: {', '.join(failed) or 'none'}", flush=True)
+    return 1 if failed else 0
+
+
+def measure(model: Model, setting: Setting, device: torch.device) -> Measured:
+    """Install, warm up, run all steps, remove. What compiles is warmed up by two steps of full size, for a cache that
+    reuses a step runs other code than in one that it computes; the others by a tiny one.
+    """
+    handle = _installed(model, setting)
+    try:
+        start = time.perf_counter()
+        _run(model, model.steps[:2] if setting.compiles else [model.small])
+        _synchronize(device)
+        warmup = time.perf_counter() - start
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        start = time.perf_counter()
+        output = _run(model, model.steps)
+        _synchronize(device)
+        seconds = time.perf_counter() - start
+        peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+        reused = 0 if handle is None else sum(record.reused for record in handle.records[-len(model.steps) :])
+        return Measured(seconds, peak, output.float().cpu(), reused, warmup)
+    finally:
+        _uninstall(model, setting, handle)
+
+
+def _installed(model: Model, setting: Setting) -> Handle | None:
+    if setting.options is not None:
+        return accelerate(model.pipe, **setting.options)
+    if setting.compiled:
+        model.transformer.compile_repeated_blocks(fullgraph=True)
+    return None
+
+
+def _uninstall(model: Model, setting: Setting, handle: Handle | None) -> None:
+    if handle is not None:
+        handle.remove()
+    if setting.compiled:
+        for module in model.transformer.modules():
+            module._compiled_call_impl = None
+
+
+def _run(model: Model, steps: list[dict[str, Any]]) -> Tensor:
+    """All steps as one call of the pipeline would run them: a cache remembers nothing of the call before."""
+    with torch.no_grad():
+        outputs = [forward(model.transformer, inputs) for inputs in steps]
+    reset = getattr(model.transformer, "_reset_stateful_cache", None)
+    if reset is not None:
+        reset()
+    return outputs[-1]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _free(device: torch.device) -> None:
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def records(model: Model, measured: dict[str, Measured], dtype: torch.dtype) -> list[Record]:
+    """One for each setting, against stock diffusers where that was measured."""
+    stock = measured.get(STOCK)
+    made = []
+    for name, entry in measured.items():
+        notes = {"peak_gib": entry.peak_gib, "reused": entry.reused, "warmup_s": entry.warmup}
+        if stock is not None:
+            notes |= {"difference": relative_error(entry.output, stock.output), "peer_peak_gib": stock.peak_gib}
+        peer = (None, None) if stock is None else (STOCK, stock.seconds * 1e3)
+        kind = str(dtype).removeprefix("torch.")
+        made.append(
+            Record(
+                model.op, model.shape | {"steps": len(model.steps)}, kind, name, entry.seconds * 1e3, *peer, notes=notes
+            )
+        )
+    return made
+
+
+def _line(name: str, measured: dict[str, Measured]) -> str:
+    entry, stock = measured[name], measured.get(STOCK)
+    against = "" if stock is None else f"  {stock.seconds / entry.seconds:5.2f}x"
+    return (
+        f"{name:<46} {entry.seconds:8.3f} s{against}  peak {entry.peak_gib:5.1f} GiB  {entry.reused} reused"
+        f"  (warm-up {entry.warmup:.1f} s)"
+    )
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the JSON records")
+    parser.add_argument("--small", action="store_true", help="a tiny model and picture")
+    parser.add_argument("--steps", type=int, metavar="N", help="default: 28 for flux, 1 for the others")
+    names = [setting.name for setting in SETTINGS]
+    parser.add_argument("--only", nargs="+", default=names, choices=names, metavar="SETTING", help=", ".join(names))
+    options = parser.parse_args()
+    if options.steps is not None and options.steps < 1:
+        parser.error("steps must be at least 1")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

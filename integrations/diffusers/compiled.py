@@ -1,0 +1,188 @@
+"""Compiled blocks: `torch.compile(fullgraph=True)` of each kind of block, once for all blocks of the kind.
+
+What is compiled stands below every hook, of whatever origin, and in whatever order all of them came: it takes the place
+of the class's own forward, where a hook would otherwise call that. So the hooks stay in Python. Which blocks a cache
+skips and how a sequence is cut is decided between the blocks, and no graph knows of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import AttentionLengths
+from .hooks import Argument, drop_plain_forward
+
+DEFAULT_BACKEND = "inductor"
+
+Forward = Callable[..., Any]
+
+
+class CompiledBlocks:
+    """What the compiled blocks of one transformer share: what they read, and one function for each kind.
+
+    Args:
+        lengths: what the blocks' attention processors read.
+        streams: names of the blocks' arguments that are (B, rows, C).
+        backend: of `torch.compile`.
+    """
+
+    def __init__(self, lengths: AttentionLengths, streams: Sequence[str], backend: str) -> None:
+        self.lengths = lengths
+        self.streams = streams
+        self._backend = backend
+        self._functions: dict[type[nn.Module], Forward] = {}
+
+    def retune(self, backend: str) -> None:
+        """Go on with another backend: blocks are compiled anew."""
+        if backend != self._backend:
+            self._backend = backend
+            self._functions.clear()
+
+    def run(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The block's forward, compiled when its kind first runs."""
+        kind = type(block)
+        if kind not in self._functions:
+            self._functions[kind] = _compiled(kind, self._backend)
+        return self._functions[kind](self.lengths, kind.forward, block, *args, **kwargs)
+
+    def add_to(self, blocks: Sequence[nn.Module], undo: ExitStack) -> None:
+        """Put the compiled forward under the blocks, which `check_compilable` has passed; closing `undo` takes it off
+        again.
+        """
+        for block in blocks:
+            original = type(block).forward.__get__(block)
+            forward = CompiledForward(original, block, self)
+            undo.callback(drop_plain_forward, block)
+            undo.callback(_replace, block, lambda found, ours=forward: found is ours, original)
+            _replace(block, functools.partial(_is_own, block), forward)
+
+
+class CompiledForward:
+    """In the place of one block's own forward, `original`."""
+
+    def __init__(self, original: Forward, block: nn.Module, compiled: CompiledBlocks) -> None:
+        functools.update_wrapper(self, original)  # hooks ask a forward for its signature
+        self._block = block
+        self._compiled = compiled
+        self._streams = [Argument.of(block, name) for name in compiled.streams]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for stream in self._streams:
+            if (value := stream.get(args, kwargs)) is not None:  # None where another argument has all streams.
+                args, kwargs = stream.replaced(args, kwargs, laid_out(value))
+        return self._compiled.run(self._block, args, kwargs)
+
+
+def laid_out(stream: Tensor) -> Tensor:
+    """The same rows, contiguous, to the strides of dimensions that do not matter, and no view of another tensor.
+
+    A graph holds for one layout. The embedders' output is transposed, what a block or a rank cuts is a view: without
+    this the first blocks, and what follows in their layout, would be graphs of their own. Most often nothing is copied.
+    """
+    return stream.contiguous().view(-1).view(stream.shape).detach()
+
+
+def _compiled(kind: type[nn.Module], backend: str) -> Forward:
+    """A function that runs the blocks of a kind.
+
+    Dynamo keeps at most eight graphs for one code object, and fails where a ninth is needed. Each kind, and each
+    installation, has a code object of its own: other models in the process do not count.
+    """
+    name = f"compiled_{kind.__name__}"
+    function = FunctionType(_run.__code__.replace(co_name=name), _run.__globals__, name)
+    # Every number is dynamic from the start: else the second resolution would be compiled anew, and the third.
+    return torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+
+
+def _run(lengths: AttentionLengths, forward: Forward, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The block's own `forward`; this is what is traced.
+
+    The lengths come as an argument, although the block's processor holds the same object: numbers and tensors that
+    Dynamo finds by way of a module are constants to it, those of an argument may change from call to call. It takes
+    the object for what it saw first, and so it has to see this one first.
+    """
+    lengths.shard  # noqa: B018
+    return forward(block, *args, **kwargs)
+
+
+def check_compilable(blocks: Sequence[nn.Module], backend: str, installed: bool) -> None:
+    """Find out whether the blocks can be compiled, on which this has been `installed` already or not.
+
+    Raises:
+        ValueError: for an unknown backend, or if a block is compiled already, has a forward of its own, or has hooks
+            in its inside.
+    """
+    known = torch.compiler.list_backends(exclude_tags=None)  # type: ignore[arg-type]
+    if backend not in known:
+        raise ValueError(f"compile: got the backend {backend!r}, allowed is one of {known}")
+    check_no_hooks_inside(blocks)
+    for block in [] if installed else blocks:
+        if getattr(block, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"compile: a {type(block).__name__} is compiled already, hooks included; allowed is one that is not"
+            )
+        if not any(_is_own(block, getattr(holder, name)) for holder, name in _forwards(block)):
+            raise ValueError(
+                f"compile: the forward of a {type(block).__name__} has been replaced, allowed is that of its class"
+            )
+
+
+def check_no_hooks_inside(blocks: Sequence[nn.Module]) -> None:
+    """Raise a ValueError if a hook stands inside of a block: of offloading single layers, of casting them, of a cache
+    of attention. It would have to run in the middle of a graph.
+    """
+    for block in blocks:
+        for path, module in block.named_modules():
+            if path and (hook := _hook(module)) is not None:
+                raise ValueError(
+                    f"compile: a {type(hook).__name__} stands on {path!r}, inside of a {type(block).__name__}; allowed"
+                    " are hooks on whole blocks or the whole transformer: pipe.enable_model_cpu_offload(), or"
+                    ' enable_group_offload(offload_type="block_level"); else compile=False'
+                )
+
+
+def _hook(module: nn.Module) -> object | None:
+    """One of accelerate's or diffusers' hooks on the module, or None."""
+    registry = getattr(module, "_diffusers_hook", None)
+    hooks = [] if registry is None else list(registry.hooks.values())
+    return getattr(module, "_hf_hook", None) or next(iter(hooks), None)
+
+
+def kinds(blocks: Sequence[nn.Module]) -> str:
+    """As in "20 x DualBlock, 40 x SingleBlock"."""
+    return ", ".join(f"{count} x {name}" for name, count in Counter(type(block).__name__ for block in blocks).items())
+
+
+# --- where a block's own forward is held ------------------------------------------------------------------------------
+
+
+def _forwards(block: nn.Module) -> Iterator[tuple[object, str]]:
+    """Every place, as object and attribute, in which a forward of the block is kept: by the block itself, and below
+    hooks of accelerate's and of diffusers'.
+    """
+    yield block, "forward"
+    if "_old_forward" in block.__dict__:
+        yield block, "_old_forward"
+    for reference in getattr(getattr(block, "_diffusers_hook", None), "_fn_refs", ()):
+        yield reference, "forward"
+        yield reference, "original_forward"
+
+
+def _is_own(block: nn.Module, forward: object) -> bool:
+    """Whether it is the forward of the block's class, bound to the block."""
+    return inspect.ismethod(forward) and forward.__self__ is block and forward.__func__ is type(block).forward
+
+
+def _replace(block: nn.Module, is_meant: Callable[[object], bool], forward: Forward) -> None:
+    for holder, name in _forwards(block):
+        if is_meant(getattr(holder, name)):
+            setattr(holder, name, forward)

@@ -1,0 +1,140 @@
+"""The operator of 8-bit attention: schema, fake, the CPU's implementation, and the launch on CUDA.
+
+What is quantised, and how (SageAttention2, Zhang et al. 2024, arXiv 2411.10958, sections 3.1 to 3.3):
+
+- keys lose their mean over the sequence, which softmax does not see, and become int8 with a scale per 128 keys;
+- queries become int8 with a scale per 64 rows;
+- values lose their mean, which is added to the output again, and become e4m3 with a scale per channel;
+- weights, `exp(score - maximum)` times 256, become e4m3. Their sum is taken of the rounded ones.
+
+The CPU's implementation is that arithmetic written out in torch, for tests and small models; it saves no time there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from para_kernels.ops import _attention_outputs, _capability, _host_lens, _library, _triton
+
+Q_BLOCK = 64
+K_BLOCK = 128
+HIGHEST_INT8 = 127.0
+HIGHEST_E4M3 = 448.0
+# Weights are multiplied by 2^8: e4m3 reaches from 2^-9 to 448, and they lie in 0 ... 1.
+LOG2_OF_WEIGHTS = 8.0
+_ROWS_AT_A_TIME = 1024
+
+_library.define(
+    "flash_attention_int8(Tensor q, Tensor k, Tensor v, Tensor? kv_lens, Tensor? q_lens, float scale)"
+    " -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.register_fake("para_kernels::flash_attention_int8", lib=_library)
+def _flash_attention_int8_fake(
+    q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, q_lens: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    return _attention_outputs(q)
+
+
+class Rounded(NamedTuple):
+    """Rows of int8 and the scales of their blocks: x is about `rows` * `scales`.
+
+    Attributes:
+        rows: (S, H, D) float32, whole numbers of at most 127.
+        scales: (S, H, 1) float32, one value for each block of rows.
+    """
+
+    rows: Tensor
+    scales: Tensor
+
+
+class Values(NamedTuple):
+    """Values in e4m3: v is about `rows` * `scale` + `mean`.
+
+    Attributes:
+        rows: (S, H, D) float32, numbers that e4m3 has.
+        scale, mean: (H, D) float32.
+    """
+
+    rows: Tensor
+    scale: Tensor
+    mean: Tensor
+
+
+def round_to_int8(x: Tensor, block: int) -> Rounded:
+    """(S, H, D) float32 in blocks of rows, a scale for each block and head."""
+    length, heads, _ = x.shape
+    padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -length % block))
+    largest = padded.reshape(-1, block, heads, x.shape[2]).abs().amax((1, 3))
+    scales = torch.where(largest > 0, largest / HIGHEST_INT8, 1.0).repeat_interleave(block, 0)[:length, :, None]
+    return Rounded((x / scales).round().clamp(-HIGHEST_INT8, HIGHEST_INT8), scales)
+
+
+def round_values(v: Tensor) -> Values:
+    """(S, H, D) float32, a mean and a scale for each head and channel."""
+    mean = v.mean(0)
+    centred = v - mean
+    largest = centred.abs().amax(0)
+    scale = torch.where(largest > 0, largest / HIGHEST_E4M3, 1.0)
+    return Values(to_e4m3(centred / scale), scale, mean)
+
+
+def to_e4m3(x: Tensor) -> Tensor:
+    """The nearest numbers that e4m3 has, as float32; NaN stays NaN."""
+    return x.clamp(-HIGHEST_E4M3, HIGHEST_E4M3).to(torch.float8_e4m3fn).float()
+
+
+def _attend_8_bit(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
+    """Attention of one sample, q (Sq, H, D) over k, v (Sk, Hk, D), into out (Sq, H, D) and lse (H, Sq)."""
+    if k.shape[0] == 0 or q.shape[0] == 0:
+        out.zero_()
+        lse.fill_(float("-inf"))
+        return
+    groups = q.shape[1] // k.shape[1]
+    q, k, v = q.float(), k.float().repeat_interleave(groups, 1), v.float().repeat_interleave(groups, 1)
+    k_mean = k.mean(0)
+    queries, keys, values = round_to_int8(q, Q_BLOCK), round_to_int8(k - k_mean, K_BLOCK), round_values(v)
+    key_scales = keys.scales.permute(1, 2, 0) * (scale * math.log2(math.e))
+    for first in range(0, q.shape[0], _ROWS_AT_A_TIME):
+        rows = slice(first, first + _ROWS_AT_A_TIME)
+        # Sums of products of whole numbers below 2^24: float32 holds them exactly.
+        scores = torch.einsum("qhd,khd->hqk", queries.rows[rows], keys.rows)
+        scores = scores * (queries.scales[rows].transpose(0, 1) * key_scales)
+        largest = scores.amax(2)
+        weights = to_e4m3(torch.exp2(scores - largest[..., None] + LOG2_OF_WEIGHTS))
+        sums = weights.sum(2)
+        product = torch.einsum("hqk,khd->qhd", weights, values.rows) / sums.T[..., None]
+        out[rows] = (product * values.scale + values.mean).to(out.dtype)
+        left_out = torch.einsum("qhd,hd->hq", q[rows], k_mean) * scale
+        lse[:, rows] = (largest + sums.log2() - LOG2_OF_WEIGHTS) * math.log(2) + left_out
+
+
+@torch.library.impl(_library, "flash_attention_int8", "CPU")
+def _flash_attention_int8_cpu(
+    q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, q_lens: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    out, lse = _attention_outputs(q)
+    queries = _host_lens("q_lens", q_lens, q.shape[0], q.shape[1])
+    keys = _host_lens("kv_lens", kv_lens, q.shape[0], k.shape[1])
+    for b, (q_len, kv_len) in enumerate(zip(queries, keys, strict=True)):
+        _attend_8_bit(q[b, :q_len], k[b, :kv_len], v[b, :kv_len], scale, out[b, :q_len], lse[b, :, :q_len])
+        out[b, q_len:] = 0
+        lse[b, :, q_len:] = float("-inf")
+    return out, lse
+
+
+@torch.library.impl(_library, "flash_attention_int8", "CUDA")
+def _flash_attention_int8_cuda(
+    q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, q_lens: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    out, lse = _attention_outputs(q)
+    _triton().dispatch8.attention_int8_forward(
+        q, k, v, out, lse, q_lens, kv_lens, scale, capability=_capability(q.device)
+    )
+    return out, lse

@@ -1,0 +1,135 @@
+"""Quantisation and the portable 8-bit kernel, in the interpreter: against the CPU's arithmetic, and against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import attention_batch, error, lse_error
+
+from para_kernels import ops8
+from para_kernels.triton_kernels.dispatch8 import attention_int8_forward
+from para_kernels.triton_kernels.quantize_int8 import Quantised, quantise
+
+POISON = float("nan")
+# Normal data, where the output is a sum of random signs: of the weights in float16 only the rounding of queries and keys
+# is left, and that of values; e4m3 adds that of the weights. The interpreter's e4m3 cuts bits off instead of rounding.
+TOLERANCES = {(8, 0): 1.4e-2, (8, 9): 9e-2}
+
+
+def inputs(
+    queries: int, keys: int, heads: int = 2, kv_heads: int = 2, head_dim: int = 64, batch: int = 1, offset: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q = torch.randn(batch, queries, heads, head_dim)
+    k = torch.randn(batch, keys, kv_heads, head_dim) + offset * torch.randn(1, 1, kv_heads, head_dim)
+    return q, k, torch.randn(batch, keys, kv_heads, head_dim)
+
+
+def lens_of(lens: list[int] | None) -> torch.Tensor | None:
+    return None if lens is None else torch.tensor(lens, dtype=torch.int32)
+
+
+def quantised(permuted: bool, *tensors: torch.Tensor, lens: list[int] | None = None) -> Quantised:
+    q, k, v = tensors
+    return quantise(q, k, v, None, lens_of(lens), 0.5, values=torch.float16, permuted=permuted)
+
+
+def test_queries_and_keys_are_rounded_as_on_the_cpu() -> None:
+    torch.manual_seed(0)
+    q, k, v = inputs(150, 300, offset=8.0)
+    x = quantised(False, q, k, v)
+    mean = k[0].mean(0)
+    for got, scales, block, values in (
+        (x.q, x.q_scales, ops8.Q_BLOCK, q[0]),
+        (x.k, x.k_scales, ops8.K_BLOCK, k[0] - mean),
+    ):
+        expected = ops8.round_to_int8(values, block)
+        rows = got[0, :, : values.shape[0]].transpose(0, 1)
+        # One step where the scale's last bit, or the mean's, turned a tie.
+        assert (rows - expected.rows).abs().max() <= 1
+        assert (rows != expected.rows).float().mean() < 1e-3
+        of_rows = scales[0].repeat_interleave(block, 1)[:, : values.shape[0]]
+        torch.testing.assert_close(of_rows.T[..., None], expected.scales, rtol=1e-5, atol=0)
+    assert (x.k[0, :, 300:] == 0).all()
+    torch.testing.assert_close(x.means_of_scores[0, :, :150], 0.5 * torch.einsum("qhd,hd->hq", q[0], mean))
+
+
+def test_values_lose_mean_and_scale() -> None:
+    torch.manual_seed(1)
+    q, k, v = inputs(3, 300)
+    v[0, :, 0, 5] = 2.0  # a channel without any range
+    x = quantised(False, q, k, v)
+    scale, mean = x.v_scales[0, :, 0], x.v_scales[0, :, 1]
+    torch.testing.assert_close(mean, v[0].mean(0))
+    assert x.v.float().abs().max() <= ops8.HIGHEST_E4M3
+    back = x.v[0, :, :, :300].float() * scale[..., None] + mean[..., None]
+    torch.testing.assert_close(back.permute(2, 0, 1), v[0], rtol=1e-3, atol=1e-3)
+    assert (x.v[0, :, :, 300:] == 0).all()
+
+
+def test_keys_of_values_are_permuted_in_sixteens() -> None:
+    torch.manual_seed(2)
+    q, k, v = inputs(3, 40)
+    plain, permuted = (quantised(flag, q, k, v).v for flag in (False, True))
+    order = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
+    keys = torch.tensor([16 * i + j for i in range(8) for j in order])
+    assert torch.equal(permuted, plain[..., keys])
+
+
+def test_what_lies_past_the_keys_is_not_read() -> None:
+    torch.manual_seed(3)
+    q, k, v = inputs(70, 200, batch=2)
+    k[1, 77:] = v[1, 77:] = POISON
+    x = quantised(True, q, k, v, lens=[200, 77])
+    alone = quantised(True, q[1:], k[1:, :77], v[1:, :77])
+    assert torch.equal(x.v_scales[1], alone.v_scales[0])
+    assert torch.equal(x.k[1, :, :128], alone.k[0])
+    assert torch.equal(x.v[1, ..., :128], alone.v[0])
+    assert torch.equal(x.means_of_scores[1], alone.means_of_scores[0])
+
+
+@pytest.mark.parametrize("capability", TOLERANCES, ids=["float16", "e4m3"])
+@pytest.mark.parametrize(
+    ("sizes", "kv_lens", "q_lens"),
+    [
+        ({"queries": 1, "keys": 1}, None, None),
+        ({"queries": 130, "keys": 300, "offset": 8.0}, None, None),
+        ({"queries": 40, "keys": 70, "heads": 6, "kv_heads": 2, "head_dim": 40}, None, None),
+        ({"queries": 140, "keys": 140, "batch": 4}, [129, 5, 0, 140], [140, 0, 33, 129]),
+    ],
+    ids=["one key", "offset of keys", "grouped, D 40", "lengths"],
+)
+def test_attention_matches_float64(
+    sizes: dict[str, int], kv_lens: list[int] | None, q_lens: list[int] | None, capability: tuple[int, int]
+) -> None:
+    torch.manual_seed(4)
+    q, k, v = inputs(**sizes)
+    for b in range(q.shape[0]):
+        if kv_lens is not None and q_lens is not None:
+            k[b, kv_lens[b] :] = v[b, kv_lens[b] :] = POISON
+            q[b, q_lens[b] :] = POISON
+    out, lse = torch.full_like(q, POISON), torch.full((q.shape[0], q.shape[2], q.shape[1]), POISON)
+    scale = q.shape[3] ** -0.5
+    attention_int8_forward(q, k, v, out, lse, lens_of(q_lens), lens_of(kv_lens), scale, capability=capability)
+    ref, ref_lse = attention_batch(q, k, v, kv_lens, q_lens)
+    assert error(out, ref) <= TOLERANCES[capability]
+    assert lse_error(lse, ref_lse) <= 3e-2
+
+
+def test_a_scale_of_zero_weighs_keys_alike() -> None:
+    torch.manual_seed(5)
+    q, k, v = inputs(20, 100)
+    out, lse = torch.empty_like(q), torch.empty(1, 2, 20)
+    attention_int8_forward(q, k, v, out, lse, None, None, 0.0, capability=(8, 0))
+    ref, ref_lse = attention_batch(q, k, v, scale=0.0)
+    assert error(out, ref) <= TOLERANCES[8, 0]
+    assert lse_error(lse, ref_lse) <= 1e-5
+
+
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+def test_nan_comes_out_as_nan(which: str) -> None:
+    q, k, v = inputs(20, 100)
+    {"query": q, "key": k, "value": v}[which][0, 7, 0, 3] = POISON
+    out, lse = torch.zeros_like(q), torch.zeros(1, 2, 20)
+    attention_int8_forward(q, k, v, out, lse, None, None, 0.125, capability=(8, 0))
+    assert out[0, 7, 0].isnan().any()
+    assert out[0, :, 1].isfinite().all()

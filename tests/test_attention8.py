@@ -1,0 +1,156 @@
+"""8-bit attention: within its stated error of float64, the contract of `flash_attention`, and the operator's duties."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import attention_batch, error, lse_error
+from torch import Tensor
+
+from para_kernels import ops8
+from para_kernels.attention8 import flash_attention_int8, selected_kernel_int8
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# On normal data the output is a sum of random signs, and the rounding of weights and values to e4m3 (3 bits of mantissa:
+# a relative error of 2.6 % in the mean square) stays: sqrt(2) * 2.6 %, and 1 % of queries and keys in int8.
+NORMAL = 4.2e-2
+POISON = float("nan")
+
+
+def inputs(
+    queries: int = 300, keys: int = 400, heads: int = 2, kv_heads: int = 2, head_dim: int = 128, batch: int = 1,
+    dtype: torch.dtype = torch.float32, device: str = "cpu",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    torch.manual_seed(0)
+    q = torch.randn(batch, queries, heads, head_dim)
+    k, v = (torch.randn(batch, keys, kv_heads, head_dim) for _ in range(2))
+    return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
+
+
+def lens_of(lens: list[int], device: str) -> Tensor:
+    return torch.tensor(lens, dtype=torch.int32, device=device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sigma", [0.0, 8.0])
+def test_offsets_of_the_keys_channels_do_not_matter(sigma: float, dtype: torch.dtype, device: str) -> None:
+    q, k, v = inputs(dtype=dtype, device=device)
+    k = k + sigma * torch.randn(k.shape[3], device=device).to(dtype)
+    out, lse = flash_attention_int8(q, k, v, return_lse=True)
+    ref, ref_lse = attention_batch(q, k, v)
+    assert out.dtype == dtype
+    assert out.is_contiguous()
+    assert error(out, ref) <= NORMAL
+    assert lse_error(lse, ref_lse) <= 2e-2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_offsets_of_the_values_channels_are_exact(device: str) -> None:
+    """With the mean in the values, their e4m3 would lose about 2 % of it."""
+    q, k, v = inputs(device=device)
+    v = v + 8.0 * torch.randn(v.shape[3], device=device)
+    assert error(flash_attention_int8(q, k, v), attention_batch(q, k, v)[0]) <= 1e-3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_heavy_tails(device: str) -> None:
+    """Student's t of three degrees: one outlier takes a block's int8 range. Three times the error of normal data."""
+    q, k, v = inputs()
+    student = torch.distributions.StudentT(torch.tensor(3.0))
+    q, k, v = (student.sample(x.shape).to(device) for x in (q, k, v))
+    assert 2e-2 <= error(flash_attention_int8(q, k, v), attention_batch(q, k, v)[0]) <= 0.2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("head_dim", [64, 40, 256])
+def test_lengths_and_groups(head_dim: int, device: str) -> None:
+    q, k, v = inputs(150, 140, 6, 2, head_dim, batch=4, device=device)
+    q_lens, kv_lens = [150, 0, 33, 129], [129, 5, 0, 140]
+    for b in range(4):
+        q[b, q_lens[b] :] = k[b, kv_lens[b] :] = v[b, kv_lens[b] :] = POISON
+    out, lse = flash_attention_int8(
+        q, k, v, q_lens=lens_of(q_lens, device), kv_lens=lens_of(kv_lens, device), return_lse=True
+    )
+    ref, ref_lse = attention_batch(q, k, v, kv_lens, q_lens)
+    assert error(out, ref) <= NORMAL
+    assert lse_error(lse, ref_lse) <= 3e-2
+    assert (out[2] == 0).all()
+    assert (out[1] == 0).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_key_is_returned(device: str) -> None:
+    q, k, v = inputs(70, 1, device=device)
+    out, lse = flash_attention_int8(q, k, v, scale=0.3, return_lse=True)
+    ref, ref_lse = attention_batch(q, k, v, scale=0.3)
+    assert error(out, ref) <= 1e-6
+    assert lse_error(lse, ref_lse) <= 1e-4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_empty_inputs(device: str) -> None:
+    q, k, v = inputs(20, 30, device=device)
+    assert flash_attention_int8(q[:, :0], k, v).shape == (1, 0, 2, 128)
+    out, lse = flash_attention_int8(q, k[:, :0], v[:, :0], return_lse=True)
+    assert (out == 0).all()
+    assert (lse == float("-inf")).all()
+
+
+def test_states_of_parts_of_the_keys_can_be_merged() -> None:
+    """The lse is that of the keys with their mean, so that parts with other means fit together."""
+    from para_kernels import merge_states
+
+    q, k, v = inputs()
+    k = k + 8.0 * torch.randn(k.shape[3])
+    k[:, :150] += 0.2 * torch.randn(k.shape[3])
+    parts = [flash_attention_int8(q, k[:, s], v[:, s], return_lse=True) for s in (slice(150), slice(150, None))]
+    assert error(merge_states(*parts[0], *parts[1])[0], attention_batch(q, k, v)[0]) <= NORMAL
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(2, 3)}, r"q: got shape \(2, 3\), must be \(B, S, H, D\)"),
+        ({"q": torch.zeros(1, 20, 3, 16)}, "k: got 2 heads, must divide the 3 heads of q"),
+        ({"k": torch.zeros(1, 30, 2, 16).half(), "v": torch.zeros(1, 30, 2, 16).half()}, "k: got dtype torch.float16"),
+        ({"scale": -1.0}, "scale: got -1.0, must be finite and at least 0"),
+        ({"kv_lens": torch.tensor([31], dtype=torch.int32)}, r"kv_lens: got \[31\], every length must lie in 0 ... 30"),
+        ({"q_lens": torch.tensor([3])}, "q_lens: got dtype torch.int64"),
+    ],
+)
+def test_refusals(change: dict[str, object], message: str) -> None:
+    q, k, v = inputs(20, 30, head_dim=16)
+    with pytest.raises(ValueError, match=message):
+        flash_attention_int8(**({"q": q, "k": k, "v": v} | change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device: str) -> None:
+    q, k, v = inputs(33, 20, 4, 2, 16, batch=2, device=device)
+    operator = torch.ops.para_kernels.flash_attention_int8.default
+    torch.library.opcheck(operator, (q, k, v, None, None, 0.25))
+    torch.library.opcheck(operator, (q, k, v, lens_of([20, 7], device), lens_of([33, 0], device), 0.25))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiles_in_one_graph(device: str) -> None:
+    q, k, v = inputs(33, 20, head_dim=16, device=device)
+    lens = lens_of([11], device)
+    compiled = torch.compile(lambda *x: flash_attention_int8(*x, kv_lens=lens), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(q, k, v), flash_attention_int8(q, k, v, kv_lens=lens))
+
+
+def test_rounding_to_int8_uses_the_whole_range() -> None:
+    x = torch.randn(100, 3, 16)
+    rounded = ops8.round_to_int8(x, 64)
+    assert (rounded.rows.reshape(-1).abs().max(), rounded.rows[64:].abs().amax()) == (127, 127)
+    assert ((rounded.rows * rounded.scales - x).abs() <= rounded.scales * 0.5001).all()
+    assert (ops8.round_to_int8(torch.zeros(3, 1, 4), 64).rows == 0).all()
+
+
+def test_selected_kernel_is_named() -> None:
+    assert selected_kernel_int8("cpu", torch.float32, 64) == "torch, the 8-bit arithmetic in float32"
+    with pytest.raises(ValueError, match="head_dim"):
+        selected_kernel_int8("cpu", torch.float32, 300)

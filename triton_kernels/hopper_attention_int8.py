@@ -1,0 +1,789 @@
+"""The 8-bit attention kernel for Hopper (sm90), written in Gluon: int8 scores, e4m3 weights and values.
+
+Its input is what `quantize_int8` writes. In each program one producer feeds consumer warpgroups of 64 query rows from a
+ring of tiles of keys and values in shared memory (TMA, two mbarriers per slot). What is particular to 8 bits:
+
+- The accumulator of the scores starts at the bits of 1.5 * 2^23, so that the integers that come out are, read as
+  floats, 1.5 * 2^23 + score: no conversion, and the offset cancels inside the multiply-add before the exponential. The
+  maximum is taken of the integers, which the chip does for three at a time.
+- Values lie channel by channel, with the keys of each 16 permuted, so that the weights are the second product's left
+  operand as they stand in the registers, converted four at a time.
+- The tensor cores add up e4m3 products in about 22 bits (Zhang et al. 2024, arXiv 2411.10958, section 3.3). The weights
+  of each block of keys meet the values in an accumulator of their own, which float32 arithmetic adds to the output in
+  the multiply-add that rescales it anyway.
+- The keys' last block, which is masked, comes first; the loop over the others has no mask.
+
+`Int8Variant` names what differs between variants; docs/kernels/int8.md has what they were made for.
+"""
+
+# Gluon's annotations are of what the compiler holds, not of what Python sees.
+# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+import functools
+import struct
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .hopper_choice import ROWS
+from .hopper_parts import (
+    _BLOCKS,
+    _HAS_KV_LENS,
+    _HAS_Q_LENS,
+    _HEADS,
+    _HEADS_PER_KV,
+    _LOG2_E,
+    _PARAMETERS,
+    _ROWS_Q,
+    _async_load,
+    _await_free_queries,
+    _await_queries,
+    _integer,
+    _key_span,
+    _load_queries,
+    _one,
+    _park,
+    _pointer,
+    _queries_empty,
+    _release,
+    _thread_barrier,
+    _turns,
+    _wait_full,
+    _write_empty_rows,
+    _write_rows,
+)
+from .launch import Launcher, MakeDescriptor
+from .quantize_int8 import K_BLOCK, Quantised
+
+_ROWS = gl.constexpr(ROWS)
+_K_BLOCK = gl.constexpr(K_BLOCK)
+_BITS_OF_OFFSET = gl.constexpr(0x4B400000)
+_OFFSET = gl.constexpr(12582912.0)  # 1.5 * 2^23
+_LOWEST_SCORE = gl.constexpr(0x4B000000)  # 2^23, that is a score of -2^22; none lies below -2^21
+_LOG2_OF_WEIGHTS = gl.constexpr(8.0)
+_FLOAT_LOG2_E = gl.constexpr(_LOG2_E)
+
+
+@dataclass(frozen=True)
+class Int8Variant:
+    """One compiled variant of the kernel.
+
+    Attributes:
+        consumers: warpgroups of 64 query rows each.
+        keys: rows of a block of keys.
+        stages: slots of the ring of keys and values.
+        order: "ahead": the scores of the next block are computed under this one's softmax; "late": this block's
+            weights meet the values under the next one's maximum; "in turn": one after the other.
+        polynomial: how many exponentials of each 16 are a polynomial on the multiply-add units instead of an
+            instruction of the special function units.
+        sum_by_product: the weights' sums are a product with ones on the tensor cores, instead of additions.
+        fresh: the second product has an accumulator of its own, see above.
+        ping_pong: barriers keep one consumer's products under the other's softmax.
+        registers: of a consumer's threads.
+    """
+
+    consumers: int = 2
+    keys: int = 128
+    stages: int = 4
+    order: str = "ahead"
+    polynomial: int = 0
+    sum_by_product: bool = False
+    fresh: bool = True
+    ping_pong: bool = False
+    registers: int = 240
+
+
+# exp2 by its exponent's and its fraction's bits (Schraudolph 1999, Neural Computation 11(4), 853-862), times a
+# quadratic in 1 + fraction that mends the linear interpolation. The relative error is at most 3.5e-3; that of e4m3 is
+# 6e-2.
+_POLYNOMIAL = """
+add.f32 t{i}, $X, 0f43400000;
+max.f32 t{i}, t{i}, 0f43040000;
+mov.b32 n{i}, t{i};
+mad.lo.u32 n{i}, n{i}, 128, 0x9F800000;
+lop3.b32 w{i}, n{i}, 0x007FFFFF, 0x3F800000, 0xEA;
+mov.b32 t{i}, w{i};
+fma.rn.f32 g{i}, t{i}, 0f{a}, 0f{b};
+fma.rn.f32 g{i}, t{i}, g{i}, 0f{c};
+mov.b32 t{i}, n{i};
+mul.f32 p{i}, t{i}, g{i};
+"""
+_APPROXIMATE = "ex2.approx.ftz.f32 p{i}, $X;\n"
+
+
+def _hex(x: float) -> str:
+    return struct.pack(">f", x).hex().upper()
+
+
+# Of 2^(w - 1) / w on 1 ... 2, highest power first; the largest error is as small as it can be.
+_QUADRATIC = (0.2336861, -0.6941326, 1.4569834)
+
+
+def _weights_asm(polynomials: tuple[bool, ...], with_sums: bool) -> str:
+    """Four exponents to their weights in e4m3, packed, and with sums also as floats."""
+    count = len(polynomials)
+    words = count // 4
+    declared = (
+        f".reg .f32 p<{count}>, t<{count}>, g<{count}>; .reg .b32 n<{count}>, w<{count}>; .reg .b16 h<{count}>;\n"
+    )
+    outputs = words + (count if with_sums else 0)
+    body = ""
+    for i, polynomial in enumerate(polynomials):
+        a, b, c = (_hex(x) for x in _QUADRATIC)
+        template = _POLYNOMIAL if polynomial else _APPROXIMATE
+        body += template.format(i=i, a=a, b=b, c=c).replace("$X", f"${outputs + i}")
+    for i in range(count // 2):
+        body += f"cvt.rn.satfinite.e4m3x2.f32 h{i}, p{2 * i + 1}, p{2 * i};\n"
+    for i in range(words):
+        body += f"mov.b32 ${i}, {{h{2 * i}, h{2 * i + 1}}};\n"
+    if with_sums:
+        body += "".join(f"mov.b32 ${words + i}, p{i};\n" for i in range(count))
+    return "{" + declared + body + "}"
+
+
+def _spread(polynomials: int) -> tuple[bool, ...]:
+    """Which of 16 exponentials are polynomials: so many, evenly spread."""
+    return tuple((i * polynomials) // 16 != ((i + 1) * polynomials) // 16 for i in range(16))
+
+
+# By the number of polynomials among 16 exponentials.
+_ASM = gl.constexpr(tuple(_weights_asm(_spread(count), with_sums=False) for count in range(17)))
+_ASM_WITH_SUMS = gl.constexpr(tuple(_weights_asm(_spread(count), with_sums=True) for count in range(17)))
+_CONSTRAINTS = gl.constexpr(",".join(["=r"] * 4 + ["f"] * 16))
+_CONSTRAINTS_WITH_SUMS = gl.constexpr(",".join(["=r"] * 4 + ["=f"] * 16 + ["f"] * 16))
+
+
+@gluon.jit
+def _maximum(scores, m_i, factor):
+    """The running maximum, in exponents of two, after these scores (integers with their offset)."""
+    highest = gl.max(scores, 1).to(gl.float32, bitcast=True)
+    return gl.maximum(m_i, (highest - _OFFSET) * factor)
+
+
+@gluon.jit
+def _weights(
+    scores, exists, m_i, factor, layout: gl.constexpr, POLYNOMIAL: gl.constexpr, SUMS: gl.constexpr,
+    MASKED: gl.constexpr,
+):  # fmt: skip
+    """(weights as the second product's left operand, their sums in each thread with SUMS)."""
+    rows: gl.constexpr = scores.shape[0]
+    keys: gl.constexpr = scores.shape[1]
+    s = scores.to(gl.float32, bitcast=True)
+    x = gl.fma(s, factor, gl.expand_dims(_LOG2_OF_WEIGHTS - (m_i + _OFFSET * factor), 1))
+    if MASKED:
+        x = gl.where(exists, x, -200.0)
+    x = x.reshape([rows, keys // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([rows, keys])
+    x = gl.convert_layout(x, layout, assert_trivial=True)
+    if SUMS:
+        asm: gl.constexpr = _ASM_WITH_SUMS[POLYNOMIAL]
+        p, exact = gl.inline_asm_elementwise(
+            asm, _CONSTRAINTS_WITH_SUMS, [x], dtype=(gl.float8e4nv, gl.float32), is_pure=True, pack=16
+        )
+        return p, gl.sum(exact.reshape([rows, keys // 16, 16]), 1)
+    else:
+        asm: gl.constexpr = _ASM[POLYNOMIAL]
+        p = gl.inline_asm_elementwise(asm, _CONSTRAINTS, [x], dtype=gl.float8e4nv, is_pure=True, pack=16)
+        return p, x  # which nobody reads
+
+
+@gluon.jit
+def _scores(q, k, layout: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr):
+    """q k^T of a block with its offset, in flight."""
+    keys = k.reshape([KEYS, D]).permute((1, 0))
+    start = gl.full([_ROWS, KEYS], _BITS_OF_OFFSET, gl.int32, layout)
+    return warpgroup_mma(q, keys, start, is_async=True)
+
+
+@gluon.jit
+def _product(p, v, layout: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr):
+    """Weights times values of a block, in flight."""
+    values = v.reshape([D, KEYS]).permute((1, 0))
+    return warpgroup_mma(p, values, gl.zeros([_ROWS, D], gl.float32, layout), use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _wait_at(barrier: gl.constexpr):
+    nothing = gl.full([1], 0, gl.int32, _one(gl.num_warps()))
+    gl.inline_asm_elementwise(barrier, "=r,r", [nothing], dtype=gl.int32, is_pure=False, pack=1)
+
+
+_TAKE_0 = gl.constexpr("barrier.sync 10, 256; mov.b32 $0, $1;")
+_TAKE_1 = gl.constexpr("barrier.sync 11, 256; mov.b32 $0, $1;")
+_GIVE_0 = gl.constexpr("barrier.arrive 10, 256; mov.b32 $0, $1;")
+_GIVE_1 = gl.constexpr("barrier.arrive 11, 256; mov.b32 $0, $1;")
+
+
+# More parameters that wait in shared memory, see `hopper_parts`.
+_Q_SCALES = gl.constexpr(0)
+_K_SCALES = gl.constexpr(1)
+_V_SCALES = gl.constexpr(2)
+_MEANS_OF_SCORES = gl.constexpr(3)
+_PADDED_Q = gl.constexpr(4)
+_PADDED_K = gl.constexpr(5)
+_SCALES = gl.constexpr(8)
+
+
+@gluon.jit
+def _park_scales(scales, q_scales, k_scales, v_scales, means_of_scores, padded_q, padded_k):
+    index = gl.arange(0, _SCALES, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    values = gl.where(index == _Q_SCALES, q_scales.to(gl.int64), padded_k.to(gl.int64))
+    values = gl.where(index == _K_SCALES, k_scales.to(gl.int64), values)
+    values = gl.where(index == _V_SCALES, v_scales.to(gl.int64), values)
+    values = gl.where(index == _MEANS_OF_SCORES, means_of_scores.to(gl.int64), values)
+    scales.store(gl.where(index == _PADDED_Q, padded_q.to(gl.int64), values))
+
+
+@gluon.jit
+def _take_turn(consumer: gl.constexpr, PING_PONG: gl.constexpr):
+    """Wait until the other consumer has issued its products."""
+    if PING_PONG:
+        _wait_at(_TAKE_0 if consumer == 0 else _TAKE_1)
+
+
+@gluon.jit
+def _give_turn(consumer: gl.constexpr, PING_PONG: gl.constexpr):
+    if PING_PONG:
+        _wait_at(_GIVE_1 if consumer == 0 else _GIVE_0)
+
+
+@gluon.jit
+def _place(parameters, i, CONSUMERS: gl.constexpr):
+    """(first query, head, sample) of the program's i-th tile; blocks of queries run fastest, to share keys in L2."""
+    tile = gl.program_id(0) + i * gl.num_programs(0)
+    blocks = _integer(parameters, _BLOCKS)
+    heads = _integer(parameters, _HEADS)
+    rest = tile // blocks
+    return tile % blocks * (CONSUMERS * _ROWS), rest % heads, rest // heads
+
+
+@gluon.jit
+def _load_block(k, v, keys, values, barriers, turn, batch, head, row, STAGES: gl.constexpr):
+    mbarrier.wait(barriers.index(STAGES + turn % STAGES), (turn // STAGES + 1) & 1, pred=turn >= STAGES)
+    full = barriers.index(turn % STAGES)
+    mbarrier.expect(full, k.block_type.nbytes + v.block_type.nbytes)
+    _async_load(k, [batch, head, row, 0], full, keys.index(turn % STAGES))
+    _async_load(v, [batch, head, 0, row], full, values.index(turn % STAGES))
+
+
+@gluon.jit
+def _producer(
+    q, k, v, queries, keys, values, barriers, parameters, CONSUMERS: gl.constexpr, KEYS: gl.constexpr,
+    STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+):  # fmt: skip
+    """Load what the program's tiles read, as fast as the consumers free the slots: the last block of keys first."""
+    turn = gl.to_tensor(0)
+    for i in range(_turns(parameters)):
+        first_m, head, sample = _place(parameters, i, CONSUMERS)
+        _, kv_len, _, _ = _key_span(parameters, first_m, sample)
+        _await_free_queries(barriers, i, STAGES, Q_STAGES)
+        active = gl.where(kv_len > 0, CONSUMERS, 0)
+        _load_queries(q, queries, barriers, i, sample, head, first_m, active, CONSUMERS, STAGES, Q_STAGES)
+        kv_head = head // _integer(parameters, _HEADS_PER_KV)
+        row = (kv_len - 1) // KEYS * KEYS
+        for block in range((kv_len + KEYS - 1) // KEYS):
+            _load_block(k, v, keys, values, barriers, turn, sample, kv_head, row, STAGES)
+            row = block * KEYS
+            turn += 1
+
+
+@gluon.jit
+def _exists(kv_len, layout: gl.constexpr, KEYS: gl.constexpr):
+    """(1, KEYS): which keys of the last block there are."""
+    columns = gl.arange(0, KEYS, layout=gl.SliceLayout(0, layout))
+    return gl.expand_dims((kv_len - 1) // KEYS * KEYS + columns < kv_len, 0)
+
+
+@gluon.jit
+def _added(acc, alpha, product):
+    """acc * alpha + product, alpha by rows."""
+    return gl.fma(acc, gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout)), 1), product)
+
+
+@gluon.jit
+def _in_place(acc, alpha):
+    return acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout)), 1)
+
+
+@gluon.jit
+def _sums_of_ones(p, ones, layout: gl.constexpr, KEYS: gl.constexpr):
+    """The weights' sums in each of 8 columns, in flight."""
+    start = gl.zeros([_ROWS, 8], gl.float32, layout)
+    return warpgroup_mma(p, ones.permute((1, 0)), start, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _attend_ahead(
+    q, keys, values, ones, barriers, turn, kv_len, q_factor, k_scales, KEYS: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, POLYNOMIAL: gl.constexpr, BY_PRODUCT: gl.constexpr, FRESH: gl.constexpr,
+):  # fmt: skip
+    """A consumer's 64 rows over all keys: (accumulator, m_i, l_i by rows, the next turn).
+
+    The scores of the next block are computed under this one's softmax. After the last block the same keys are taken
+    once more for nothing, which is cheaper than a branch. `q_factor` is the queries' scale times that of softmax, for
+    exponents of two; `k_scales` points to the head's.
+    """
+    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 32])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 32])
+    L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 8, 32])
+    P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=4)
+    last = (kv_len - 1) // KEYS
+    _wait_full(barriers, turn, STAGES)
+    k_scale = gl.load(k_scales + last * KEYS // _K_BLOCK)
+    s = warpgroup_mma_wait(0, deps=(_scores(q, keys.index(turn % STAGES), S, KEYS, D),))
+    m_i = gl.full([_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
+    acc = gl.zeros([_ROWS, D], gl.float32, OUT)
+
+    # The last block, masked.
+    following = gl.where(last > 0, turn + 1, turn)
+    _wait_full(barriers, following, STAGES)
+    second = _scores(q, keys.index(following % STAGES), S, KEYS, D)
+    exists = _exists(kv_len, S, KEYS)
+    factor = q_factor * k_scale
+    k_scale = gl.load(k_scales)
+    m_i = _maximum(gl.where(exists, s, _LOWEST_SCORE), m_i, factor)
+    p, l_i = _weights(s, exists, m_i, factor, P, 0, not BY_PRODUCT, True)
+    first = _product(p, values.index(turn % STAGES), OUT, KEYS, D)
+    if BY_PRODUCT:
+        first_sums = _sums_of_ones(p, ones, L, KEYS)
+        s, acc, l_i = warpgroup_mma_wait(0, deps=(second, first, first_sums))
+    else:
+        s, acc = warpgroup_mma_wait(0, deps=(second, first))
+    _release(barriers, turn, STAGES)
+
+    for block in range(last):
+        turn += 1
+        following = gl.where(block + 1 < last, turn + 1, turn)
+        _wait_full(barriers, following, STAGES)
+        s_next = _scores(q, keys.index(following % STAGES), S, KEYS, D)
+        factor = q_factor * k_scale
+        k_scale = gl.load(k_scales + gl.minimum(block + 1, last) * KEYS // _K_BLOCK)
+        m_new = _maximum(s, m_i, factor)
+        alpha = gl.exp2(m_i - m_new)
+        m_i = m_new
+        p, sums = _weights(s, exists, m_i, factor, P, POLYNOMIAL, not BY_PRODUCT, False)
+        if not BY_PRODUCT:
+            l_i = _added(l_i, alpha, sums)
+        if FRESH:
+            product = _product(p, values.index(turn % STAGES), OUT, KEYS, D)
+        else:
+            v = values.index(turn % STAGES).reshape([D, KEYS]).permute((1, 0))
+            product = warpgroup_mma(p, v, _in_place(acc, alpha), is_async=True)
+        if BY_PRODUCT:
+            block_sums = _sums_of_ones(p, ones, L, KEYS)
+            s, done, done_sums = warpgroup_mma_wait(0, deps=(s_next, product, block_sums))
+            l_i = _added(l_i, alpha, done_sums)
+        else:
+            s, done = warpgroup_mma_wait(0, deps=(s_next, product))
+        _release(barriers, turn, STAGES)
+        acc = _added(acc, alpha, done) if FRESH else done
+    l_i = gl.max(l_i, 1) if BY_PRODUCT else gl.sum(l_i, 1)
+    return acc, m_i, gl.convert_layout(l_i, gl.SliceLayout(1, S)), turn + 1
+
+
+@gluon.jit
+def _attend_in_turn(
+    q, keys, values, ones, barriers, turn, kv_len, q_factor, k_scales, consumer: gl.constexpr, KEYS: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, POLYNOMIAL: gl.constexpr, BY_PRODUCT: gl.constexpr, FRESH: gl.constexpr,
+    PING_PONG: gl.constexpr,
+):  # fmt: skip
+    """As `_attend_ahead`, one thing after the other: what overlaps is the work of different consumers. With PING_PONG
+    the second product of a block and the first of the next one follow each other, in the consumer's turn."""
+    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 32])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 32])
+    L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 8, 32])
+    P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=4)
+    last = (kv_len - 1) // KEYS
+    factor = q_factor * gl.load(k_scales + last * KEYS // _K_BLOCK)
+    k_scale = gl.load(k_scales)
+    _wait_full(barriers, turn, STAGES)
+    s = warpgroup_mma_wait(0, deps=(_scores(q, keys.index(turn % STAGES), S, KEYS, D),))
+    exists = _exists(kv_len, S, KEYS)
+    lowest = gl.full([_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
+    m_i = _maximum(gl.where(exists, s, _LOWEST_SCORE), lowest, factor)
+    p, l_i = _weights(s, exists, m_i, factor, P, 0, not BY_PRODUCT, True)
+    first = _product(p, values.index(turn % STAGES), OUT, KEYS, D)
+    if BY_PRODUCT:
+        acc, l_i = warpgroup_mma_wait(0, deps=(first, _sums_of_ones(p, ones, L, KEYS)))
+    else:
+        acc = warpgroup_mma_wait(0, deps=(first,))
+    _release(barriers, turn, STAGES)
+    _take_turn(consumer, PING_PONG)
+    for block in range(last):
+        turn += 1
+        factor = q_factor * k_scale
+        k_scale = gl.load(k_scales + gl.minimum(block + 1, last) * KEYS // _K_BLOCK)
+        _wait_full(barriers, turn, STAGES)
+        s_next = _scores(q, keys.index(turn % STAGES), S, KEYS, D)
+        _give_turn(consumer, PING_PONG)
+        s = warpgroup_mma_wait(0, deps=(s_next,))
+        m_new = _maximum(s, m_i, factor)
+        alpha = gl.exp2(m_i - m_new)
+        m_i = m_new
+        p, sums = _weights(s, exists, m_i, factor, P, POLYNOMIAL, not BY_PRODUCT, False)
+        if not BY_PRODUCT:
+            l_i = _added(l_i, alpha, sums)
+        _take_turn(consumer, PING_PONG)
+        if FRESH:
+            product = _product(p, values.index(turn % STAGES), OUT, KEYS, D)
+        else:
+            v = values.index(turn % STAGES).reshape([D, KEYS]).permute((1, 0))
+            product = warpgroup_mma(p, v, _in_place(acc, alpha), is_async=True)
+        if BY_PRODUCT:
+            block_sums = _sums_of_ones(p, ones, L, KEYS)
+            done, done_sums = warpgroup_mma_wait(0, deps=(product, block_sums))
+            l_i = _added(l_i, alpha, done_sums)
+        else:
+            done = warpgroup_mma_wait(0, deps=(product,))
+        _release(barriers, turn, STAGES)
+        acc = _added(acc, alpha, done) if FRESH else done
+    _give_turn(consumer, PING_PONG)
+    l_i = gl.max(l_i, 1) if BY_PRODUCT else gl.sum(l_i, 1)
+    return acc, m_i, gl.convert_layout(l_i, gl.SliceLayout(1, S)), turn + 1
+
+
+@gluon.jit
+def _issue(
+    q, p, keys, values, turn, following, consumer: gl.constexpr, S: gl.constexpr, OUT: gl.constexpr,
+    KEYS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr,
+):  # fmt: skip
+    """The products of the next block's scores and of this one's weights, both in flight."""
+    _take_turn(consumer, PING_PONG)
+    scores = _scores(q, keys.index(following % STAGES), S, KEYS, D)
+    product = _product(p, values.index(turn % STAGES), OUT, KEYS, D)
+    _give_turn(consumer, PING_PONG)
+    return scores, product
+
+
+@gluon.jit
+def _attend_late(
+    q, keys, values, barriers, turn, kv_len, q_factor, k_scales, consumer: gl.constexpr, KEYS: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, POLYNOMIAL: gl.constexpr, PING_PONG: gl.constexpr,
+):  # fmt: skip
+    """As `_attend_ahead`, in another order: the products of the next block's scores and of this one's weights are
+    issued together; the second of them runs under the next block's maximum.
+
+    Nothing is in flight from one iteration to the next: the assembler would wait for it before anything else. Nor is
+    what has arrived added up before the next iteration: it would wait for that before it takes the maximum.
+    """
+    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 32])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 32])
+    P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=4)
+    last = (kv_len - 1) // KEYS
+    factor = q_factor * gl.load(k_scales + last * KEYS // _K_BLOCK)
+    k_scale = gl.load(k_scales)
+    _wait_full(barriers, turn, STAGES)
+    s = warpgroup_mma_wait(0, deps=(_scores(q, keys.index(turn % STAGES), S, KEYS, D),))
+    exists = _exists(kv_len, S, KEYS)
+    lowest = gl.full([_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
+    m_i = _maximum(gl.where(exists, s, _LOWEST_SCORE), lowest, factor)
+    p, l_i = _weights(s, exists, m_i, factor, P, 0, True, True)
+    end = turn + last
+    following = gl.minimum(turn + 1, end)
+    _wait_full(barriers, following, STAGES)
+    second, first = _issue(q, p, keys, values, turn, following, consumer, S, OUT, KEYS, D, STAGES, PING_PONG)
+    s = warpgroup_mma_wait(1, deps=(second,))
+    factor = q_factor * k_scale
+    m_next = _maximum(s, m_i, factor)
+    _wait_full(barriers, gl.minimum(turn + 2, end), STAGES)
+    done, m_next = warpgroup_mma_wait(0, deps=(first, m_next))
+    _release(barriers, turn, STAGES)
+    acc = gl.zeros([_ROWS, D], gl.float32, OUT)
+    alpha = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, S))
+
+    for block in range(last):
+        acc = _added(acc, alpha, done)
+        k_scale = gl.load(k_scales + gl.minimum(block + 1, last) * KEYS // _K_BLOCK)
+        alpha = gl.exp2(m_i - m_next)
+        m_i = m_next
+        p, sums = _weights(s, exists, m_i, factor, P, POLYNOMIAL, True, False)
+        l_i = _added(l_i, alpha, sums)
+        turn += 1
+        following = gl.minimum(turn + 1, end)
+        s_next, product = _issue(
+            q, p, keys, values, turn, following, consumer, S, OUT, KEYS, D, STAGES, PING_PONG
+        )  # fmt: skip
+        s = warpgroup_mma_wait(1, deps=(s_next,))
+        factor = q_factor * k_scale
+        m_next = _maximum(s, m_i, factor)
+        # The wait for the next keys stands here since the assembler moves the wait for the product up to the last
+        # branch: without one in between, the maximum would come after it.
+        _wait_full(barriers, gl.minimum(turn + 2, end), STAGES)
+        done, m_next = warpgroup_mma_wait(0, deps=(product, m_next))
+        _release(barriers, turn, STAGES)
+    acc = _added(acc, alpha, done)
+    return acc, m_i, gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, S)), turn + 1
+
+
+@gluon.jit
+def _rescaled(acc, m_i, l_i, scales, at_q, at_k, row, alive_rows, D: gl.constexpr):
+    """(acc, m_i) with what quantisation took away: values' scales and means, and the keys' mean in the scores."""
+    v_scales = _pointer(scales, _V_SCALES, gl.float32) + at_k * (2 * D)
+    means_of_scores = _pointer(scales, _MEANS_OF_SCORES, gl.float32)
+    means_of_scores += at_q.to(gl.int64) * _integer(scales, _PADDED_Q) + row
+    channels = gl.arange(0, D, layout=gl.SliceLayout(0, acc.type.layout))
+    scale = gl.expand_dims(gl.load(v_scales + channels), 0)
+    mean = gl.expand_dims(gl.load(v_scales + D + channels), 0)
+    sums = gl.expand_dims(gl.convert_layout(l_i, gl.SliceLayout(1, acc.type.layout)), 1)
+    own = gl.arange(0, _ROWS, layout=m_i.type.layout)
+    left_out = gl.load(means_of_scores + own, mask=own < alive_rows, other=0.0)
+    return acc * scale + mean * sums, m_i - _LOG2_OF_WEIGHTS + left_out * _FLOAT_LOG2_E
+
+
+@gluon.jit
+def _consumer(
+    queries, keys, values, ones, stages, barriers, parameters, scales, scale_log2, consumer: gl.constexpr,
+    CONSUMERS: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+    ORDER: gl.constexpr, POLYNOMIAL: gl.constexpr, BY_PRODUCT: gl.constexpr, FRESH: gl.constexpr,
+    PING_PONG: gl.constexpr,
+):  # fmt: skip
+    if consumer == 1:
+        _give_turn(consumer, PING_PONG)
+    turn = gl.to_tensor(0)
+    for i in range(_turns(parameters)):
+        first_m, head, sample = _place(parameters, i, CONSUMERS)
+        _, kv_len, _, q_len = _key_span(parameters, first_m, sample)
+        _await_queries(barriers, i, STAGES, Q_STAGES)
+        row = first_m + consumer * _ROWS
+        stored = _integer(parameters, _ROWS_Q) - row
+        if (kv_len > 0) & ((row < q_len) | PING_PONG):
+            heads = _integer(parameters, _HEADS)
+            at_q = sample * heads + head
+            at_k = at_q // _integer(parameters, _HEADS_PER_KV)
+            q = queries.index(i % Q_STAGES * CONSUMERS + consumer).reshape([_ROWS, D])
+            padded_q = _integer(scales, _PADDED_Q)
+            q_scale = _pointer(scales, _Q_SCALES, gl.float32) + at_q * (padded_q // _ROWS) + row // _ROWS
+            q_factor = gl.load(q_scale, mask=row < padded_q, other=0.0) * scale_log2
+            of_head = _pointer(scales, _K_SCALES, gl.float32) + at_k * (_integer(scales, _PADDED_K) // _K_BLOCK)
+            if ORDER == "in turn":
+                acc, m_i, l_i, turn = _attend_in_turn(
+                    q, keys, values, ones, barriers, turn, kv_len, q_factor, of_head, consumer, KEYS, D, STAGES,
+                    POLYNOMIAL, BY_PRODUCT, FRESH, PING_PONG,
+                )  # fmt: skip
+            elif ORDER == "late":
+                acc, m_i, l_i, turn = _attend_late(
+                    q, keys, values, barriers, turn, kv_len, q_factor, of_head, consumer, KEYS, D, STAGES, POLYNOMIAL,
+                    PING_PONG,
+                )  # fmt: skip
+            else:
+                acc, m_i, l_i, turn = _attend_ahead(
+                    q, keys, values, ones, barriers, turn, kv_len, q_factor, of_head, KEYS, D, STAGES, POLYNOMIAL,
+                    BY_PRODUCT, FRESH,
+                )  # fmt: skip
+            mbarrier.arrive(_queries_empty(barriers, i, STAGES, Q_STAGES))
+            alive = q_len - row
+            acc, m_i = _rescaled(acc, m_i, l_i, scales, at_q, at_k, row, alive, D)
+            _write_rows(parameters, row, head, sample, alive, stored, stages.index(consumer), acc, m_i, l_i, D)
+        else:
+            for _ in range((kv_len + KEYS - 1) // KEYS):
+                _wait_full(barriers, turn, STAGES)
+                _release(barriers, turn, STAGES)
+                turn += 1
+            mbarrier.arrive(_queries_empty(barriers, i, STAGES, Q_STAGES))
+            if stored > 0:
+                _write_empty_rows(parameters, row, head, sample, stored, stages.dtype, 0.0, float("-inf"), D)
+
+
+_RUNTIME_INTEGERS = (
+    "heads_per_kv", "rows_q", "rows_k", "flags", "heads", "blocks", "tiles", "padded_q", "padded_k",
+)  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=_RUNTIME_INTEGERS, do_not_specialize_on_alignment=("q_lens", "kv_lens"))
+def _hopper_attention_int8(
+    q, k, v, q_scales, k_scales, v_scales, means_of_scores, out, lse, q_lens, kv_lens, scale_log2, heads_per_kv,
+    rows_q, rows_k, flags, heads, blocks, tiles, padded_q, padded_k,
+    CONSUMERS: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+    ORDER: gl.constexpr, POLYNOMIAL: gl.constexpr, BY_PRODUCT: gl.constexpr, FRESH: gl.constexpr,
+    PING_PONG: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """q, k, v: descriptors of int8 (B, H, S, D) and e4m3 (B, H, D, S), in blocks of 64 rows and of KEYS keys; `lens`
+    pointers are read where `flags` says so. `tiles` = samples x heads x blocks of CONSUMERS x 64 queries."""
+    queries = gl.allocate_shared_memory(q.dtype, [Q_STAGES * CONSUMERS, 1, 1, _ROWS, D], q.layout)
+    keys = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, KEYS, D], k.layout)
+    values = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, D, KEYS], v.layout)
+    stage_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_ROWS, D], out.dtype.element_ty)
+    stages = gl.allocate_shared_memory(out.dtype.element_ty, [CONSUMERS, _ROWS, D], stage_layout)
+    ones_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, KEYS], gl.float8e4nv)
+    ones = gl.allocate_shared_memory(gl.float8e4nv, [8, KEYS], ones_layout)
+    barriers = gl.allocate_shared_memory(gl.int64, [2 * (STAGES + Q_STAGES), 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(barriers.index(i), count=1)
+        mbarrier.init(barriers.index(STAGES + i), count=CONSUMERS)
+    for i in gl.static_range(Q_STAGES):
+        mbarrier.init(barriers.index(2 * STAGES + i), count=CONSUMERS)
+        mbarrier.init(barriers.index(2 * STAGES + Q_STAGES + i), count=CONSUMERS)
+    if BY_PRODUCT:
+        in_registers: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [gl.num_warps(), 1], [1, 0])
+        ones.store(gl.full([8, KEYS], 1.0, gl.float32, in_registers).to(gl.float8e4nv))
+        fence_async_shared()
+    parameters = gl.allocate_shared_memory(gl.int64, [_PARAMETERS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    _park(
+        parameters, out, lse, q_lens, kv_lens, heads_per_kv, rows_q, rows_k, flags, heads, blocks, tiles,
+        gl.to_tensor(0), gl.to_tensor(0),
+    )  # fmt: skip
+    scales = gl.allocate_shared_memory(gl.int64, [_SCALES], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    _park_scales(scales, q_scales, k_scales, v_scales, means_of_scores, padded_q, padded_k)
+    _thread_barrier()
+    if CONSUMERS == 3:
+        gl.warp_specialize(
+            [
+                (_producer, (q, k, v, queries, keys, values, barriers, parameters, CONSUMERS, KEYS, STAGES, Q_STAGES)),
+                (_consumer, (
+                    queries, keys, values, ones, stages, barriers, parameters, scales, scale_log2, 0, CONSUMERS, KEYS,
+                    D, STAGES, Q_STAGES, ORDER, POLYNOMIAL, BY_PRODUCT, FRESH, PING_PONG,
+                )),
+                (_consumer, (
+                    queries, keys, values, ones, stages, barriers, parameters, scales, scale_log2, 1, CONSUMERS, KEYS,
+                    D, STAGES, Q_STAGES, ORDER, POLYNOMIAL, BY_PRODUCT, FRESH, PING_PONG,
+                )),
+                (_consumer, (
+                    queries, keys, values, ones, stages, barriers, parameters, scales, scale_log2, 2, CONSUMERS, KEYS,
+                    D, STAGES, Q_STAGES, ORDER, POLYNOMIAL, BY_PRODUCT, FRESH, PING_PONG,
+                )),
+            ],
+            [4, 4, 4],
+            [REGISTERS, REGISTERS, REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_producer, (q, k, v, queries, keys, values, barriers, parameters, CONSUMERS, KEYS, STAGES, Q_STAGES)),
+                (_consumer, (
+                    queries, keys, values, ones, stages, barriers, parameters, scales, scale_log2, 0, CONSUMERS, KEYS,
+                    D, STAGES, Q_STAGES, ORDER, POLYNOMIAL, BY_PRODUCT, FRESH, PING_PONG,
+                )),
+                (_consumer, (
+                    queries, keys, values, ones, stages, barriers, parameters, scales, scale_log2, 1, CONSUMERS, KEYS,
+                    D, STAGES, Q_STAGES, ORDER, POLYNOMIAL, BY_PRODUCT, FRESH, PING_PONG,
+                )),
+            ],
+            [4, 4],
+            [REGISTERS, REGISTERS],
+        )  # fmt: skip
+
+
+def constants(variant: Int8Variant, head_dim: int) -> dict[str, object]:
+    """The kernel's compile-time constants."""
+    return {
+        "CONSUMERS": variant.consumers, "KEYS": variant.keys, "D": head_dim, "STAGES": variant.stages, "Q_STAGES": 2,
+        "ORDER": variant.order, "POLYNOMIAL": variant.polynomial, "BY_PRODUCT": variant.sum_by_product,
+        "FRESH": variant.fresh, "PING_PONG": variant.ping_pong, "REGISTERS": variant.registers,
+    }  # fmt: skip
+
+
+# Those that compile without spills and with their products in flight, for `python -m benchmarks.int8_report` to time.
+CANDIDATES: dict[str, Int8Variant] = {
+    "ahead, in place": Int8Variant(order="ahead", fresh=False),
+    "ahead, 3 consumers, 64 keys, in place": Int8Variant(
+        consumers=3, keys=64, stages=5, order="ahead", fresh=False, registers=160
+    ),
+    "late": Int8Variant(order="late"),
+    "late, 2 polynomials": Int8Variant(order="late", polynomial=2),
+    "late, 4 polynomials": Int8Variant(order="late", polynomial=4),
+    "late, ping-pong": Int8Variant(order="late", ping_pong=True),
+    "in turn": Int8Variant(order="in turn"),
+    "in turn, sums by product": Int8Variant(order="in turn", sum_by_product=True),
+    "in turn, sums by product, 4 polynomials": Int8Variant(order="in turn", sum_by_product=True, polynomial=4),
+}
+# What runs, by head dim. docs/kernels/int8.md has what the others measured.
+VARIANTS = dict.fromkeys((64, 128), CANDIDATES["late"])
+_OUT_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+def takes(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernel exists for this type and head dim."""
+    return dtype in _OUT_TYPES and head_dim in VARIANTS
+
+
+def _make_descriptor(rows: int, columns: int, dtype: gl.dtype) -> MakeDescriptor:
+    block = [1, 1, rows, columns]
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    return functools.partial(TensorDescriptor, block_shape=block, layout=layout)
+
+
+@functools.cache
+def _launcher(device: torch.device, dtype: torch.dtype, head_dim: int, variant: Int8Variant) -> Launcher:
+    """`dtype` is the output's: one for each, since a launcher follows its last compiled variant."""
+    return Launcher(
+        _hopper_attention_int8, device,
+        {
+            "q": _make_descriptor(ROWS, head_dim, gl.int8),
+            "k": _make_descriptor(variant.keys, head_dim, gl.int8),
+            "v": _make_descriptor(head_dim, variant.keys, gl.float8e4nv),
+        },
+        **constants(variant, head_dim), num_warps=4,
+    )  # fmt: skip
+
+
+class _Plan(NamedTuple):
+    """What a launch needs besides its tensors."""
+
+    launcher: Launcher
+    programs: int
+    blocks: int
+    tiles: int
+
+
+# From so many blocks of keys on each tile is a program's own, and the hardware hands them out, as for the kernel of 16
+# bits.
+_BLOCKS_OF_A_PROGRAM = 512
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    q_shape: tuple[int, ...], rows_k: int, dtype: torch.dtype, device: torch.device, variant: Int8Variant
+) -> _Plan:
+    batch, rows_q, heads, head_dim = q_shape
+    blocks = -(-rows_q // (variant.consumers * ROWS))
+    tiles = blocks * heads * batch
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    stays = rows_k < _BLOCKS_OF_A_PROGRAM * ROWS
+    launcher = _launcher(device, dtype, head_dim, variant)
+    return _Plan(launcher, min(tiles, processors) if stays else tiles, blocks, tiles)
+
+
+def hopper_attention_int8_forward(
+    x: Quantised,
+    k_shape: torch.Size,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q_lens: torch.Tensor | None,
+    kv_lens: torch.Tensor | None,
+    scale: float,
+    variant: Int8Variant | None = None,
+) -> None:
+    """Launch the kernel; writes `out` (B, Sq, H, D) and `lse` (B, H, Sq) float32, both contiguous.
+
+    `x` is the input with permuted keys of the values, `k_shape` that of the keys, (B, Sk, Hk, D); D is 64 or 128, and
+    `out` bfloat16 or float16. Without a `variant`, it is that of `VARIANTS`.
+    """
+    head_dim = out.shape[3]
+    plan = _plan(out.shape, k_shape[1], out.dtype, out.device, variant or VARIANTS[head_dim])
+    flags = (q_lens is not None) * _HAS_Q_LENS.value | (kv_lens is not None) * _HAS_KV_LENS.value
+    # A pointer that is not followed stands in for lengths that are not given: None would be another compiled variant.
+    unused = out.view(torch.int32) if q_lens is None or kv_lens is None else None
+    descriptors = ((t, tuple(t.shape), t.stride()) for t in (x.q, x.k, x.v))
+    plan.launcher(
+        (plan.programs, 1, 1), *descriptors, x.q_scales, x.k_scales, x.v_scales, x.means_of_scores, out, lse,
+        unused if q_lens is None else q_lens, unused if kv_lens is None else kv_lens, scale * _LOG2_E,
+        out.shape[2] // k_shape[2], out.shape[1], k_shape[1], flags, out.shape[2], plan.blocks, plan.tiles,
+        x.q.shape[2], x.k.shape[2],
+    )  # fmt: skip
+
+
+def compile_count() -> int:
+    """How many variants of the kernel this process holds, over all devices: one for each type and head dim."""
+    return sum(len(caches[0]) for caches in _hopper_attention_int8.device_caches.values())
