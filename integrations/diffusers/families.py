@@ -60,7 +60,7 @@ def check_transformer(family: Family, transformer: nn.Module) -> None:
 def _check(family: Family) -> None:
     if not isinstance(family, Family):
         raise ValueError(f"family: got {family!r}, allowed is a Family")
-    for name in ("pipelines", "transformers", "components", "block_lists"):
+    for name in ("pipelines", "transformers", "components", "block_lists", "kept_linears"):
         _check_names(name, getattr(family, name))
     for name in ("block_arguments", "block_returns", "reused_streams"):
         _check_names(name, getattr(family, name))

@@ -14,6 +14,7 @@ from diffusers.hooks.hooks import HookRegistry, ModelHook, StateManager
 from torch import nn
 
 DEFAULT_BRANCH = "default"
+_ACCELERATE = ("accelerate.hooks",)  # the modules whose functions wrap forwards for offloading
 
 
 def add_hook(undo: ExitStack, module: nn.Module, hook: ModelHook, name: str) -> None:
@@ -23,7 +24,7 @@ def add_hook(undo: ExitStack, module: nn.Module, hook: ModelHook, name: str) -> 
     undo.callback(drop_plain_forward, module)
     registry = HookRegistry.check_if_exists_or_initialize(module)
     registry.register_hook(hook, name)
-    undo.callback(registry.remove_hook, name, recurse=False)
+    undo.callback(_remove_hook, module, name)
 
 
 def forget_child_registries(root: nn.Module) -> None:
@@ -36,6 +37,18 @@ def forget_child_registries(root: nn.Module) -> None:
         registry = getattr(module, "_diffusers_hook", None)
         if registry is not None and hasattr(registry, "_child_registries_cache"):
             registry._child_registries_cache = None
+
+
+def _remove_hook(module: Any, name: str) -> None:
+    """Where accelerate has wrapped the forward that the registry had made, what is inside its wrapper is replaced: the
+    registry itself would put the forward of the hook's time over it, and nobody would load the module's weights."""
+    outer = module.__dict__.get("forward")
+    is_wrapped = "_old_forward" in module.__dict__ and getattr(outer, "func", _remove_hook).__module__ in _ACCELERATE
+    if is_wrapped:
+        module.forward = module._old_forward
+    module._diffusers_hook.remove_hook(name, recurse=False)
+    if is_wrapped:
+        module._old_forward, module.forward = module.forward, outer
 
 
 def _drop_empty_registry(module: Any) -> None:

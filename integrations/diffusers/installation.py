@@ -16,6 +16,7 @@ from .attention import ATTEND, AttentionLengths, attend_here
 from .cache import BlockCache, add_cache_hooks, transformer_blocks
 from .compiled import CompiledBlocks
 from .hooks import Argument, BranchName, CallHook, DropArgumentHook, add_hook, forget_child_registries
+from .linears import Fp8Linears
 from .models import Family
 from .parallel import Spread
 from .places import Places
@@ -36,12 +37,14 @@ class Settings:
         cache: None without one.
         parallel: where forwards run, None in one process; needs `"exact"`.
         compile: the backend of `torch.compile` for the blocks, None where they are not compiled.
+        linears: how linears are quantised, None where they are not.
     """
 
     attention: str = STOCK
     cache: Policy | None = None
     parallel: Places | None = None
     compile: str | None = None
+    linears: Fp8Linears | None = None
 
 
 class Installation:
@@ -84,8 +87,8 @@ class Installation:
 
     @property
     def device(self) -> torch.device:
-        """Where the transformer ran last; before that, where its weights are."""
-        return self._device or next(self.transformer.parameters()).device
+        """Where the transformer ran last; before that, where its pipe computes."""
+        return self._device or self.handle.execution_device
 
     @property
     def processors(self) -> int:
