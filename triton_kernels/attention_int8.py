@@ -70,7 +70,7 @@ def _attention_int8_fwd(
 
     rows = first_m + tl.arange(0, BLOCK_M)
     channels = tl.arange(0, BLOCK_D)
-    alive = (rows < q_len) & (kv_len > 0)
+    alive = rows < tl.where(kv_len > 0, q_len, 0)
     q_rows = of_head.to(tl.int64) * padded_q + rows
     q = tl.load(q_ptr + q_rows[:, None] * BLOCK_D + channels[None, :], mask=alive[:, None], other=0)
     at_scale = q_scales + of_head * (padded_q // _Q_BLOCK) + rows // _Q_BLOCK
