@@ -14,8 +14,8 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from diffusers.hooks.first_block_cache import FirstBlockCacheConfig
 from diffusers.hooks.hooks import HookRegistry
-from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import HunyuanVideoPipeline
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_skyreels_image2video import HunyuanSkyreelsImageToVideoPipeline
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import HunyuanVideoPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from tiny_hunyuan import PROMPTS, generate, tiny_pipeline, tiny_transformer, transformer_inputs
 
