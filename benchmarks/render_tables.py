@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .record import REPOSITORY, RESULTS, read_records
+from .trade_off import QUALITY, UNCACHED, Point, at_quality, compared, verdict
 
 Row = dict[str, Any]
 
@@ -424,6 +425,26 @@ def _step(rows: Sequence[Row]) -> str:
     return _markdown(["video", "attention", "s per step", "speed-up", "peak GiB", "relative difference"], body, rows)
 
 
+def _vae(rows: Sequence[Row]) -> str:
+    body = []
+    for row in rows:
+        shape, notes = row["shape"], row["notes"]
+        what = f"{row['op'].removeprefix('vae_')} {shape['height']} x {shape['width']} x {shape['frames']}"
+        one, several = f"{row['peer_ms'] / 1e3:.2f}", f"{row['median_ms'] / 1e3:.2f}"
+        bits = "all" if notes["equal"] else f"no: {notes['difference']:.1e}"
+        body.append([what, f"{notes['tiles']}", f"{shape['ranks']}", one, several, f"{row['ratio']:.2f}x", bits])
+    header = ["video", "tiles", "GPUs", "s, diffusers' tiling on one", "s on all", "speed-up", "bits equal"]
+    return _markdown(header, body, rows)
+
+
+def _ranks_of_steps(rows: Sequence[Row]) -> str:
+    body = [
+        [row["kernel"], f"{row['median_ms']:.1f}", f"{row['ratio']:.2f}x", row["notes"]["place"] or "-"] for row in rows
+    ]
+    ranks = rows[0]["shape"]["ranks"]
+    return _markdown([f"way, {ranks} GPUs", "ms per step", "against one GPU", "split"], body, rows)
+
+
 def _ring(rows: Sequence[Row]) -> str:
     """One row for each length and way."""
     body = []
@@ -534,6 +555,82 @@ def _decibels(value: float | None) -> str:
     return "equal" if value is None else f"{value:.1f}"
 
 
+def _policies(rows: Sequence[Row]) -> str:
+    """Every policy at every threshold, no cache first."""
+    body = []
+    for row in rows:
+        notes = row["notes"]
+        body.append(
+            [
+                row["kernel"],
+                "" if notes["value"] is None else f"{notes['value']:g}",
+                f"{row['ratio']:.2f}x",
+                f"{notes['speed_up_low']:.2f} to {notes['speed_up_high']:.2f}",
+                f"{notes['speed_up_cpu']:.2f}x",
+                f"{notes['computed_blocks']:.1%}",
+                _decibels(notes["psnr"]),
+                _decibels(notes["psnr_worst"]),
+                f"{notes['ssim']:.4f}",
+                f"{notes['digit']:.1%}",
+            ]
+        )
+    head = [
+        "policy",
+        "threshold",
+        "speed-up",
+        "quartiles",
+        "by processor time",
+        "computed blocks",
+        "PSNR, dB",
+        "worst video, dB",
+        "SSIM",
+        "digits right",
+    ]
+    shape, notes = rows[0]["shape"], rows[0]["notes"]
+    took = (
+        f"{shape['prompts']} prompts in batches of {shape['batch']}, {shape['steps']} steps, {rows[0]['dtype']}:"
+        f" {notes['run_cpu_s'] / 60:.0f} minutes of one core for the whole command,"
+        f" {notes['run_s'] / 60:.0f} minutes by the clock."
+    )
+    return f"\n{took}\n{_markdown(head, body, rows)}"
+
+
+def _policies_compared(rows: Sequence[Row]) -> str:
+    """All policies at one quality, and what follows from it."""
+    wall = _curves(rows, lambda row: row["ratio"])
+    processor = _curves(rows, lambda row: row["notes"]["speed_up_cpu"])
+    computed = _curves(rows, lambda row: -row["notes"]["computed_blocks"])  # of several crossings the lowest share
+    found = compared(wall)
+    said = f"{verdict(found)} {verdict(compared(processor), 'processor time')}"
+    body = []
+    for entry in found:
+        share = at_quality(computed[entry.name], QUALITY)
+        body.append(
+            [
+                entry.name,
+                "not reached" if entry.speed_up is None else f"{entry.speed_up:.2f}x",
+                "" if entry.less_time is None else f"{entry.less_time:+.1%}",
+                _times(at_quality(processor[entry.name], QUALITY)),
+                "" if share is None else f"{-share:.1%}",
+            ]
+        )
+    head = [f"policy, at {QUALITY:g} dB", "speed-up", "time saved", "by processor time", "computed blocks"]
+    return f"\n{said}\n{_markdown(head, body, rows)}"
+
+
+def _curves(rows: Sequence[Row], value: Callable[[Row], float]) -> dict[str, list[Point]]:
+    """(PSNR, value) of every setting whose videos are not the uncached ones, by policy."""
+    cached = [row for row in rows if row["kernel"] != UNCACHED]
+    return {
+        group[0]["kernel"]: [(row["notes"]["psnr"], value(row)) for row in group if row["notes"]["psnr"] is not None]
+        for group in _by(cached, "kernel")
+    }
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
 def _micro(rows: Sequence[Row]) -> str:
     body = [
         [
@@ -577,6 +674,9 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Row]], str]]] = {
     "prepare-speed": (("prepare-speed",), _prepare_speed),
     "memory-bound": (("gpu-residual_diff", "gpu-merge_states"), _memory_bound),
     "step": (("hunyuan_step",), _step),
+    "flux-ranks": (("flux_step_ranks",), _ranks_of_steps),
+    "cogvideox-ranks": (("cogvideox_step_ranks",), _ranks_of_steps),
+    "vae": (("vae_parallel",), _vae),
     "ring": (("ring-speed",), _ring),
     "ring-without-p2p": (("ring-without_p2p",), _ring),
     "ring-checks": (("ring-correctness", "ring-stress"), _checks),
@@ -588,6 +688,8 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Row]], str]]] = {
     "int8-checks": (("int8-checks",), _int8_checks),
     "int8-speed": (("int8-speed",), _int8),
     "int8-power": (("int8-speed",), _int8_power),
+    "policies": (("policies-cpu",), _policies),
+    "policies-compared": (("policies-cpu",), _policies_compared),
     "cpu": (
         (
             "flash_attention_kv_lens-cpu",

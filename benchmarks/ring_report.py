@@ -255,6 +255,7 @@ def speed(run: Run) -> None:
         candidates = _candidates(run, total)
         times = _times(run, candidates, total)
         _report(run, total, times, ONE_GPU)
+        _write(run, "speed")  # what comes next may not be done in time
 
 
 def no_p2p(run: Run) -> None:
@@ -509,8 +510,7 @@ def _section(run: Run, name: str) -> bool:
     except Exception:  # One broken section must not cost the others their results.
         failure = traceback.format_exc()
         print(f"rank {run.rank}: {failure}", flush=True)
-    if run.rank == 0 and run.records:
-        write_records(f"ring-{name}", run.records, run.out)
+    _write(run, name)
     if run.is_cuda:
         torch.cuda.empty_cache()
     try:
@@ -521,6 +521,11 @@ def _section(run: Run, name: str) -> bool:
         print(f"rank {run.rank}: {error}", flush=True)
     run.say(f"-- {name} {'FAILED' if any(failures) else 'done'} ({time.perf_counter() - start:.1f} s)")
     return not any(failures)
+
+
+def _write(run: Run, name: str) -> None:
+    if run.rank == 0 and run.records:
+        write_records(f"ring-{name}", run.records, run.out)
 
 
 def _options() -> argparse.Namespace:

@@ -4,8 +4,11 @@
 
 Per layer, heads of the other ranks' keys arrive one after the other while attention computes; what arrives too late
 is waited for. A step is that for all blocks, the rest of the model shared by the ranks, the host's gaps, which are not,
-and the gather of the output. Start-up costs come from the 8,192-token rows of ``ring-speed.json``, costs per byte from
-its 32,768-token rows; every other measured row, and each whole step, is compared with what the model says of it.
+and the gather of the output. Start-up costs come from the 8,192-token rows of ``scaling-ring.json``, costs per byte
+from its 32,768-token rows; every other measured row, and each whole step, is compared with what the model says of it.
+
+That file and ``scaling-step_profile.json`` are of the state of the kernels that the whole step on two GPUs was measured
+with (``hunyuan_step_parallel.json``): rates of a later kernel would not explain that step.
 
 Left out: memory (24 GB do not hold the model in bfloat16), contention of ranks for PCIe switches and host memory, the
 multiprocessors that NCCL takes, attention's higher rate in shorter launches, the text encoders and the VAE.
@@ -192,11 +195,11 @@ class Measured:
 
     @staticmethod
     def read(folder: Path = RESULTS) -> Measured:
-        rows = read_records("ring-speed", folder) + read_records("ring-without_p2p", folder)
+        rows = read_records("scaling-ring", folder) + read_records("ring-without_p2p", folder)
         steps = read_records("hunyuan_step_parallel", folder)
         profile = {
             row["notes"]["name"]: row["median_ms"] / 1e3
-            for row in read_records("hunyuan_step_profile", folder)
+            for row in read_records("scaling-step_profile", folder)
             if row["op"] == "step_category"
         }
         gaps = profile.pop("gaps between kernels")

@@ -20,7 +20,7 @@ pytest.importorskip("diffusers")
 from tiny_hunyuan import PROMPTS, tiny_pipeline
 
 from para_kernels.attention import selected_kernel
-from para_kernels.integrations.diffusers import cli, demo, doctor, loading
+from para_kernels.integrations.diffusers import Fp8Linears, cli, demo, doctor, loading
 from para_kernels.integrations.diffusers import generate as generating
 from para_kernels.integrations.diffusers.generate import Acceleration, Request, generate
 from para_kernels.integrations.diffusers.handle import Handle
@@ -132,6 +132,25 @@ def test_acceleration_installs_what_it_says(
     settings = acceleration.install(pipe).settings
     assert settings.attention == attention
     assert (settings.cache.threshold if settings.cache else None) == threshold
+
+
+def test_linears_reach_the_pipe(pipe: Any) -> None:
+    pytest.importorskip("torchao")
+    handle = Acceleration(linears="fp8", cache=0.2).install(pipe)
+    assert handle.settings.linears == Fp8Linears()
+    assert handle.settings.cache is not None
+
+
+@pytest.mark.parametrize(
+    ("acceleration", "message"),
+    [
+        (Acceleration(linears="int4"), "linears: 'int4'; must be one of fp8, fp8-weight-only"),
+        (Acceleration(linears="fp8", attention="stock"), "attention: 'stock'; must be exact or int8 with linears fp8"),
+    ],
+)
+def test_linears_that_cannot_be_are_refused(acceleration: Acceleration, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        acceleration.check()
 
 
 def test_cache_options_reach_the_policy(pipe: Any) -> None:
@@ -379,7 +398,7 @@ def test_doctor_says_what_is_missing_and_how_to_get_it(monkeypatch: pytest.Monke
     assert "pip install --no-build-isolation ." in report
 
 
-@pytest.mark.parametrize("command", ["generate", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["generate", "demo", "quality", "doctor"])
 def test_help_describes_the_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main([command, "--help"])
@@ -389,7 +408,7 @@ def test_help_describes_the_command(command: str, capsys: pytest.CaptureFixture[
     assert command == "doctor" or "examples:" in printed
 
 
-@pytest.mark.parametrize("command", ["generate", "demo"])
+@pytest.mark.parametrize("command", ["generate", "demo", "quality"])
 def test_every_option_has_a_help_text(command: str) -> None:
     commands = next(action for action in cli._parser()._actions if action.dest == "command")
     assert isinstance(commands.choices, dict)

@@ -408,7 +408,7 @@ def test_the_option(monkeypatch: pytest.MonkeyPatch, options: list[str], wanted:
 
 
 def test_the_option_needs_this_packages_attention() -> None:
-    with pytest.raises(ValueError, match="attention: 'stock'; must be exact with compile"):
+    with pytest.raises(ValueError, match="attention: 'stock'; must be exact or int8 with compile"):
         Acceleration(attention="stock", compile=True).check()
 
 

@@ -17,25 +17,36 @@ from para_kernels.triton_kernels import cudnn_attention, dispatch, hopper_choice
 from tests.reference import TOLERANCES, attention_batch, error  # noqa: E402
 
 SCALE = 0.3
-SHAPE = (2, 256, 70, 128)  # 280 tiles of 128 rows: 2.1 times 132 multiprocessors
+SHAPE = (2, 128, 350, 128)  # 700 tiles of 128 rows: 5.3 times 132 multiprocessors
+
+
+H100, H200 = 50 * 2**20, 60 * 2**20  # bytes of L2
 
 
 @pytest.mark.parametrize(
-    ("queries", "keys", "heads", "samples", "expected"),
+    ("queries", "keys", "heads", "samples", "l2_bytes", "expected"),
     [
-        (512, 512, 24, 4, True),
-        (512, 512, 24, 2, False),
-        (512, 512, 24, 1, False),
-        (512, 512, 24, 8, False),
-        (128, 128, 24, 4, False),
-        (2048, 2048, 24, 1, False),
-        (2048, 128, 24, 1, False),
-        (16384, 512, 24, 1, False),
+        (512, 512, 24, 4, H100, True),
+        (512, 512, 24, 4, H200, False),
+        (512, 512, 24, 3, H100, False),
+        (512, 512, 24, 1, H100, False),
+        (512, 512, 24, 8, H100, False),
+        (384, 384, 24, 4, H100, False),
+        (128, 128, 24, 4, H100, False),
+        (2048, 2048, 24, 1, H100, False),
+        (4096, 128, 24, 1, H200, True),
+        (8192, 128, 24, 1, H100, True),
+        (2048, 128, 24, 1, H200, False),
+        (4096, 256, 24, 1, H200, False),
+        (4096, 64, 24, 1, H200, False),
     ],
 )
-def test_the_sizes(queries: int, keys: int, heads: int, samples: int, expected: bool) -> None:
-    assert hopper_choice.is_cudnn_faster(128, queries, keys, heads, samples, 132) is expected
-    assert not hopper_choice.is_cudnn_faster(64, queries, keys, heads, samples, 132)
+def test_the_sizes(queries: int, keys: int, heads: int, samples: int, l2_bytes: int, expected: bool) -> None:
+    assert hopper_choice.is_cudnn_faster(128, queries, keys, heads, samples, 132, l2_bytes) is expected
+    assert not hopper_choice.is_cudnn_faster(64, queries, keys, heads, samples, 132, l2_bytes)
+
+
+PROPERTIES = SimpleNamespace(multi_processor_count=132, L2_cache_size=H200)
 
 
 class Stand:
@@ -59,7 +70,7 @@ class Stand:
 def stand(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stand]:
     if torch.cuda.is_available():
         pytest.skip("there is a real one")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: PROPERTIES)
     launch.use_extension(_C)
     cudnn_attention._is_planned.cache_clear()
     stand = Stand()
@@ -144,7 +155,7 @@ def test_without_the_extension_it_is_never_asked(stand: Stand) -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_on_a_gpu(dtype: torch.dtype) -> None:
-    q, k, v = (torch.randn(4, 512, 24, 128, device="cuda").to(dtype) for _ in range(3))
+    q, k, v = (torch.randn(*SHAPE, device="cuda").to(dtype) for _ in range(3))
     results = [flash_attention(q, k, v, scale=SCALE, return_lse=True) for _ in range(3)]
     expected, expected_lse = attention_batch(q, k, v, scale=SCALE)
     for out, lse in results:

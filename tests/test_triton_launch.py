@@ -40,6 +40,7 @@ from para_kernels.triton_kernels.launch import Launcher, declared_sizes  # noqa:
 
 CPU = torch.device("cpu")
 OTHER_CONTEXT = 0x5000
+PROPERTIES = SimpleNamespace(multi_processor_count=132, L2_cache_size=60 * 2**20)
 # Its name up to Triton 3.7, and the one since.
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
@@ -56,7 +57,7 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeCuda]:
 def fresh(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The extension in use, and no launch prepared yet."""
     monkeypatch.setattr(launch, "_current_stream", lambda index: STREAM)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: PROPERTIES)
     launch.use_extension(_C, str(fake.path))
     for module in (attention, hopper_attention, hopper_ring_attention, merge_states, residual_diff, ring_attention):
         module._plan.cache_clear()

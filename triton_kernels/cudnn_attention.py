@@ -43,5 +43,5 @@ def _is_planned(
     if not q_stride[0] >= q_stride[1] >= q_stride[2] >= q_stride[3] == 1:
         return False
     samples, queries, heads, head_dim = q_shape
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return is_cudnn_faster(head_dim, queries, k_shape[1], heads, samples, processors)
+    of = torch.cuda.get_device_properties(device)
+    return is_cudnn_faster(head_dim, queries, k_shape[1], heads, samples, of.multi_processor_count, of.L2_cache_size)

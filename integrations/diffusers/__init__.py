@@ -11,12 +11,14 @@ from .accelerate import accelerate, apply_cache_on_pipe, parallelize_pipe
 from .attention import ParaAttnProcessor
 from .families import register_family
 from .handle import Handle
+from .linears import Fp8Linears
 from .models import Family, Passes, ShardPlan
 from .processors import Processor
 from .vae import ParallelVae, parallelize_vae
 
 __all__ = [
     "Family",
+    "Fp8Linears",
     "Handle",
     "ParaAttnProcessor",
     "ParallelVae",

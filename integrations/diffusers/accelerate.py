@@ -19,6 +19,7 @@ from .compiled import DEFAULT_BACKEND
 from .families import check_transformer, known_families
 from .handle import Handle
 from .installation import Settings
+from .linears import Fp8Linears, check_linears, execution_device, resolve_linears
 from .models import Family
 from .places import Places
 
@@ -37,9 +38,10 @@ def accelerate(
     attention: str = "exact",
     parallel: ContextParallel | Keep | None = Keep.AS_IS,
     compile: bool | str | Keep | None = Keep.AS_IS,  # noqa: A002
+    linears: Fp8Linears | str | Keep | None = Keep.AS_IS,
 ) -> Handle:
-    """Put this package's attention, and if asked for a cache of steps, context parallelism and compiled blocks, under a
-    diffusers pipeline.
+    """Put this package's attention, and if asked for a cache of steps, context parallelism, compiled blocks and FP8
+    linears, under a diffusers pipeline.
 
     Works on this pipeline's transformer alone (on both of Wan 2.2's), and on its instance: pipelines that share the
     transformer share the installation, others are not touched. Called again it re-tunes what is there.
@@ -58,6 +60,11 @@ def accelerate(
             resolution; None or False not to; a name for another backend than "inductor". They are compiled when they
             first run. Hooks of offloading may stand on blocks and on the transformer, not inside of blocks. Not given:
             as it is.
+        linears: `"fp8"` for linears in FP8, by torchao: those of the transformer's blocks, activations and weights,
+            and those of the pipe's text encoders, weights alone; `"fp8-weight-only"` for the weights alone everywhere;
+            or an `Fp8Linears`. The original weights are dropped, which is what frees their memory, unless it says
+            `keep_originals=True`: only then can the installation be removed. None for linears as they were. Not given:
+            as it is.
 
     Returns:
         The handle of the installation: `summary()`, `records`, `remove()`. The same one every time until it is removed.
@@ -65,15 +72,17 @@ def accelerate(
     Raises:
         ValueError: if the pipe is not supported or an argument is not allowed. The pipe is then as it was.
     """
-    family, transformers = _recognised(pipe)
+    family, transformers = recognised(pipe)
     if attention not in ATTENTION:
         raise ValueError(f"attention: got {attention!r}, allowed is one of {list(ATTENTION)}")
     handle = _handle(transformers, family)
     policy = handle.settings.cache if isinstance(cache, Keep) else _policy(cache, family)
+    wanted = handle.settings.linears if isinstance(linears, Keep) else resolve_linears(linears)
+    _check_linears(wanted, handle, transformers, pipe)
     _check_spread(attention, handle.settings.parallel if isinstance(parallel, Keep) else parallel)
-    places = handle.settings.parallel if isinstance(parallel, Keep) else _places(parallel, handle)
     backend = handle.settings.compile if isinstance(compile, Keep) else _backend(compile)
-    return _configured(handle, pipe, transformers, Settings(attention, policy, places, backend))
+    places = handle.settings.parallel if isinstance(parallel, Keep) else _places(parallel, handle)
+    return _configured(handle, pipe, transformers, Settings(attention, policy, places, backend, wanted))
 
 
 def apply_cache_on_pipe(
@@ -98,7 +107,7 @@ def apply_cache_on_pipe(
     Raises:
         ValueError: if the pipe is not supported or an argument is not allowed. The pipe is then as it was.
     """
-    family, transformers = _recognised(pipe)
+    family, transformers = recognised(pipe)
     threshold = family.cache_threshold if residual_diff_threshold is None else residual_diff_threshold
     check_threshold("residual_diff_threshold", threshold)
     policy = FirstBlockCache(
@@ -108,6 +117,7 @@ def apply_cache_on_pipe(
         downsample_factor=downsample_factor,
     )
     handle = _handle(transformers, family)
+    _check_linears(handle.settings.linears, handle, transformers, pipe)
     return _configured(handle, pipe, transformers, replace(handle.settings, cache=_unless_never(policy)))
 
 
@@ -136,17 +146,22 @@ def parallelize_pipe(
         ValueError: if the pipe is not supported, an argument is not allowed, or `torch.distributed` is not initialised.
             The pipe is then as it was.
     """
-    family, transformers = _recognised(pipe)
+    family, transformers = recognised(pipe)
     wanted = ContextParallel("auto" if mesh is None else None, transport=transport, timeout=timeout)
     handle = _handle(transformers, family)
     if handle.settings.attention == "int8":
         raise ValueError("pipe: has attention 'int8', which is for one process; accelerate it with 'exact' first")
+    _check_linears(handle.settings.linears, handle, transformers, pipe)
     places = _places(wanted, handle) if mesh is None else Places(wanted, mesh)
     return _configured(handle, pipe, transformers, replace(handle.settings, attention="exact", parallel=places))
 
 
-def _recognised(pipe: Any) -> tuple[Family, dict[str, Any]]:
-    """The pipe's family and its transformers by their components' names, out of `torch.compile`'s wrapper."""
+def recognised(pipe: Any) -> tuple[Family, dict[str, Any]]:
+    """The pipe's family and its transformers by their components' names, out of `torch.compile`'s wrapper.
+
+    Raises:
+        ValueError: if the pipe is not supported.
+    """
     family = _family(pipe)
     for path in family.without:
         if (value := _attribute(pipe, path)) not in (None, False):
@@ -234,6 +249,15 @@ def _check_spread(attention: str, parallel: Places | ContextParallel | None) -> 
         raise ValueError(f"attention: got {attention!r}, allowed is 'exact' where the work is spread over ranks")
 
 
+def _check_linears(wanted: Fp8Linears | None, handle: Handle, transformers: Mapping[str, Any], pipe: Any) -> None:
+    """Before process groups are made, and for a pipe that shares an installed transformer too."""
+    if wanted is not None:
+        known = handle.transformers
+        for transformer in transformers.values():
+            there = handle.settings.linears if any(transformer is one for one in known) else None
+            check_linears(wanted, transformer, handle.family, pipe, there)
+
+
 def _rescaled(policy: TeaCache, family: Family) -> TeaCache:
     """With the polynomial published for the family."""
     if family.teacache_rescale is None:
@@ -261,6 +285,7 @@ def _handle(transformers: Mapping[str, Any], family: Family) -> Handle:
 
 
 def _configured(handle: Handle, pipe: Any, transformers: Mapping[str, Any], settings: Settings) -> Handle:
-    handle.configure(transformers, settings)
+    first, *_ = transformers.values()
+    handle.configure(transformers, settings, execution_device(pipe, first))
     handle.watch(pipe)
     return handle

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from para_kernels.cache import CacheState, Policy, StepRecord
 
-from .hooks import Argument, BranchName, add_hook
+from .hooks import Argument, BranchName, add_hook, hook_again
 from .models import Family, Modulation
+from .offload import load_left_out
 from .parallel import Spread
 
 _HOOK = "para_kernels.block_cache"
@@ -30,6 +31,7 @@ class BlockCache:
     Attributes:
         spread: where forwards are spread over ranks, None where they are not. All ranks then decide alike.
         rows: how many rows of each stream are here, in the order in which attention joins them.
+        hooks: of the blocks, in their order.
     """
 
     def __init__(self, policy: Policy, family: Family, branch: BranchName, count: int, joined: int = 0) -> None:
@@ -38,6 +40,7 @@ class BlockCache:
         self.spread: Spread | None = None
         self.states: dict[str, CacheState] = {}
         self.rows: dict[str, int] = {}
+        self.hooks: list[BlockHook] = []
         self._count = count
         self.joined = joined
         self.retune(policy)
@@ -62,6 +65,8 @@ class BlockCache:
     def begin_forward(self) -> None:
         """A forward of the transformer begins: no decision yet, blocks run."""
         self.end_forward()
+        for hook in self.hooks:
+            hook.mend()
         self.running = True
 
     def end_forward(self) -> None:
@@ -142,10 +147,21 @@ class BlockHook(ModelHook):
     def __init__(self, cache: BlockCache, block: nn.Module, index: int, joined: bool) -> None:
         super().__init__()
         self._cache = cache
+        self._block = block
         self._index = index
         self._joined = joined
         names = cache.family.block_arguments
         self._arguments = [Argument.of(block, name) for name in (names[:1] if joined else names)]
+        self._own: Any = None
+
+    def mend(self) -> None:
+        """Stand in for the forward again. Where a hook is removed that was registered before this one, as diffusers'
+        offloading with a stream does with one of its own after the first forward, its registry has this one's forward
+        replaced by the removed one's."""
+        if hook_again(self._block, self, _HOOK) or self._own is None:
+            self._own = self.fn_ref.forward
+        elif self.fn_ref.forward is not self._own:
+            self.fn_ref.original_forward, self.fn_ref.forward = self.fn_ref.forward, self._own
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         cache, index = self._cache, self._index
@@ -156,6 +172,8 @@ class BlockHook(ModelHook):
             if self._joined:
                 return self._arguments[0].get(args, kwargs)
             return self._returned(entered or self._given(args, kwargs))
+        if cache.reusing:
+            load_left_out(module)
         output = self.fn_ref.original_forward(*args, **kwargs)
         return self._left(output) if cache.watches(index) else output
 
@@ -230,4 +248,8 @@ def check_cacheable(transformer: Any, family: Family, policy: Policy, installed:
 def add_cache_hooks(undo: ExitStack, cache: BlockCache, blocks: list[nn.Module]) -> None:
     """Put the cache under the blocks; closing `undo` takes it off again."""
     for index, block in enumerate(blocks):
-        add_hook(undo, block, BlockHook(cache, block, index, index >= len(blocks) - cache.joined), _HOOK)
+        hook = BlockHook(cache, block, index, index >= len(blocks) - cache.joined)
+        add_hook(undo, block, hook, _HOOK)
+        cache.hooks.append(hook)
+        hook.mend()
+        undo.callback(hook.mend)

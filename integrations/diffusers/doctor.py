@@ -16,6 +16,7 @@ from para_kernels import attention
 
 PACKAGES = ("para-kernels", "torch", "triton", "diffusers", "transformers", "accelerate", "imageio-ffmpeg")
 DEMO_PACKAGES = ("scikit-image", "matplotlib")
+FP8_PACKAGES = ("torchao",)
 HEAD_DIMS = (64, 96, 128, 256)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OLDEST_TRITON_CAPABILITY = (8, 0)
@@ -30,7 +31,7 @@ def report() -> str:
 def _lines() -> Iterator[str]:
     yield "Packages"
     yield f"  python {platform.python_version()} on {platform.system()} {platform.machine()}"
-    for name in (*PACKAGES, *DEMO_PACKAGES):
+    for name in (*PACKAGES, *DEMO_PACKAGES, *FP8_PACKAGES):
         yield f"  {_package(name)}"
     yield ""
     yield "CPU"
@@ -51,6 +52,8 @@ def _package(name: str) -> str:
 def _remedy(name: str) -> str:
     if name == "triton":
         return "needed on a GPU only; comes with torch's CUDA wheels on Linux, else pip install 'triton>=3.6'"
+    if name == "torchao":
+        return "needed for linears in FP8 only; pip install 'para-kernels[fp8]'"
     if name == "para-kernels":
         return "imported from a source tree; pip install --no-build-isolation . to install it"
     return "pip install 'para-kernels[diffusers]'"

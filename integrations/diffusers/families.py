@@ -60,9 +60,16 @@ def check_transformer(family: Family, transformer: nn.Module) -> None:
 def _check(family: Family) -> None:
     if not isinstance(family, Family):
         raise ValueError(f"family: got {family!r}, allowed is a Family")
-    for name in ("pipelines", "transformers", "components", "block_lists"):
-        _check_names(name, getattr(family, name))
-    for name in ("block_arguments", "block_returns", "reused_streams"):
+    for name in (
+        "pipelines",
+        "transformers",
+        "components",
+        "block_lists",
+        "block_arguments",
+        "block_returns",
+        "reused_streams",
+        "kept_linears",
+    ):
         _check_names(name, getattr(family, name))
     for name in ("samples", "sequence"):
         _check_names(f"shards.{name}", getattr(family.shards, name))

@@ -1,14 +1,19 @@
-"""The demo's pictures: a contact sheet of the videos and the plot of threshold against speed and quality."""
+"""Pictures: a contact sheet of videos, threshold against speed and quality, settings against quality."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .video import enlarge, to_uint8
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CELL_PIXELS = 128  # about the width of one frame on the sheet
 GAP = 4
@@ -123,3 +128,63 @@ def threshold_plot(
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
     figure.savefig(path)
+
+
+def settings_plot(
+    path: Path,
+    settings: Sequence[str],
+    psnr: Sequence[float],
+    ssim: Sequence[float],
+    layers: Mapping[str, Sequence[float]],
+    title: str,
+) -> None:
+    """Write a PNG: PSNR and SSIM of every setting above, the error of every attention layer below.
+
+    Args:
+        path: PNG to write, in a folder that exists.
+        settings: names.
+        psnr: dB against the exact videos, infinite for equal ones, by setting.
+        ssim: by setting.
+        layers: relative errors against float64 in the order of the layers, by setting's name.
+        title: what was measured.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 4.2 + 0.32 * len(settings)), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(2, 2, height_ratios=[0.32 * len(settings) + 0.6, 3.2])
+    figure.suptitle(title, fontsize=9)
+    left = figure.add_subplot(grid[0, 0])
+    _points(left, settings, [min(value, PSNR_CEILING) for value in psnr], [_decibels(value) for value in psnr], 20.0)
+    left.set_xlabel(f"PSNR to exact (dB, at most {PSNR_CEILING:.0f} drawn)")
+    right = figure.add_subplot(grid[0, 1], sharey=left)
+    _points(right, settings, ssim, [f"{value:.4f}" for value in ssim], 0.9)
+    right.set_xlabel("SSIM to exact")
+    right.tick_params(labelleft=False)
+    below = figure.add_subplot(grid[1, :])
+    for name, errors in layers.items():
+        below.semilogy(range(1, len(errors) + 1), errors, "o-", markersize=3, linewidth=1.1, label=name)
+    below.set_xlabel("attention layer, in the order in which they run")
+    below.set_ylabel("error against float64")
+    below.grid(alpha=0.3)
+    if layers:
+        below.legend(fontsize=8)
+    figure.savefig(path)
+
+
+def _points(axes: Axes, names: Sequence[str], values: Sequence[float], labels: Sequence[str], low: float) -> None:
+    """A point on a line of its own for each name, the first on top; the axis begins at `low` or at the lowest value."""
+    places = range(len(names))
+    axes.plot(values, places, "o", color="tab:blue")
+    for place, value, label in zip(places, values, labels, strict=True):
+        axes.annotate(label, (value, place), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(places, names, fontsize=8)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    low, high = min(low, *values), max(values)
+    axes.set_xlim(low - 0.05 * (high - low), high + 0.25 * (high - low))
+    axes.grid(alpha=0.3)
+
+
+def _decibels(value: float) -> str:
+    return f"{value:.1f}" if math.isfinite(value) else "equal"

@@ -15,6 +15,7 @@ from para_kernels import ContextParallel, FirstBlockCache
 
 from .accelerate import accelerate, apply_cache_on_pipe
 from .handle import Handle
+from .linears import LINEARS, check_torchao
 from .loading import load_pipeline
 from .processes import is_first, joined
 from .vae import ParallelVae, parallelize_vae
@@ -75,6 +76,7 @@ class Acceleration:
         parallel: how the work is spread over the ranks of the world; None for one process.
         parallel_vae: with `parallel`, whether the ranks share out the VAE's tiles too. Turns tiling on.
         compile: whether the transformer's blocks are compiled.
+        linears: ``fp8`` or ``fp8-weight-only`` for linears in FP8, None for none.
     """
 
     attention: str = "exact"
@@ -84,6 +86,7 @@ class Acceleration:
     parallel: ContextParallel | None = None
     parallel_vae: bool = True
     compile: bool = False
+    linears: str | None = None
 
     def check(self) -> None:
         """Raise a ValueError that names the first bad field, before a model is loaded."""
@@ -91,8 +94,10 @@ class Acceleration:
             raise ValueError(f"attention: {self.attention!r}; must be one of {', '.join(ATTENTION)}")
         if self.parallel is not None and self.attention != "exact":
             raise ValueError(f"attention: {self.attention!r}; must be exact on several ranks")
-        if self.compile and self.attention != "exact":
-            raise ValueError(f"attention: {self.attention!r}; must be exact with compile")
+        if self.compile and self.attention == "stock":
+            raise ValueError(f"attention: {self.attention!r}; must be exact or int8 with compile")
+        if self.linears is not None:
+            self._check_linears()
         # True stands for a threshold that only the model's family knows; any valid one lets the others be checked.
         threshold = 0.0 if self.cache is None or self.cache is True else self.cache
         FirstBlockCache(threshold, warmup_steps=self.warmup_steps, max_consecutive_hits=self.max_consecutive_hits)
@@ -106,7 +111,12 @@ class Acceleration:
         self.check()
         if self.attention != "stock":
             handle = accelerate(
-                pipe, cache=None, attention=self.attention, parallel=self.parallel, compile=self.compile
+                pipe,
+                cache=None,
+                attention=self.attention,
+                parallel=self.parallel,
+                compile=self.compile,
+                linears=self.linears,
             )
             if self.cache is None:
                 return handle
@@ -123,6 +133,13 @@ class Acceleration:
         if self.parallel is None or not self.parallel_vae:
             return None
         return parallelize_vae(pipe.vae, timeout=self.parallel.timeout)
+
+    def _check_linears(self) -> None:
+        if self.linears not in LINEARS:
+            raise ValueError(f"linears: {self.linears!r}; must be one of {', '.join(LINEARS)}")
+        if self.attention == "stock":
+            raise ValueError(f"attention: {self.attention!r}; must be exact or int8 with linears {self.linears}")
+        check_torchao()
 
     def _threshold(self) -> float | None:
         """As `apply_cache_on_pipe` takes it: 0 for no cache, None for the family's default."""

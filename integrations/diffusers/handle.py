@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,6 +18,7 @@ from .cache import check_cacheable
 from .calls import Calls
 from .compiled import check_compilable, check_no_hooks_inside
 from .installation import STOCK, Installation, Settings
+from .linears import QuantisedLinears
 from .models import Family
 from .parallel import Spread
 from .summary import render
@@ -27,6 +28,9 @@ from .timeline import Timeline
 class Handle:
     """The installation on a pipeline's transformers, made by `accelerate`, `apply_cache_on_pipe` and
     `parallelize_pipe`; pipelines that share a transformer share it.
+
+    Attributes:
+        linears: those that are in FP8; None where none are.
     """
 
     def __init__(self, family: Family) -> None:
@@ -34,6 +38,8 @@ class Handle:
         self.settings = Settings()
         self.calls = Calls()
         self.timeline = Timeline()
+        self.linears: QuantisedLinears | None = None
+        self._execution_device = torch.device("cpu")
         self._installations: list[Installation] = []
         self._shared: list[weakref.ref[Any]] = []
         self._sharing = ExitStack()
@@ -64,11 +70,23 @@ class Handle:
         """What is installed and what the last call did, as a table of its steps, in plain text."""
         return render(self)
 
-    def remove(self) -> None:
+    def remove(self, *, keep_linears: bool = False) -> None:
         """Take everything off again, for every pipeline that has these transformers. A second time does nothing.
 
         Spread over ranks: to be called on all of them. The memory that keys and values travelled through is given back.
+
+        Args:
+            keep_linears: leave FP8 linears as they are, for good; everything else is taken off.
+
+        Raises:
+            ValueError: if linears are in FP8 whose original weights were not kept, and are not to stay. Nothing is
+                taken off then.
         """
+        if self.linears is not None and not keep_linears:
+            otherwise = "; or call remove(keep_linears=True), which leaves them in FP8"
+            self.linears.check_removable("remove", otherwise)
+            self._restore_linears()
+        self.linears = None
         self.settings = Settings()
         with ExitStack() as undo:  # all of them even if one fails
             undo.callback(self._stop_sharing)
@@ -89,8 +107,8 @@ class Handle:
 
     @property
     def device(self) -> torch.device:
-        """Where the transformers ran last; before that, where the first one's weights are."""
-        return self._installations[0].device
+        """Where the transformers ran last; before that, where their pipe computes."""
+        return next(filter(None, (known.device for known in self._installations)), self._execution_device)
 
     @property
     def processors(self) -> int:
@@ -108,24 +126,33 @@ class Handle:
         """The blocks of all transformers, in the order in which they run."""
         return [block for installation in self._installations for block in installation.blocks]
 
-    def configure(self, transformers: Mapping[str, Any], settings: Settings) -> None:
+    def configure(self, transformers: Mapping[str, Any], settings: Settings, execution_device: torch.device) -> None:
         """Put on what is missing, take off what is not wanted, re-tune the rest. A failure changes nothing.
 
         Args:
             transformers: of a pipeline, by their components' names. Those that this handle has beside them are
                 configured too.
+            execution_device: where the pipe computes, wherever its weights are.
 
         Raises:
             ValueError: if the cache is wanted and another cache is enabled, or there are too few blocks to skip any, or
-                what the policy looks at is missing; if compiled blocks are wanted and the blocks cannot be compiled.
+                what the policy looks at is missing; if compiled blocks are wanted and the blocks cannot be compiled; or
+                if linears are to change whose original weights were not kept.
         """
+        others = settings.linears != self.settings.linears
+        if others and self.linears is not None:
+            self.linears.check_removable("linears", "; load the pipe anew")
         installations = [*self._installations, *self._new(transformers)]
         for installation in installations:
             _check(installation, settings)
+        if others and self.linears is not None:
+            self._restore_linears()
+        self._execution_device = execution_device
         wanted = _wanted_parts(settings)
         with ExitStack() as failed:
             for installation in installations:
                 installation.put_on(failed, wanted, settings)
+            self._add_linears(failed, installations, settings)  # last: what a failure would undo may be gone
             failed.pop_all()
         self._installations = installations
         for installation in installations:
@@ -138,8 +165,12 @@ class Handle:
         self.settings = settings
 
     def watch(self, pipe: Any) -> None:
-        """Learn from `pipe`'s scheduler when a call of it begins; spread over ranks, give it the same noise on all."""
+        """Learn from `pipe`'s scheduler when a call of it begins; spread over ranks, give it the same noise on all;
+        with linears in FP8, quantise those of its text encoders too.
+        """
         self.calls.watch(pipe)
+        if self.linears is not None:
+            self.linears.add_text_encoders(pipe, self._execution_device)
         if self.settings.parallel is not None:
             for known in self.calls.pipes:
                 self._share(known)
@@ -152,6 +183,22 @@ class Handle:
             for name, transformer in transformers.items()
             if all(transformer is not known for known in self.transformers)
         ]
+
+    def _add_linears(self, undo: ExitStack, installations: Sequence[Installation], settings: Settings) -> None:
+        if settings.linears is None:
+            return
+        if self.linears is None:
+            self.linears = QuantisedLinears(settings.linears)
+            undo.callback(self._restore_linears)
+        for installation in installations:
+            self.linears.add_transformer(installation.transformer, self.family, self._execution_device)
+        for pipe in self.calls.pipes:
+            self.linears.add_text_encoders(pipe, self._execution_device)
+
+    def _restore_linears(self) -> None:
+        assert self.linears is not None
+        self.linears.restore()
+        self.linears = None
 
     # --- for the installations --------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from diffusers.hooks.hooks import HookRegistry, ModelHook, StateManager
 from torch import nn
 
 DEFAULT_BRANCH = "default"
+_ACCELERATE = ("accelerate.hooks",)  # the modules whose functions wrap forwards for offloading
 
 
 def add_hook(undo: ExitStack, module: nn.Module, hook: ModelHook, name: str) -> None:
@@ -23,7 +24,7 @@ def add_hook(undo: ExitStack, module: nn.Module, hook: ModelHook, name: str) -> 
     undo.callback(drop_plain_forward, module)
     registry = HookRegistry.check_if_exists_or_initialize(module)
     registry.register_hook(hook, name)
-    undo.callback(registry.remove_hook, name, recurse=False)
+    undo.callback(_remove_hook, module, name)
 
 
 def forget_child_registries(root: nn.Module) -> None:
@@ -38,16 +39,45 @@ def forget_child_registries(root: nn.Module) -> None:
             registry._child_registries_cache = None
 
 
+def _remove_hook(module: Any, name: str) -> None:
+    """Where accelerate has wrapped the forward that the registry had made, what is inside its wrapper is replaced: the
+    registry itself would put the forward of the hook's time over it, and nobody would load the module's weights."""
+    outer = module.__dict__.get("forward")
+    is_wrapped = "_old_forward" in module.__dict__ and getattr(outer, "func", _remove_hook).__module__ in _ACCELERATE
+    if is_wrapped:
+        module.forward = module._old_forward
+    module._diffusers_hook.remove_hook(name, recurse=False)
+    if is_wrapped:
+        module._old_forward, module.forward = module.forward, outer
+
+
 def _drop_empty_registry(module: Any) -> None:
     if not module._diffusers_hook.hooks:
         del module._diffusers_hook
 
 
+def hook_again(module: Any, hook: ModelHook, name: str) -> bool:
+    """Put a hook on again that is registered on `module` and yet no longer in its forward: accelerate gives a module
+    back the forward that it had found, when its own hook is removed. Returns whether that was so."""
+    if "forward" in module.__dict__ and not _is_plain(module):
+        return False
+    registry = module._diffusers_hook
+    hook.fn_ref.original_forward = module.forward
+    registry.remove_hook(name, recurse=False)
+    registry.register_hook(hook, name)
+    return True
+
+
 def drop_plain_forward(module: nn.Module) -> None:
     """A registry leaves `forward` behind as an attribute of the instance. Where it is the class's own, delete it."""
-    forward = module.__dict__.get("forward")
-    if inspect.ismethod(forward) and forward.__self__ is module and forward.__func__ is type(module).forward:
+    if _is_plain(module):
         del module.forward
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the instance's own forward is its class's."""
+    forward = module.__dict__.get("forward")
+    return inspect.ismethod(forward) and forward.__self__ is module and forward.__func__ is type(module).forward
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from .attention import ATTEND, AttentionLengths, attend_here
 from .cache import BlockCache, add_cache_hooks, transformer_blocks
 from .compiled import CompiledBlocks
 from .hooks import Argument, BranchName, CallHook, DropArgumentHook, add_hook, forget_child_registries
+from .linears import Fp8Linears
 from .models import Family
 from .parallel import Spread
 from .places import Places
@@ -36,12 +37,14 @@ class Settings:
         cache: None without one.
         parallel: where forwards run, None in one process; needs `"exact"`.
         compile: the backend of `torch.compile` for the blocks, None where they are not compiled.
+        linears: how linears are quantised, None where they are not.
     """
 
     attention: str = STOCK
     cache: Policy | None = None
     parallel: Places | None = None
     compile: str | None = None
+    linears: Fp8Linears | None = None
 
 
 class Installation:
@@ -58,6 +61,7 @@ class Installation:
 
     Attributes:
         cache, spread, compiled: None where there is none.
+        device: where the transformer ran last; None before.
     """
 
     def __init__(self, handle: Handle, transformer: Any, name: str) -> None:
@@ -71,7 +75,7 @@ class Installation:
         passes = handle.family.passes
         self._branch = BranchName(passes.names if passes else (), of=name)
         self._lengths = AttentionLengths()
-        self._device: torch.device | None = None
+        self.device: torch.device | None = None
 
     @staticmethod
     def on(transformer: Any) -> Installation | None:
@@ -81,11 +85,6 @@ class Installation:
             if isinstance(owner, Installation):
                 return owner
         return None
-
-    @property
-    def device(self) -> torch.device:
-        """Where the transformer ran last; before that, where its weights are."""
-        return self._device or next(self.transformer.parameters()).device
 
     @property
     def processors(self) -> int:
@@ -230,7 +229,7 @@ class Installation:
         if "attention" in self._parts:
             self._lengths.begin(text_mask)
         device: torch.device = self._latents.get(args, kwargs).device
-        self._device = device
+        self.device = device
         handle.timeline.start(device)
         return args, kwargs
 

@@ -33,12 +33,17 @@ def pareto_plot(
 
     Args:
         path: PNG to write, in a folder that exists.
-        series: points by the policy's name; an infinite PSNR is drawn at the ceiling.
+        series: points by the policy's name, at least one each; an infinite PSNR is drawn at the ceiling.
         metric: ``psnr`` or ``ssim``.
         floor: the quality that is asked for.
         title: what was measured.
         chosen: the point to mark.
+
+    Raises:
+        ValueError: if there is nothing to draw.
     """
+    if not series or not all(series.values()):
+        raise ValueError(f"series: got {dict(series)}, allowed are one or more, each of one or more points")
     # The object interface: no global figure, no display, no change to the user's backend.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -56,9 +61,10 @@ def pareto_plot(
     axes.plot(*zip(*front, strict=True), color="black", linewidth=6, alpha=0.12, solid_capstyle="round", label="front")
     for (name, points), marker in zip(drawn.items(), _markers(len(drawn)), strict=True):
         axes.plot(*zip(*points, strict=True), marker=marker, markersize=5, linewidth=1.1, alpha=0.85, label=name)
-    axes.axvline(floor, color="grey", linewidth=0.9, linestyle=":")
+    shown = min(floor, ceiling)
+    axes.axvline(shown, color="grey", linewidth=0.9, linestyle=":")
     axes.annotate(
-        f"{metric.upper()} {floor:g}", (floor, 1.0), xycoords=("data", "axes fraction"), xytext=(4, -12),
+        f"{metric.upper()} {floor:g}", (shown, 1.0), xycoords=("data", "axes fraction"), xytext=(4, -12),
         textcoords="offset points", fontsize=9, color="grey",
     )  # fmt: skip
     if chosen is not None:

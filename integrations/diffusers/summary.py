@@ -11,6 +11,7 @@ from para_kernels.attention8 import selected_kernel_int8
 from para_kernels.cache import StepRecord
 
 from .compiled import kinds
+from .linears import QuantisedLinears, Taken
 from .processor_swap import attn_processors
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def render(handle: Handle) -> str:
         f"attention   {_attention(handle)}",
         f"cache       {_cache(handle)}",
         *_compiled(handle),
+        *_linears(handle.linears),
         *_parallel(handle.spread),
     ]
     if not records:
@@ -75,6 +77,22 @@ def _compiled(handle: Handle) -> list[str]:
     """What is compiled, and by what: nothing where nothing is."""
     backend = handle.settings.compile
     return [] if backend is None else [f"compile     {kinds(handle.blocks)}; no graph breaks; {backend}"]
+
+
+def _linears(linears: QuantisedLinears | None) -> list[str]:
+    """What is quantised, how, and what it takes: nothing where nothing is."""
+    if linears is None:
+        return []
+    how = "weights alone" if linears.settings.weight_only else "activations x weights, per row"
+    lines = [f"linears     fp8 (e4m3, {how}): {_taken(linears.transformers, 'the blocks')}"]
+    if linears.text_encoders.count:
+        lines.append(f"            fp8 (e4m3, weights alone): {_taken(linears.text_encoders, 'the text encoders')}")
+    kept = "kept on the CPU" if linears.settings.keep_originals else "dropped: remove() cannot bring them back"
+    return [*lines, f"            original weights {kept}"]
+
+
+def _taken(taken: Taken, where: str) -> str:
+    return f"{taken.count} in {where}, {taken.now / 2**20:.1f} MiB instead of {taken.before / 2**20:.1f}"
 
 
 def _parallel(spread: Spread | None) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ from .video import make_folder
 
 METRICS = ("psnr", "ssim")
 WARM_UP_STEPS = 2
-EVALUATIONS = 6
 
 
 @dataclass(frozen=True)
@@ -81,6 +79,11 @@ class Trials:
         rounds: times each call is made; the fastest counts.
         judge: what `quality.compare` does.
         on_call: called after every call of the pipe.
+
+    Attributes:
+        reference, seconds: what `run_reference` found.
+        rescale: TeaCache's polynomial, as `calibrate` found it; None before, and where there is none.
+        without_teacache: why there is none.
     """
 
     pipe: Any
@@ -91,6 +94,7 @@ class Trials:
     reference: np.ndarray = field(default_factory=lambda: np.empty(0))
     seconds: float = math.nan
     rescale: tuple[float, ...] | None = None
+    without_teacache: str | None = None
 
     @property
     def calls(self) -> int:
@@ -106,12 +110,18 @@ class Trials:
     def calibrate(self, requests: Sequence[Request]) -> None:
         """Fit TeaCache's polynomial for this pipe; none where the pipe has no modulated input or too few steps."""
         policy = Calibration()
-        with suppress(ValueError):
+        try:
             accelerate(self.pipe, cache=policy)
-            for request in requests:
-                generate(self.pipe, request)
-                self.on_call()
+        except ValueError as error:
+            self.without_teacache = str(error)
+            return
+        for request in requests:
+            generate(self.pipe, request)
+            self.on_call()
+        try:
             self.rescale = fit_rescale(policy.pairs)
+        except ValueError as error:
+            self.without_teacache = str(error)
 
     def run(self, candidate: Candidate, threshold: float) -> tuple[Trial, np.ndarray]:
         """One policy: its trial and its videos."""
@@ -169,8 +179,9 @@ def search(trials: Trials, candidate: Candidate, keeps: Callable[[Quality], bool
 
 
 def best(trials: Sequence[Trial], keeps: Callable[[Quality], bool]) -> Trial | None:
-    """The fastest trial that keeps the quality; None if no one does."""
-    return min((trial for trial in trials if keeps(trial.quality)), key=lambda trial: trial.seconds, default=None)
+    """The fastest trial that keeps the quality, of those that reused a step and beat no cache; None if no one did."""
+    useful = (trial for trial in trials if keeps(trial.quality) and trial.reused and trial.speed_up > 1.0)
+    return min(useful, key=lambda trial: trial.seconds, default=None)
 
 
 def python_line(policy: Policy) -> str:
@@ -180,7 +191,7 @@ def python_line(policy: Policy) -> str:
         for item in fields(policy)
         if item.name != "threshold" and getattr(policy, item.name) != item.default
     ]
-    return f"accelerate(pipe, cache={type(policy).__name__}({', '.join([f'{policy.threshold:g}', *changed])}))"
+    return f"accelerate(pipe, cache={type(policy).__name__}({', '.join([repr(policy.threshold), *changed])}))"
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -242,6 +253,8 @@ def run(job: TuneJob) -> Trial | None:
     chosen = best(tried, job.keeps)
     _write(job, trials, tried, chosen)
     console.print(table(job, trials, tried, chosen))
+    if trials.without_teacache is not None:
+        console.print(f"TeaCache was not tried: {trials.without_teacache}", highlight=False, markup=False)
     console.print(conclusion(job, chosen), soft_wrap=True, highlight=False, markup=False)
     console.print(f"\npareto.png and tune.json are in {job.out}", highlight=False)
     return chosen
@@ -294,7 +307,8 @@ def table(job: TuneJob, trials: Trials, tried: Sequence[Trial], chosen: Trial | 
 def conclusion(job: TuneJob, chosen: Trial | None) -> str:
     """What to do now."""
     if chosen is None:
-        return f"No policy kept {job.metric.upper()} {job.floor:g} at any threshold that was tried: use no cache."
+        quality = f"{job.metric.upper()} {job.floor:g}"
+        return f"No policy kept {quality} and beat no cache at any threshold that was tried: use none."
     needs = f"from para_kernels import {type(chosen.policy).__name__}"
     return f"\n{needs}\n{python_line(chosen.policy)}"
 

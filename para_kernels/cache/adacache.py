@@ -1,9 +1,11 @@
 """AdaCache: how fast the cached residual changes says how many steps may reuse it.
 
 Kahatapitiya et al., "Adaptive Caching for Faster Video Generation with Diffusion Transformers", arXiv 2411.02397,
-section 3.2: after a computed step, the relative L1 distance of its residual from that of the computed step before,
-divided by the number of steps between them, is looked up in a codebook of caching rates. The next steps are reused
-until the rate has passed. Motion regularisation (section 3.3) is not part of this.
+section 4.2: after a computed step, the L1 distance of its residual from that of the computed step before, divided by
+the number of steps between them (equation 4), is looked up in a codebook of caching rates. The next steps are reused
+until the rate has passed (equation 6). The distance is relative to the earlier residual, which equation 4 leaves out
+and the authors' code has: the thresholds of their codebook are made for it. Motion regularisation (section 4.3) is not
+part of this.
 """
 
 from __future__ import annotations
@@ -27,12 +29,13 @@ class AdaCache(Policy):
 
     After a computed step every entry (distance, rate) of the codebook is tried in turn: if the residual changed by less
     than threshold * distance per step, the next step to be computed is `rate` steps away. Beyond the last entry it is
-    the next one. The first two steps are always computed. The paper measures at one block's residual; here one residual
-    is kept for all blocks, and that is what is measured. A reused step runs no block at all, and reads nothing from the
-    device beyond the measurement of the last computed step.
+    the next one. The first two steps are always computed. The paper measures the residual of one block, or the mean
+    over all of them; here one residual is kept for all blocks, and that is what is measured. A reused step runs no
+    block at all, and reads nothing from the device beyond the measurement of the last computed step. The authors' code
+    also computes the last two steps, which here nobody knows to be the last.
 
     Args:
-        threshold: factor on the distances of the codebook: 1 is the paper's. At 0 no step reuses.
+        threshold: factor on the distances of the codebook: 1 is the authors'. At 0 no step reuses.
         the others of `Policy`.
         codebook: (distance, rate) with distances > 0 that grow and rates >= 1.
 

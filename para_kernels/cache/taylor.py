@@ -1,11 +1,11 @@
 """Extrapolation of what a reused step adds, from what the last computed ones added.
 
 TaylorSeer (Liu et al., "From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers", arXiv 2503.06923,
-section 3) predicts a feature from its finite differences over the computed steps. Its sum of `differences * k^i / i!`
-takes a backward difference for the derivative at the last computed step, which is wrong by half an interval from order
-2 on. Newton's form of the same polynomial costs the same and passes through every computed step, so it stands here, as
-Lagrange weights: orders 0 and 1 are the paper's, order 2 is exact where the paper's is not, and computed steps need not
-be evenly spaced.
+section 3) predicts a feature k steps after the last computed one from its finite differences over the computed steps,
+N apart. Its sum of `differences * (k / N)^i / i!` takes a backward difference for the derivative at the last computed
+step, which is wrong by half an interval from order 2 on. Newton's form of the same polynomial costs the same and passes
+through every computed step, so it stands here, as Lagrange weights: orders 0 and 1 are the paper's, order 2 is exact
+where the paper's is not, and computed steps need not be evenly spaced.
 """
 
 from __future__ import annotations

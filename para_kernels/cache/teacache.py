@@ -1,9 +1,9 @@
 """TeaCache: the timestep-modulated input tells whether the blocks may be skipped, all of them.
 
 Liu et al., "Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model", arXiv 2411.19108. Section 3.2: the
-relative L1 distance between the noisy inputs of two consecutive steps, modulated by the timestep embedding, follows
-that of the outputs. Section 3.3: a polynomial rescales the one to the other, and steps are reused until the sum of the
-rescaled distances reaches the threshold.
+relative L1 distance (equation 4) between the noisy inputs of two consecutive steps, modulated by the timestep
+embedding, follows that of the outputs. Section 3.3: a polynomial rescales the one to the other (equation 6), and steps
+are reused until the sum of the rescaled distances passes the threshold (equation 7).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class TeaCache(Policy):
 
     A step reuses if `diff < threshold`, where `diff` is the sum, over the steps since the last computed one and this
     step, of max(0, polynomial(mean|previous - current| / mean|previous|)) of the modulated input; `previous` is the
-    step before, computed or not. A reused step runs no block at all. The paper also computes the last step, which here
-    nobody knows to be the last.
+    step before, computed or not. A reused step runs no block at all. The authors' code also computes the last step,
+    which here nobody knows to be the last.
 
     Args:
         threshold and the others of `Policy`.
@@ -147,7 +147,7 @@ def fit_rescale(pairs: Sequence[tuple[float, float]], degree: int = 4) -> tuple[
 
     Args:
         pairs: (change of the indicator, change of what the blocks added), as `Calibration` notes them.
-        degree: 4 in the paper.
+        degree: 4, at which the paper's gain saturates (section 4.3, table 3).
 
     Returns:
         `degree` + 1 coefficients, the highest power first, as `TeaCache` takes them.

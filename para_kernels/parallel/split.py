@@ -156,7 +156,7 @@ PCIE = Links(node=10e9, network=10e9, latency=60e-6, source="assumed for PCIe")
 SOCKETS = Links(node=1e9, network=0.5e9, latency=200e-6, source="assumed for sockets", ordering=5e9)
 
 # Attention in 16 bit, by compute capability: what good kernels reach on the usual card.
-FLOPS = {(9, 0): 740e12, (8, 9): 110e12, (8, 0): 200e12}
+FLOPS = {(9, 0): 800e12, (8, 9): 110e12, (8, 0): 200e12}
 
 
 def assumed_links(device: torch.device) -> Links:
