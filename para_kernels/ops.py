@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from itertools import pairwise
 from types import ModuleType
 
@@ -164,18 +165,31 @@ def _cpu_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse:
         lse[group::groups] = part_lse[0]
 
 
-@torch.library.impl(_library, "flash_attention", "CPU")
-def _flash_attention_cpu(
-    q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, q_lens: Tensor | None, scale: float
+def _attend_each_sample(
+    attend: Callable[..., None],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_lens: Tensor | None,
+    q_lens: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
+    """Samples cut to their lengths, one after the other; `attend` writes the out and lse that it is given."""
     out, lse = _attention_outputs(q)
     queries = _host_lens("q_lens", q_lens, q.shape[0], q.shape[1])
     keys = _host_lens("kv_lens", kv_lens, q.shape[0], k.shape[1])
     for b, (q_len, kv_len) in enumerate(zip(queries, keys, strict=True)):
-        _cpu_attend(q[b, :q_len], k[b, :kv_len], v[b, :kv_len], scale, out[b, :q_len], lse[b, :, :q_len])
+        attend(q[b, :q_len], k[b, :kv_len], v[b, :kv_len], scale, out[b, :q_len], lse[b, :, :q_len])
         out[b, q_len:] = 0
         lse[b, :, q_len:] = float("-inf")
     return out, lse
+
+
+@torch.library.impl(_library, "flash_attention", "CPU")
+def _flash_attention_cpu(
+    q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, q_lens: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    return _attend_each_sample(_cpu_attend, q, k, v, kv_lens, q_lens, scale)
 
 
 @torch.library.impl(_library, "flash_attention_varlen", "CPU")

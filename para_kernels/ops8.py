@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from para_kernels.ops import _attention_outputs, _capability, _host_lens, _library, _triton
+from para_kernels.ops import _attend_each_sample, _attention_outputs, _capability, _library, _triton
 
 Q_BLOCK = 64
 K_BLOCK = 128
@@ -119,14 +119,7 @@ def _attend_8_bit(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, ls
 def _flash_attention_int8_cpu(
     q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, q_lens: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _attention_outputs(q)
-    queries = _host_lens("q_lens", q_lens, q.shape[0], q.shape[1])
-    keys = _host_lens("kv_lens", kv_lens, q.shape[0], k.shape[1])
-    for b, (q_len, kv_len) in enumerate(zip(queries, keys, strict=True)):
-        _attend_8_bit(q[b, :q_len], k[b, :kv_len], v[b, :kv_len], scale, out[b, :q_len], lse[b, :, :q_len])
-        out[b, q_len:] = 0
-        lse[b, :, q_len:] = float("-inf")
-    return out, lse
+    return _attend_each_sample(_attend_8_bit, q, k, v, kv_lens, q_lens, scale)
 
 
 @torch.library.impl(_library, "flash_attention_int8", "CUDA")

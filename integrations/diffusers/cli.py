@@ -10,7 +10,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from .generate import Request
+    from .loading import GenerationDefaults
 
 RANK_FAILED = 1
 USER_ERROR = 2
@@ -424,7 +428,6 @@ def _generate(options: argparse.Namespace) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     from . import demo
-    from .generate import Request
     from .loading import defaults_for, resolve_device, resolve_dtype
 
     defaults = defaults_for(options.model)
@@ -438,15 +441,7 @@ def _demo(options: argparse.Namespace) -> None:
             revision=options.revision,
             device=device,
             dtype=resolve_dtype(options.dtype, device),
-            request=Request(
-                prompts=tuple(_given(options.prompts, prompts)),
-                height=_given(options.height, defaults.height),
-                width=_given(options.width, defaults.width),
-                num_frames=_given(options.frames, defaults.num_frames),
-                steps=_given(options.steps, steps),
-                guidance=_given(options.guidance, defaults.guidance),
-                seed=options.seed,
-            ),
+            request=_request(options, defaults, prompts, steps),
             thresholds=tuple(_given(options.thresholds, thresholds)),
             rounds=options.rounds,
             out=options.out,
@@ -459,7 +454,6 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _tune(options: argparse.Namespace) -> None:
     from . import demo, tune
-    from .generate import Request
     from .loading import defaults_for, resolve_device, resolve_dtype
 
     defaults = defaults_for(options.model)
@@ -470,15 +464,7 @@ def _tune(options: argparse.Namespace) -> None:
             revision=options.revision,
             device=device,
             dtype=resolve_dtype(options.dtype, device),
-            request=Request(
-                prompts=tuple(_given(options.prompts, demo.PROMPTS)),
-                height=_given(options.height, defaults.height),
-                width=_given(options.width, defaults.width),
-                num_frames=_given(options.frames, defaults.num_frames),
-                steps=_given(options.steps, defaults.steps),
-                guidance=_given(options.guidance, defaults.guidance),
-                seed=options.seed,
-            ),
+            request=_request(options, defaults, demo.PROMPTS, defaults.steps),
             metric=options.metric,
             floor=_given(options.floor, 30.0 if options.metric == "psnr" else 0.97),
             evaluations=options.evaluations,
@@ -491,7 +477,6 @@ def _tune(options: argparse.Namespace) -> None:
 
 def _quality(options: argparse.Namespace) -> None:
     from . import demo, quality_report
-    from .generate import Request
     from .loading import defaults_for, resolve_device, resolve_dtype
 
     defaults = defaults_for(options.model)
@@ -505,15 +490,7 @@ def _quality(options: argparse.Namespace) -> None:
             revision=options.revision,
             device=device,
             dtype=resolve_dtype(options.dtype, device),
-            request=Request(
-                prompts=tuple(_given(options.prompts, prompts)),
-                height=_given(options.height, defaults.height),
-                width=_given(options.width, defaults.width),
-                num_frames=_given(options.frames, defaults.num_frames),
-                steps=_given(options.steps, steps),
-                guidance=_given(options.guidance, defaults.guidance),
-                seed=options.seed,
-            ),
+            request=_request(options, defaults, prompts, steps),
             thresholds=tuple(_given(options.thresholds, thresholds)),
             batch=options.batch,
             out=options.out,
@@ -525,6 +502,21 @@ def _doctor(options: argparse.Namespace) -> None:
     from .doctor import report
 
     print(report())
+
+
+def _request(options: argparse.Namespace, defaults: GenerationDefaults, prompts: Sequence[str], steps: int) -> Request:
+    """Of a command that makes many videos: what is not given is `prompts`, `steps`, or the model's default."""
+    from .generate import Request
+
+    return Request(
+        prompts=tuple(_given(options.prompts, prompts)),
+        height=_given(options.height, defaults.height),
+        width=_given(options.width, defaults.width),
+        num_frames=_given(options.frames, defaults.num_frames),
+        steps=_given(options.steps, steps),
+        guidance=_given(options.guidance, defaults.guidance),
+        seed=options.seed,
+    )
 
 
 def _given(value, default):
