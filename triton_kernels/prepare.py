@@ -153,7 +153,8 @@ def _prepare_rows(
     for h in range(head, last_head):
         a, b = next_a, next_b
         # The next head's rows are asked for before this one's are written, past which a load cannot be moved.
-        next_a, next_b = _load_pairs(source + (h + 1) * stride_h, d, mask & (h + 1 < last_head), D, HALF)
+        another = s < tl.where(h + 1 < last_head, rows, 0)
+        next_a, next_b = _load_pairs(source + (h + 1) * stride_h, d, another, D, HALF)
         if NORM != 0:
             w_a, w_b, c_a, c_b = weight_a, weight_b, bias_a, bias_b
             if weight is not None and OVER_HEADS:
