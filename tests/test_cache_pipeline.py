@@ -176,8 +176,9 @@ def test_each_call_starts_afresh_and_keeps_nothing(pipe: HunyuanVideoPipeline, p
     decided = pattern(handle)
     assert torch.equal(generate(pipe, steps=STEPS), first)
     assert pattern(handle) == decided
-    assert handle._cache is not None
-    assert handle._cache.states == {}
+    (installation,) = handle._installations
+    assert installation.cache is not None
+    assert installation.cache.states == {}
 
 
 def test_policies_follow_each_other_on_one_installation(pipe: HunyuanVideoPipeline) -> None:

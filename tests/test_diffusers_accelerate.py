@@ -14,8 +14,8 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from diffusers.hooks.first_block_cache import FirstBlockCacheConfig
 from diffusers.hooks.hooks import HookRegistry
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_skyreels_image2video import HunyuanSkyreelsImageToVideoPipeline
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import HunyuanVideoPipeline
-from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_image2video import HunyuanVideoImageToVideoPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from tiny_hunyuan import PROMPTS, generate, tiny_pipeline, tiny_transformer, transformer_inputs
 
@@ -410,8 +410,8 @@ def test_what_is_no_supported_pipe_is_refused(pipe: HunyuanVideoPipeline, instal
         install(3)
     with pytest.raises(ValueError, match=r"pipe: got a HunyuanVideoTransformer3DModel, " + SUPPORTED):
         install(pipe.transformer)
-    image_to_video = object.__new__(HunyuanVideoImageToVideoPipeline)
-    with pytest.raises(ValueError, match=r"pipe: got a HunyuanVideoImageToVideoPipeline, " + SUPPORTED):
+    image_to_video = object.__new__(HunyuanSkyreelsImageToVideoPipeline)
+    with pytest.raises(ValueError, match=r"pipe: got a HunyuanSkyreelsImageToVideoPipeline, " + SUPPORTED):
         install(image_to_video)
 
 
@@ -420,7 +420,7 @@ def test_another_transformer_is_refused(pipe: HunyuanVideoPipeline) -> None:
     with pytest.raises(ValueError, match=r"its transformer has image_condition_type='token_replace', allowed is None"):
         accelerate(pipe)
     pipe.transformer = None  # type: ignore[assignment]
-    with pytest.raises(ValueError, match=r"its transformer is a NoneType, allowed is HunyuanVideoTransformer3DModel"):
+    with pytest.raises(ValueError, match=r"its transformer is None, allowed is HunyuanVideoTransformer3DModel"):
         accelerate(pipe)
 
 

@@ -163,8 +163,9 @@ def test_each_call_starts_afresh(pipe: HunyuanVideoPipeline) -> None:
 def test_after_a_call_no_tensor_is_kept(pipe: HunyuanVideoPipeline) -> None:
     handle = accelerate(pipe, cache=100.0)
     generate(pipe)
-    assert handle._cache is not None
-    assert handle._cache.states == {}
+    (installation,) = handle._installations
+    assert installation.cache is not None
+    assert installation.cache.states == {}
 
 
 def test_an_interrupted_call_leaves_nothing_to_the_next(pipe: HunyuanVideoPipeline) -> None:

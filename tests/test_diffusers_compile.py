@@ -84,7 +84,11 @@ def test_one_graph_for_each_kind_of_block_and_every_resolution() -> None:
 
 FAMILIES = {  # One of those with the same blocks, and graphs: where the last block has no text left it is another kind.
     "FLUX.1-dev": 2,
+    "FLUX.2-dev": 2,
+    "HunyuanVideo image to video, as the first frame": 2,
+    "HunyuanVideo 1.5": 1,
     "Wan 2.1": 1,
+    "Wan 2.2 A14B": 2,  # one for each transformer
     "CogVideoX-2b": 1,
     "CogVideoX-5b": 1,
     "Mochi": 2,

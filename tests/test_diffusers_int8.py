@@ -35,7 +35,7 @@ def test_error_on_a_trained_models_inputs() -> None:
         return exact
 
     handle = accelerate(pipe)
-    handle._lengths.attend = attend
+    handle._installations[0]._lengths.attend = attend
     noise = torch.Generator().manual_seed(0)
     pipe(
         "a handwritten 7 moving to the left", height=64, width=64, num_frames=17, num_inference_steps=4,

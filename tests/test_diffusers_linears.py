@@ -278,7 +278,7 @@ def test_the_summary_names_what_was_quantised_and_what_it_takes(pipe: HunyuanVid
     handle = accelerate(pipe, linears="fp8")
     done = {path: weight for path, weight in weights(pipe.transformer).items() if is_quantised(weight)}
     assert handle.linears is not None
-    taken = handle.linears.transformer
+    taken = handle.linears.transformers
     # One byte an element, and four for each row's scale.
     assert taken.now == sum(rows * (columns + 4) for rows, columns in (weight.shape for weight in done.values()))
     assert taken.before == sum(4 * weight.numel() for weight in done.values()) < before

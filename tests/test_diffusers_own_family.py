@@ -129,6 +129,24 @@ def test_unknown_before_and_after() -> None:
         ({"processor": None}, "processor: got None"),
         ({"passes": Passes(("cond",), "text")}, "passes.prompts: got 'text', allowed is a tuple"),  # type: ignore[arg-type]
         ({"shards": replace(NOVEL.shards, sequence=("y",))}, "shards.sequence: got"),
+        ({"components": "transformer"}, "components: got 'transformer', allowed is a tuple"),
+        (
+            {"joined": ("layers",)},
+            r"joined: got \('layers',\), allowed are the last of the block_lists, but not the first",
+        ),
+        (
+            {
+                "block_lists": ("layers", "more"),
+                "joined": ("more",),
+                "block_arguments": ("x", "y"),
+                "shards": replace(NOVEL.shards, sequence=("x", "y")),
+            },
+            "joined: allowed only where 'x' is the last of shards.sequence",
+        ),
+        (
+            {"block_arguments": ("x", "y"), "shards": replace(NOVEL.shards, sequence=("x", "y"), rows=("timestep",))},
+            r"shards.rows: got \('timestep',\), allowed where shards.sequence is \('x',\) alone",
+        ),
     ],
 )
 def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> None:

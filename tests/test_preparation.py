@@ -136,6 +136,9 @@ def modules(heads: int, head_dim: int) -> dict[str, nn.Module]:
         "RMSNorm without weight": RMSNorm(head_dim, eps=1e-6, elementwise_affine=False),
         "RMSNorm across heads": across,
         "MochiRMSNorm": MochiRMSNorm(head_dim, eps=1e-5),
+        "torch's RMSNorm": nn.RMSNorm(head_dim, eps=1e-6),
+        "torch's RMSNorm without weight": nn.RMSNorm(head_dim, eps=1e-6, elementwise_affine=False),
+        "torch's RMSNorm across heads": nn.RMSNorm(heads * head_dim, eps=1e-5),
         "LayerNorm": nn.LayerNorm(head_dim, eps=1e-6),
         "FP32LayerNorm": FP32LayerNorm(head_dim, eps=1e-6, elementwise_affine=False),
     }
@@ -168,11 +171,16 @@ def test_half_form_has_the_bits_of_diffusers(dtype: torch.dtype) -> None:
 
 def test_a_norm_that_does_more_is_called_itself() -> None:
     x = torch.randn(2, 3, 4, 8)
-    unknown = nn.RMSNorm(8, eps=1e-6).requires_grad_(False)
+
+    class Unknown(nn.RMSNorm):
+        pass
+
+    unknown = Unknown(8, eps=1e-6).requires_grad_(False)
+    unsaid = nn.RMSNorm(8).requires_grad_(False)
     hooked = RMSNorm(8, eps=1e-6).requires_grad_(False)
     hooked.register_forward_pre_hook(lambda module, arguments: (2 * arguments[0] + 1,))
     across = nn.LayerNorm(32, eps=1e-6).requires_grad_(False)
-    stock = {unknown: unknown(x), hooked: hooked(x), across: across(x.flatten(2)).view(x.shape)}
+    stock = {unknown: unknown(x), unsaid: unsaid(x), hooked: hooked(x), across: across(x.flatten(2)).view(x.shape)}
     for module, expected in stock.items():
         normed, norm = left_to_norm(module, x)
         assert norm is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from enum import Enum
 from numbers import Real
@@ -16,7 +17,8 @@ from para_kernels.parallel.failure import DEFAULT_TIMEOUT
 from .attention import ATTEND
 from .compiled import DEFAULT_BACKEND
 from .families import check_transformer, known_families
-from .handle import Handle, Settings
+from .handle import Handle
+from .installation import Settings
 from .linears import Fp8Linears, check_linears, execution_device, resolve_linears
 from .models import Family
 from .places import Places
@@ -41,8 +43,8 @@ def accelerate(
     """Put this package's attention, and if asked for a cache of steps, context parallelism, compiled blocks and FP8
     linears, under a diffusers pipeline.
 
-    Works on this pipeline's transformer alone, and on its instance: pipelines that share the transformer share the
-    installation, others are not touched. Called again it re-tunes what is there.
+    Works on this pipeline's transformer alone (on both of Wan 2.2's), and on its instance: pipelines that share the
+    transformer share the installation, others are not touched. Called again it re-tunes what is there.
 
     Args:
         pipe: a pipeline of one of the families in models.py, or of a registered one; or a subclass.
@@ -70,17 +72,17 @@ def accelerate(
     Raises:
         ValueError: if the pipe is not supported or an argument is not allowed. The pipe is then as it was.
     """
-    family, transformer = recognised(pipe)
+    family, transformers = recognised(pipe)
     if attention not in ATTENTION:
         raise ValueError(f"attention: got {attention!r}, allowed is one of {list(ATTENTION)}")
-    handle = _handle(transformer, family)
+    handle = _handle(transformers, family)
     policy = handle.settings.cache if isinstance(cache, Keep) else _policy(cache, family)
     wanted = handle.settings.linears if isinstance(linears, Keep) else resolve_linears(linears)
-    _check_linears(wanted, handle, pipe)
+    _check_linears(wanted, handle, transformers, pipe)
     _check_spread(attention, handle.settings.parallel if isinstance(parallel, Keep) else parallel)
     backend = handle.settings.compile if isinstance(compile, Keep) else _backend(compile)
     places = handle.settings.parallel if isinstance(parallel, Keep) else _places(parallel, handle)
-    return _configured(handle, pipe, Settings(attention, policy, places, backend, wanted))
+    return _configured(handle, pipe, transformers, Settings(attention, policy, places, backend, wanted))
 
 
 def apply_cache_on_pipe(
@@ -105,7 +107,7 @@ def apply_cache_on_pipe(
     Raises:
         ValueError: if the pipe is not supported or an argument is not allowed. The pipe is then as it was.
     """
-    family, transformer = recognised(pipe)
+    family, transformers = recognised(pipe)
     threshold = family.cache_threshold if residual_diff_threshold is None else residual_diff_threshold
     check_threshold("residual_diff_threshold", threshold)
     policy = FirstBlockCache(
@@ -114,9 +116,9 @@ def apply_cache_on_pipe(
         max_consecutive_hits=max_consecutive_hits,
         downsample_factor=downsample_factor,
     )
-    handle = _handle(transformer, family)
-    _check_linears(handle.settings.linears, handle, pipe)
-    return _configured(handle, pipe, replace(handle.settings, cache=_unless_never(policy)))
+    handle = _handle(transformers, family)
+    _check_linears(handle.settings.linears, handle, transformers, pipe)
+    return _configured(handle, pipe, transformers, replace(handle.settings, cache=_unless_never(policy)))
 
 
 def parallelize_pipe(
@@ -144,37 +146,46 @@ def parallelize_pipe(
         ValueError: if the pipe is not supported, an argument is not allowed, or `torch.distributed` is not initialised.
             The pipe is then as it was.
     """
-    family, transformer = recognised(pipe)
+    family, transformers = recognised(pipe)
     wanted = ContextParallel("auto" if mesh is None else None, transport=transport, timeout=timeout)
-    handle = _handle(transformer, family)
+    handle = _handle(transformers, family)
     if handle.settings.attention == "int8":
         raise ValueError("pipe: has attention 'int8', which is for one process; accelerate it with 'exact' first")
-    _check_linears(handle.settings.linears, handle, pipe)
+    _check_linears(handle.settings.linears, handle, transformers, pipe)
     places = _places(wanted, handle) if mesh is None else Places(wanted, mesh)
-    return _configured(handle, pipe, replace(handle.settings, attention="exact", parallel=places))
+    return _configured(handle, pipe, transformers, replace(handle.settings, attention="exact", parallel=places))
 
 
-def recognised(pipe: Any) -> tuple[Family, Any]:
-    """The pipe's family and its transformer, out of `torch.compile`'s wrapper.
+def recognised(pipe: Any) -> tuple[Family, dict[str, Any]]:
+    """The pipe's family and its transformers by their components' names, out of `torch.compile`'s wrapper.
 
     Raises:
         ValueError: if the pipe is not supported.
     """
     family = _family(pipe)
-    transformer = getattr(pipe.transformer, "_orig_mod", pipe.transformer)
     for path in family.without:
         if (value := _attribute(pipe, path)) not in (None, False):
             got = repr(value) if isinstance(value, bool) else f"a {type(value).__name__}"
             raise ValueError(f"pipe: its {path} is {got}, which is not supported; allowed is none")
+    there = {name: module for name in family.components if (module := getattr(pipe, name, None)) is not None}
+    transformers = {name: getattr(module, "_orig_mod", module) for name, module in there.items()}
+    if not transformers:
+        missing, allowed = " and ".join(family.components), " or ".join(family.transformers)
+        raise ValueError(f"pipe: its {missing} is None, allowed is {allowed}")
+    for name, transformer in transformers.items():
+        _check_supported(family, name, transformer)
+    return family, transformers
+
+
+def _check_supported(family: Family, name: str, transformer: Any) -> None:
     if not _class_names(transformer) & set(family.transformers):
         raise ValueError(
-            f"pipe: its transformer is a {type(transformer).__name__}, allowed is {' or '.join(family.transformers)}"
+            f"pipe: its {name} is a {type(transformer).__name__}, allowed is {' or '.join(family.transformers)}"
         )
-    for name, allowed in family.config:
-        if (value := getattr(transformer.config, name, None)) != allowed:
-            raise ValueError(f"pipe: its transformer has {name}={value!r}, allowed is {allowed!r}")
+    for entry, allowed in family.config:
+        if (value := getattr(transformer.config, entry, None)) != allowed:
+            raise ValueError(f"pipe: its {name} has {entry}={value!r}, allowed is {allowed!r}")
     check_transformer(family, transformer)
-    return family, transformer
 
 
 def _family(pipe: Any) -> Family:
@@ -238,10 +249,13 @@ def _check_spread(attention: str, parallel: Places | ContextParallel | None) -> 
         raise ValueError(f"attention: got {attention!r}, allowed is 'exact' where the work is spread over ranks")
 
 
-def _check_linears(wanted: Fp8Linears | None, handle: Handle, pipe: Any) -> None:
+def _check_linears(wanted: Fp8Linears | None, handle: Handle, transformers: Mapping[str, Any], pipe: Any) -> None:
     """Before process groups are made, and for a pipe that shares an installed transformer too."""
     if wanted is not None:
-        check_linears(wanted, handle.transformer, handle.family, pipe, handle.settings.linears)
+        known = handle.transformers
+        for transformer in transformers.values():
+            there = handle.settings.linears if any(transformer is one for one in known) else None
+            check_linears(wanted, transformer, handle.family, pipe, there)
 
 
 def _rescaled(policy: TeaCache, family: Family) -> TeaCache:
@@ -259,12 +273,19 @@ def _unless_never(policy: Policy) -> Policy | None:
     return policy if policy.threshold > 0 else None
 
 
-def _handle(transformer: Any, family: Family) -> Handle:
-    """The handle that is installed on the transformer, or a new one that is not yet."""
-    return Handle.on(transformer) or Handle(transformer, family)
+def _handle(transformers: Mapping[str, Any], family: Family) -> Handle:
+    """The handle that is installed on the transformers, or a new one that is not yet."""
+    handles = {id(handle): handle for x in transformers.values() if (handle := Handle.on(x)) is not None}
+    if len(handles) > 1:
+        raise ValueError(
+            f"pipe: its {' and '.join(transformers)} have been accelerated as those of different pipelines, allowed is"
+            " one installation; call remove() of the other handles first"
+        )
+    return next(iter(handles.values()), None) or Handle(family)
 
 
-def _configured(handle: Handle, pipe: Any, settings: Settings) -> Handle:
-    handle.configure(settings, execution_device(pipe))
+def _configured(handle: Handle, pipe: Any, transformers: Mapping[str, Any], settings: Settings) -> Handle:
+    first, *_ = transformers.values()
+    handle.configure(transformers, settings, execution_device(pipe, first))
     handle.watch(pipe)
     return handle

@@ -96,6 +96,14 @@ class AttentionLengths:
             self._joint = (video_tokens, self._text + video_tokens)
         return self._joint[1]
 
+    def behind(self, video_tokens: int, text_mask: Tensor) -> Tensor:
+        """Lengths of the video with several texts behind it, whose common mask (B, T) the model hands to attention."""
+        if torch.compiler.is_compiling():
+            return text_mask.sum(dim=1, dtype=torch.int32) + video_tokens
+        if self._mask is None or self._mask[0]() is not text_mask:
+            self._mask = (weakref.ref(text_mask), text_mask.sum(dim=1, dtype=torch.int32) + video_tokens)
+        return self._mask[1]
+
     def _from_mask(self, mask: Tensor | None) -> Tensor | None:
         if mask is None:
             return None
@@ -147,11 +155,24 @@ class ParaAttnProcessor:
 
         cut = hidden_states.shape[1]
         shard = self.lengths.here(cut)
-        lens = self.lengths.joint(shard.video_tokens, attention_mask)
+        lens = self._joint_lengths(shard.video_tokens, attention_mask)
         rotary = None if image_rotary_emb is None else rotary_rows(image_rotary_emb, shard.rows)
         streams = _single_stream if attn.add_q_proj is None else _dual_stream
         out = shard.attend(*streams(attn, hidden_states, encoder_hidden_states, rotary), lens).flatten(2)
         return video_out(attn, out[:, :cut]), text_out(attn, out[:, cut:])
+
+    def _joint_lengths(self, video_tokens: int, mask: Tensor | None) -> Tensor | None:
+        return self.lengths.joint(video_tokens, mask)
+
+
+class SeveralTextsProcessor(ParaAttnProcessor):
+    """The same for HunyuanVideo 1.5, which joins several texts and an image's tokens into one, padding last, and hands
+    the mask of all, (B, T), to every block.
+    """
+
+    def _joint_lengths(self, video_tokens: int, mask: Tensor | None) -> Tensor | None:
+        assert mask is not None
+        return self.lengths.behind(video_tokens, mask)
 
 
 def rotary_rows(rotary: Rotary, rows: slice) -> Rotary:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from diffusers.hooks.hooks import ModelHook
 from torch import Tensor, nn
 
@@ -23,18 +24,25 @@ class BlockCache:
 
     The policy's first and last blocks always run. Between them, `start` to `stop`, is what a reused step skips.
 
+    Args:
+        count: of the blocks.
+        joined: how many of them, at the end, take and return all streams in one.
+
     Attributes:
         spread: where forwards are spread over ranks, None where they are not. All ranks then decide alike.
+        rows: how many rows of each stream are here, in the order in which attention joins them.
         hooks: of the blocks, in their order.
     """
 
-    def __init__(self, policy: Policy, family: Family, branch: BranchName, count: int) -> None:
+    def __init__(self, policy: Policy, family: Family, branch: BranchName, count: int, joined: int = 0) -> None:
         self.family = family
         self.branch = branch
         self.spread: Spread | None = None
         self.states: dict[str, CacheState] = {}
+        self.rows: dict[str, int] = {}
         self.hooks: list[BlockHook] = []
         self._count = count
+        self.joined = joined
         self.retune(policy)
 
     def retune(self, policy: Policy) -> None:
@@ -81,6 +89,7 @@ class BlockCache:
     def enter(self, streams: dict[str, Tensor], modulated: Tensor | None) -> dict[str, Tensor]:
         """The first block is about to get `streams`: note them; where no block always runs, decide."""
         self._hidden_in, self._modulated = streams[self.family.block_arguments[0]], modulated
+        self.rows = {name: streams[name].shape[1] for name in self.family.shards.sequence}
         return self._decided(streams) if self.start == 0 else streams
 
     def leave(self, index: int, streams: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -135,12 +144,14 @@ class BlockHook(ModelHook):
 
     fn_ref: Any  # The registry's reference to the forward that this hook replaces.
 
-    def __init__(self, cache: BlockCache, block: nn.Module, index: int) -> None:
+    def __init__(self, cache: BlockCache, block: nn.Module, index: int, joined: bool) -> None:
         super().__init__()
         self._cache = cache
         self._block = block
         self._index = index
-        self._arguments = [Argument.of(block, name) for name in cache.family.block_arguments]
+        self._joined = joined
+        names = cache.family.block_arguments
+        self._arguments = [Argument.of(block, name) for name in (names[:1] if joined else names)]
         self._own: Any = None
 
     def mend(self) -> None:
@@ -158,12 +169,13 @@ class BlockHook(ModelHook):
             return self.fn_ref.original_forward(*args, **kwargs)
         entered = self._enter(module, args, kwargs) if index == 0 else None
         if cache.skips(index):
+            if self._joined:
+                return self._arguments[0].get(args, kwargs)
             return self._returned(entered or self._given(args, kwargs))
         if cache.reusing:
             load_left_out(module)
-        if not cache.watches(index):
-            return self.fn_ref.original_forward(*args, **kwargs)
-        return self._returned(cache.leave(index, self._run(args, kwargs)))
+        output = self.fn_ref.original_forward(*args, **kwargs)
+        return self._left(output) if cache.watches(index) else output
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
         cache = self._cache
@@ -171,16 +183,25 @@ class BlockHook(ModelHook):
         modulated = modulated_input(module, cache.family.modulation, args, kwargs) if looks else None
         return cache.enter(self._given(args, kwargs), modulated)
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        output = self.fn_ref.original_forward(*args, **kwargs)
-        names = self._cache.family.block_returns
-        streams = dict(zip(names, output if isinstance(output, tuple) else (output,), strict=True))
-        return streams if self._cache.spread is None else self._cache.spread.recut(streams)
+    def _left(self, output: Any) -> Any:
+        named = self._named(output)
+        cut = named if self._cache.spread is None or self._joined else self._cache.spread.recut(named)
+        left = self._cache.leave(self._index, cut)
+        return output if left is named else self._returned(left)
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
         return {argument.name: argument.get(args, kwargs) for argument in self._arguments}
 
+    def _named(self, output: Any) -> dict[str, Tensor]:
+        if self._joined:
+            rows = self._cache.rows
+            return dict(zip(rows, output.split(list(rows.values()), dim=1), strict=True))
+        names = self._cache.family.block_returns
+        return dict(zip(names, output if isinstance(output, tuple) else (output,), strict=True))
+
     def _returned(self, streams: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
+        if self._joined:
+            return torch.cat([streams[name] for name in self._cache.rows], dim=1)
         names = self._cache.family.block_returns
         return streams[names[0]] if len(names) == 1 else tuple(streams[name] for name in names)
 
@@ -227,7 +248,7 @@ def check_cacheable(transformer: Any, family: Family, policy: Policy, installed:
 def add_cache_hooks(undo: ExitStack, cache: BlockCache, blocks: list[nn.Module]) -> None:
     """Put the cache under the blocks; closing `undo` takes it off again."""
     for index, block in enumerate(blocks):
-        hook = BlockHook(cache, block, index)
+        hook = BlockHook(cache, block, index, index >= len(blocks) - cache.joined)
         add_hook(undo, block, hook, _HOOK)
         cache.hooks.append(hook)
         hook.mend()

@@ -77,7 +77,8 @@ class CompiledForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for stream in self._streams:
-            args, kwargs = stream.replaced(args, kwargs, laid_out(stream.get(args, kwargs)))
+            if (value := stream.get(args, kwargs)) is not None:  # None where another argument has all streams.
+                args, kwargs = stream.replaced(args, kwargs, laid_out(value))
         return self._compiled.run(self._block, args, kwargs)
 
 

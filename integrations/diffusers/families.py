@@ -63,6 +63,7 @@ def _check(family: Family) -> None:
     for name in (
         "pipelines",
         "transformers",
+        "components",
         "block_lists",
         "block_arguments",
         "block_returns",
@@ -84,6 +85,13 @@ def _check(family: Family) -> None:
     _check_within("shards.sequence", family.shards.sequence, streams)
     if streams[0] not in family.shards.sequence:
         raise ValueError(f"shards.sequence: got {family.shards.sequence}, must hold the video stream {streams[0]!r}")
+    joined = len(family.joined)
+    if family.joined != family.block_lists[1:][-joined:] and joined:
+        raise ValueError(f"joined: got {family.joined}, allowed are the last of the block_lists, but not the first")
+    if joined and family.shards.sequence[-1] != streams[0]:
+        raise ValueError(f"joined: allowed only where {streams[0]!r} is the last of shards.sequence")
+    if family.shards.rows and family.shards.sequence != streams[:1]:
+        raise ValueError(f"shards.rows: got {family.shards.rows}, allowed where shards.sequence is {streams[:1]} alone")
     for known in known_families():
         if both := set(known.pipelines) & set(family.pipelines):
             raise ValueError(f"pipelines: {sorted(both)} belong to {known.name!r} already")

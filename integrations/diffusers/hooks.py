@@ -119,16 +119,18 @@ class BranchName(StateManager):
 
     Args:
         passes: names for calls that are not announced, in the order of their first appearance; () if all are one.
+        of: what the name is of, where it is not clear.
     """
 
-    def __init__(self, passes: tuple[str, ...] = ()) -> None:
+    def __init__(self, passes: tuple[str, ...] = (), of: str = "") -> None:
         super().__init__(state_cls=object)  # type: ignore[arg-type]  # Never asked for a state: only the name is of interest.
-        self._passes = passes
+        self._suffix = f" of {of}" if of else ""
+        self._passes = tuple(name + self._suffix for name in passes)
         self.reset()
 
     def set_context(self, context: Any) -> None:
         self._announced = context is not None
-        self.name = DEFAULT_BRANCH if context is None else getattr(context, "name", context)
+        self.name = (DEFAULT_BRANCH if context is None else getattr(context, "name", context)) + self._suffix
 
     def reset(self, *args: Any, **kwargs: Any) -> None:
         self.set_context(None)

@@ -71,22 +71,26 @@ class Taken:
 
 
 class QuantisedLinears:
-    """The linears that one installation has quantised: a transformer's, and text encoders of the pipes that have it.
+    """The linears that one installation has quantised: its transformers', and text encoders of the pipes that have
+    those.
 
-    Modules are known weakly, the transformer's handle must not hold its pipes.
+    Modules are known weakly, the handle must not hold its pipes.
     """
 
     def __init__(self, settings: Fp8Linears) -> None:
         self.settings = settings
-        self.transformer = Taken()
+        self.transformers = Taken()
         self.text_encoders = Taken()
+        self._transformers: list[weakref.ref[nn.Module]] = []
         self._encoders: list[weakref.ref[nn.Module]] = []
         self._originals: list[tuple[weakref.ref[nn.Module], nn.Parameter]] = []
 
     def add_transformer(self, transformer: nn.Module, family: Family, device: torch.device) -> None:
-        """Quantise the linears of the blocks; computed on `device`, kept where the weights are."""
-        for linear in block_linears(transformer, family):
-            self._quantise(linear, device, not self.settings.weight_only, self.transformer)
+        """Quantise the linears of the blocks, once; computed on `device`, kept where the weights are."""
+        if all(known() is not transformer for known in self._transformers):
+            self._transformers.append(weakref.ref(transformer))
+            for linear in block_linears(transformer, family):
+                self._quantise(linear, device, not self.settings.weight_only, self.transformers)
 
     def add_text_encoders(self, pipe: Any, device: torch.device) -> None:
         """Quantise the linears of the pipe's text encoders, each encoder once."""
@@ -96,16 +100,16 @@ class QuantisedLinears:
                 for linear in layer_linears(encoder):
                     self._quantise(linear, device, False, self.text_encoders)
 
-    def check_removable(self, transformer: nn.Module, argument: str, otherwise: str) -> None:
+    def check_removable(self, argument: str, otherwise: str) -> None:
         """Raise a ValueError that names `argument` if the original weights are gone or have no way back."""
         if not self.settings.keep_originals:
             raise ValueError(
                 f"{argument}: the original weights of the FP8 linears were not kept; allowed after"
                 f" accelerate(pipe, linears=Fp8Linears(keep_originals=True)){otherwise}"
             )
-        encoders = [encoder for known in self._encoders if (encoder := known()) is not None]
-        for root in (transformer, *encoders):
-            check_replaceable(root, argument)
+        for known in (*self._transformers, *self._encoders):
+            if (root := known()) is not None:
+                check_replaceable(root, argument)
 
     def restore(self) -> None:
         """Put the original weights back, on the device where the FP8 ones are now. Those that somebody has replaced
@@ -251,7 +255,7 @@ def check_linears(
         linears = block_linears(transformer, family)
         _check_transformer(transformer, linears, settings.keep_originals and there is None)
         if not settings.weight_only:
-            _check_device(execution_device(pipe), stored_weight(linears[0]).dtype)
+            _check_device(execution_device(pipe, transformer), stored_weight(linears[0]).dtype)
 
 
 def _check_transformer(transformer: nn.Module, linears: Sequence[nn.Linear], needs_originals: bool) -> None:
@@ -292,10 +296,12 @@ def _check_device(device: torch.device, dtype: torch.dtype) -> None:
         )
 
 
-def execution_device(pipe: Any) -> torch.device:
-    """Where the pipe computes; its weights may be offloaded from there. A class of one's own need not say it."""
+def execution_device(pipe: Any, transformer: nn.Module) -> torch.device:
+    """Where the pipe, which has that transformer, computes; its weights may be offloaded from there. A class of one's
+    own need not say it.
+    """
     device = getattr(pipe, "_execution_device", None)
-    return next(pipe.transformer.parameters()).device if device is None else torch.device(device)
+    return next(transformer.parameters()).device if device is None else torch.device(device)
 
 
 def _moved(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .attention import AttentionLengths, ParaAttnProcessor
-from .processors import CogVideoXProcessor, FluxProcessor, JointProcessor, WanProcessor
+from .attention import AttentionLengths, ParaAttnProcessor, SeveralTextsProcessor
+from .processors import CogVideoXProcessor, Flux2Processor, FluxProcessor, JointProcessor, WanProcessor
 
 
 @dataclass(frozen=True)
@@ -14,13 +14,18 @@ class ShardPlan:
     """How a family's forward is spread over ranks.
 
     Attributes:
-        samples: names of the transformer's arguments whose first dimension is the batch, the latents first: what a
-            batch of prompts is split by.
+        samples: names of the transformer's arguments whose first dimension is the batch, a multiple of it with what
+            belongs to one sample side by side, or 1 for all samples; the latents first. What a batch of prompts is
+            split by.
+        rows: names of the transformer's arguments that may have an entry for each of the video's tokens, (B, S): they
+            are cut as the video is, which must be the whole joint sequence.
+        prefix: name of the blocks' argument, where they have it, that says how many of the video's first tokens they
+            treat unlike the others; every rank is told how many of its own are such.
         output: name of the transformer's only output, whose first dimension is the batch.
         text: name of the transformer argument that holds the text (B, T, ...); None where it is not in the joint
             sequence.
         patch: what turns latents into video tokens: their dimensions that count, each with the patch's extent along
-            it, as a number, the name of a config entry, or such a name and an index into its value.
+            it, as a number, the name of a config entry (None is 1), or such a name and an index into its value.
         heads: name of the config entry with the number of attention heads.
         sequence: names of the blocks' streams, (B, rows, C) each, in the order in which attention joins them. Padding
             may stand at the end of the last one only. This joint sequence is what the ranks share out.
@@ -33,6 +38,8 @@ class ShardPlan:
     text: str | None
     patch: tuple[tuple[int, str | tuple[str, int] | int], ...]
     sequence: tuple[str, ...]
+    rows: tuple[str, ...] = ()
+    prefix: str | None = None
     output: str = "sample"
     heads: str = "num_attention_heads"
     gathered_at: str = "proj_out"
@@ -74,6 +81,7 @@ class Family:
         name: the family's name, for messages.
         pipelines: class names of the pipelines that are supported; subclasses are too.
         transformers: class names of their transformers.
+        components: names of the pipeline's components that are such transformers; each may be missing, not all.
         config: values that the transformer's config must have.
         without: dotted paths from the pipeline that must lead to None, False or nothing.
         head_dim: name of the config entry with the channels per attention head.
@@ -86,6 +94,8 @@ class Family:
         block_lists: names of the lists of transformer blocks, in the order in which they run.
         block_arguments: names of the streams among the arguments of every block, the video stream first.
         block_returns: the same names in the order in which every block returns them.
+        joined: names of the block lists, of the last ones, whose blocks take and return all streams in one, joined in
+            the order of `shards.sequence`, as the first of `block_arguments`.
         reused_streams: the streams that are still needed after the last block; of the others no residual is kept.
         cache_threshold: First Block Cache's default threshold.
         shards: how the forward is spread over ranks.
@@ -102,9 +112,11 @@ class Family:
     transformers: tuple[str, ...]
     cache_threshold: float
     shards: ShardPlan
+    components: tuple[str, ...] = ("transformer",)
     block_lists: tuple[str, ...] = ("transformer_blocks",)
     block_arguments: tuple[str, ...] = ("hidden_states", "encoder_hidden_states")
     block_returns: tuple[str, ...] = ("hidden_states", "encoder_hidden_states")
+    joined: tuple[str, ...] = ()
     reused_streams: tuple[str, ...] = ("hidden_states",)
     processor: Callable[[AttentionLengths], object] = ParaAttnProcessor
     config: tuple[tuple[str, object], ...] = ()
@@ -149,6 +161,43 @@ HUNYUAN_VIDEO = Family(
     teacache_rescale=(7.33226126e02, -4.01131952e02, 6.75869174e01, -3.14987800e00, 9.61237896e-02),
 )
 
+HUNYUAN_VIDEO_IMAGE = Family(
+    name="HunyuanVideo (image to video)",
+    pipelines=("HunyuanVideoImageToVideoPipeline",),
+    transformers=("HunyuanVideoTransformer3DModel",),
+    text_mask="encoder_attention_mask",
+    refiner="context_embedder.token_refiner",
+    block_lists=("transformer_blocks", "single_transformer_blocks"),
+    cache_threshold=0.06,
+    shards=replace(HUNYUAN_VIDEO.shards, prefix="num_tokens"),  # of the first frame, where it is the image
+    passes=Passes(("cond", "uncond"), ("encoder_hidden_states", "pooled_projections")),
+)
+
+HUNYUAN_VIDEO_15 = Family(
+    name="HunyuanVideo 1.5 (text to video, image to video)",
+    pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),
+    transformers=("HunyuanVideo15Transformer3DModel",),
+    processor=SeveralTextsProcessor,
+    text_mask="encoder_attention_mask",
+    refiner="context_embedder.token_refiner",
+    cache_threshold=0.06,
+    shards=ShardPlan(
+        samples=(
+            "hidden_states",
+            "timestep",
+            "encoder_hidden_states",
+            "encoder_attention_mask",
+            "timestep_r",
+            "encoder_hidden_states_2",
+            "encoder_attention_mask_2",
+            "image_embeds",
+        ),
+        text="encoder_hidden_states",
+        patch=((2, "patch_size_t"), (3, "patch_size"), (4, "patch_size")),
+        sequence=("hidden_states", "encoder_hidden_states"),
+    ),
+)
+
 FLUX = Family(
     name="FLUX.1 (dev, schnell, Fill, Kontext)",
     pipelines=("FluxPipeline", "FluxFillPipeline", "FluxKontextPipeline"),
@@ -164,14 +213,34 @@ FLUX = Family(
         patch=((1, 1),),
         sequence=("encoder_hidden_states", "hidden_states"),
     ),
+    modulation=Modulation("norm1", (("x", "hidden_states"), ("emb", "temb"))),
+    # github.com/ali-vilab/TeaCache, TeaCache4FLUX: fitted on FLUX.1-dev.
+    teacache_rescale=(4.98651651e02, -2.83781631e02, 5.58554382e01, -3.82021401e00, 2.64230861e-01),
     passes=Passes(("cond", "uncond"), ("encoder_hidden_states", "pooled_projections")),  # Kontext; Fill has one pass
 )
 
+FLUX_2 = Family(
+    name="FLUX.2 (dev, klein)",
+    pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
+    transformers=("Flux2Transformer2DModel",),
+    processor=Flux2Processor,
+    block_lists=("transformer_blocks", "single_transformer_blocks"),
+    block_returns=("encoder_hidden_states", "hidden_states"),
+    joined=("single_transformer_blocks",),
+    cache_threshold=0.08,
+    shards=ShardPlan(
+        samples=("hidden_states", "timestep", "encoder_hidden_states", "guidance"),
+        text="encoder_hidden_states",
+        patch=((1, 1),),
+        sequence=("encoder_hidden_states", "hidden_states"),
+    ),
+)
+
 WAN = Family(
-    name="Wan (text to video, of one transformer)",
-    pipelines=("WanPipeline",),
+    name="Wan (text to video, image to video)",
+    pipelines=("WanPipeline", "WanImageToVideoPipeline"),
     transformers=("WanTransformer3DModel",),
-    without=("transformer_2", "config.expand_timesteps"),
+    components=("transformer", "transformer_2"),
     processor=WanProcessor,
     block_lists=("blocks",),
     block_arguments=("hidden_states",),
@@ -179,6 +248,7 @@ WAN = Family(
     cache_threshold=0.03,
     shards=ShardPlan(
         samples=("hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image"),
+        rows=("timestep",),  # of Wan 2.2's 5B, whose image is a frame without noise
         text=None,
         patch=((2, ("patch_size", 0)), (3, ("patch_size", 1)), (4, ("patch_size", 2))),
         sequence=("hidden_states",),
@@ -186,15 +256,15 @@ WAN = Family(
 )
 
 COGVIDEOX = Family(
-    name="CogVideoX (text to video)",
-    pipelines=("CogVideoXPipeline",),
+    name="CogVideoX (text to video, image to video)",
+    pipelines=("CogVideoXPipeline", "CogVideoXImageToVideoPipeline"),
     transformers=("CogVideoXTransformer3DModel",),
     processor=CogVideoXProcessor,
     cache_threshold=0.04,
     shards=ShardPlan(
         samples=("hidden_states", "timestep", "encoder_hidden_states", "ofs"),
         text="encoder_hidden_states",
-        patch=((1, 1), (3, "patch_size"), (4, "patch_size")),
+        patch=((1, "patch_size_t"), (3, "patch_size"), (4, "patch_size")),
         sequence=("encoder_hidden_states", "hidden_states"),
     ),
 )
@@ -232,4 +302,14 @@ STABLE_DIFFUSION_3 = Family(
     passes=Passes(("cond_uncond", "skip_layers"), ("encoder_hidden_states", "pooled_projections")),
 )
 
-FAMILIES = (HUNYUAN_VIDEO, FLUX, WAN, COGVIDEOX, MOCHI, STABLE_DIFFUSION_3)
+FAMILIES = (
+    HUNYUAN_VIDEO,
+    HUNYUAN_VIDEO_IMAGE,
+    HUNYUAN_VIDEO_15,
+    FLUX,
+    FLUX_2,
+    WAN,
+    COGVIDEOX,
+    MOCHI,
+    STABLE_DIFFUSION_3,
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any
 
 import torch
 from diffusers.models.normalization import FP32LayerNorm, MochiRMSNorm, RMSNorm
@@ -33,14 +33,15 @@ def _is_hooked(module: nn.Module) -> bool:
     return any(hasattr(module, name) for name in hooks) or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _described(module: nn.Module, x: Tensor) -> Norm | None:
+def _described(module: Any, x: Tensor) -> Norm | None:
     """What `module` does, or None where the kernel has no such norm."""
-    kind = type(module)
-    if kind is RMSNorm or kind is MochiRMSNorm:
-        shape, is_layer = cast("tuple[int, ...]", module.dim), False
-    elif kind is nn.LayerNorm or kind is FP32LayerNorm:
-        shape, is_layer = cast("tuple[int, ...]", module.normalized_shape), True
+    if type(module) in (RMSNorm, MochiRMSNorm):
+        shape, is_layer = module.dim, False
+    elif type(module) in (nn.LayerNorm, FP32LayerNorm, nn.RMSNorm):
+        shape, is_layer = module.normalized_shape, type(module) is not nn.RMSNorm
     else:
+        return None
+    if module.eps is None:  # torch's own choice, which its documentation and its kernels name differently
         return None
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if not all(_fits(parameter, x) for parameter in (weight, bias)):
@@ -52,8 +53,8 @@ def _described(module: nn.Module, x: Tensor) -> Norm | None:
         over = "heads"
     else:
         return None
-    # diffusers' RMSNorm casts to a weight of half precision before it multiplies; Mochi's does not.
-    round_first = kind is RMSNorm and weight is not None and weight.dtype != torch.float32
+    # diffusers' RMSNorm casts to a weight of half precision before it multiplies; Mochi's and torch's do not.
+    round_first = type(module) is RMSNorm and weight is not None and weight.dtype != torch.float32
     return Norm("layer" if is_layer else "rms", weight, bias, float(module.eps), over, round_first)  # type: ignore[arg-type]
 
 

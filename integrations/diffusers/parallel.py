@@ -8,9 +8,11 @@ looks at the rows of the others (ring: Liu et al. 2023, arXiv 2310.01889; Ulysse
 
 from __future__ import annotations
 
+import inspect
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from para_kernels.parallel.collective import gather_rows
 from para_kernels.parallel.failure import deadline, raise_on_failure, set_layer
 from para_kernels.parallel.sharding import Shards
 
-from .agreement import agree, from_first
+from .agreement import agree
 from .attention import AttentionLengths, Shard
 from .hooks import Argument
 from .models import Family
@@ -72,10 +74,12 @@ class Spread:
         self._plan = family.shards
         self._blocks = family.block_lists
         self._returns = family.block_returns
+        self._joined = self._blocks[-1] in family.joined
         self._video = family.block_arguments[0]
         self._head_dim = family.head_dim
         self._lengths = lengths
         self._samples = [Argument.of(transformer, name) for name in self._plan.samples]
+        self._rows = [Argument.of(transformer, name) for name in self._plan.rows]
         self._text = None if self._plan.text is None else Argument.of(transformer, self._plan.text)
         self._forward: _Forward | None = None
         self._agreed: set[str] = set()
@@ -100,16 +104,19 @@ class Spread:
         first, last = blocks[0], blocks[-1]
         self._streams = {name: Argument.of(first, name) for name in self._plan.sequence}
         undo.callback(first.register_forward_pre_hook(self._cut, with_kwargs=True).remove)
+        for block in blocks:
+            self._add_prefix_hook(undo, block)
         undo.callback(last.register_forward_hook(self._after_last_block).remove)
         gatherer = self._transformer.get_submodule(self._plan.gathered_at)
         undo.callback(gatherer.register_forward_hook(self._gather).remove)
 
-    # --- around the transformer's forward ---------------------------------------------------------------------------
+    def _add_prefix_hook(self, undo: ExitStack, block: nn.Module) -> None:
+        name = self._plan.prefix
+        if name is not None and name in inspect.signature(type(block).forward).parameters:
+            hook = partial(self._count_prefix, Argument.of(block, name))
+            undo.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
-    def from_first(self, tensor: Tensor, name: str) -> Tensor:
-        """The tensor as rank 0 has it: see `agreement.from_first`."""
-        with deadline(self.places.wanted.timeout):
-            return from_first(tensor, name, self.places.everyone)
+    # --- around the transformer's forward ---------------------------------------------------------------------------
 
     def end_call(self) -> None:
         """A call of the pipeline begins or ends: inputs have to be compared anew.
@@ -148,10 +155,16 @@ class Spread:
         if place is not self.last_place:
             self.last_place, self.transport = place, NOT_YET
         self._forward = _Forward(place, Shards.of(latents.shape[0], place.batch))
-        rows = self._forward.samples.piece(place.batch_rank)
+        samples = self._forward.samples.piece(place.batch_rank)
         for argument in self._samples:
-            if inputs[argument.name] is not None:
-                args, kwargs = argument.replaced(args, kwargs, inputs[argument.name][rows])
+            value = inputs[argument.name]
+            each = 0 if value is None else value.shape[0] // latents.shape[0]
+            if value is not None and each:  # Else there is one for all samples.
+                args, kwargs = argument.replaced(args, kwargs, value[samples.start * each : samples.stop * each])
+        rows = Shards.of(tokens, place.pieces).piece(place.piece)
+        for argument in self._rows:
+            if (value := argument.get(args, kwargs)) is not None and value.ndim > 1:
+                args, kwargs = argument.replaced(args, kwargs, value[:, rows])
         return args, kwargs
 
     @torch._disable_dynamo
@@ -178,7 +191,7 @@ class Spread:
         if isinstance(entry, int):
             return entry
         config = self._transformer.config
-        return getattr(config, entry) if isinstance(entry, str) else getattr(config, entry[0])[entry[1]]
+        return getattr(config, entry) or 1 if isinstance(entry, str) else getattr(config, entry[0])[entry[1]]
 
     def _heads(self) -> tuple[int, int]:
         """Number and width of the attention heads."""
@@ -217,6 +230,16 @@ class Spread:
     def _attend_video(self, query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None) -> Tensor:
         assert self._forward is not None
         return self._attend(self._forward.streams[self._video], query, key, value, lens)
+
+    def _count_prefix(
+        self, argument: Argument, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Arguments | None:
+        """Before every block: how many of the video's first tokens are among this rank's."""
+        forward, count = self._forward, argument.get(args, kwargs)
+        if forward is None or count is None:
+            return None
+        own = forward.own(self._video)
+        return argument.replaced(args, kwargs, min(max(count - own.start, 0), own.stop - own.start))
 
     @torch._disable_dynamo
     def _attend(self, shards: Shards, query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None) -> Tensor:
@@ -262,10 +285,21 @@ class Spread:
         """Before anything after the blocks looks at the video."""
         if self._forward is None:
             return None
+        if self._joined:
+            return self._behind_whole_text(output)
         if isinstance(output, Tensor):
             return self.recut({self._returns[0]: output})[self._returns[0]]
         streams = self.recut(dict(zip(self._returns, output, strict=True)))
         return tuple(streams[name] for name in self._returns)
+
+    def _behind_whole_text(self, joint: Tensor) -> Tensor:
+        """The transformer is about to cut off as many rows as the whole text has, whatever of it is here."""
+        forward = self._forward
+        assert forward is not None
+        video = forward.streams[self._video]
+        text_rows = sum(rows.total for rows in forward.streams.values()) - video.total
+        own = joint[:, joint.shape[1] - video.sizes[forward.place.piece] :]
+        return nn.functional.pad(own, (0, 0, text_rows, 0))
 
     @torch._disable_dynamo
     def _gather(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from para_kernels import flash_attention
-from para_kernels.preparation import Rotary, prepare_attention, prepare_projection
+from para_kernels.preparation import Rotary, Stream, prepare_attention, prepare_projection
 
 from .attention import (
     AttentionLengths,
@@ -65,6 +65,27 @@ class FluxProcessor(Processor):
         streams = [text_projected(attn, encoder_hidden_states, of_text), projected(attn, hidden_states, of_image)]
         out = shard.attend(*prepare_attention(streams), None).flatten(2)
         return video_out(attn, out[:, cut:]), text_out(attn, out[:, :cut])
+
+
+class Flux2Processor(FluxProcessor):
+    """FLUX.2's joint attention; and that of its single-stream blocks, which projects together with their MLP."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *rest: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """As `FluxProcessor`. Of the single-stream blocks: text and image in one tensor, mask, RoPE; to what the
+        block adds to them.
+        """
+        if not hasattr(attn, "to_qkv_mlp_proj"):
+            return super().__call__(attn, hidden_states, *rest)
+        _, image_rotary_emb = rest
+        shard, width = self.shard(hidden_states.shape[1]), 3 * attn.inner_dim
+        both = attn.to_qkv_mlp_proj(hidden_states)
+        query, key, value = (heads_of(attn, part) for part in both[..., :width].chunk(3, dim=-1))
+        query, norm_query = left_to_norm(attn.norm_q, query)
+        key, norm_key = left_to_norm(attn.norm_k, key)
+        rotary = on_device_of(rotary_rows(image_rotary_emb, shard.joint_rows), query)
+        stream = Stream(query, key, None, norm_query, norm_key, rotary)
+        out = shard.attend(*prepare_attention([stream], value=value), None).flatten(2)
+        return attn.to_out(torch.cat([out, attn.mlp_act_fn(both[..., width:])], dim=-1))
 
 
 class CogVideoXProcessor(Processor):

@@ -96,7 +96,8 @@ class Measuring:
     left_out: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        family, self._transformer = recognised(self.pipe)
+        family, transformers = recognised(self.pipe)
+        self._transformer = next(iter(transformers.values()))
         self._references = LayerReferences.of(self._transformer, family)
 
     @property

@@ -57,7 +57,8 @@ def _attention(handle: Handle) -> str:
         return "diffusers' own (the installation was removed)"
     if handle.settings.attention == "stock":
         return "diffusers' own"
-    modules = f"{handle.processors} of {len(attn_processors(handle.transformer))} processors swapped"
+    there = sum(len(attn_processors(transformer)) for transformer in handle.transformers)
+    modules = f"{handle.processors} of {there} processors swapped"
     return f"{handle.settings.attention}, {modules}; kernel: {_kernel(handle)}"
 
 
@@ -83,7 +84,7 @@ def _linears(linears: QuantisedLinears | None) -> list[str]:
     if linears is None:
         return []
     how = "weights alone" if linears.settings.weight_only else "activations x weights, per row"
-    lines = [f"linears     fp8 (e4m3, {how}): {_taken(linears.transformer, 'the blocks')}"]
+    lines = [f"linears     fp8 (e4m3, {how}): {_taken(linears.transformers, 'the blocks')}"]
     if linears.text_encoders.count:
         lines.append(f"            fp8 (e4m3, weights alone): {_taken(linears.text_encoders, 'the text encoders')}")
     kept = "kept on the CPU" if linears.settings.keep_originals else "dropped: remove() cannot bring them back"
