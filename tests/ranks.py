@@ -94,6 +94,23 @@ def _hosted(first: dist.TCPStore, is_host: bool) -> dist.TCPStore:
     return dist.TCPStore("127.0.0.1", int(first.get("port")), is_master=False)
 
 
+def _join(store: dist.Store, rank: int, world: int) -> None:
+    """Join the group. Where a connection is refused, as gloo's now and then is while many groups form, all try again."""
+    for attempt in range(3):
+        own = dist.PrefixStore(str(attempt), store)
+        refused = None
+        try:
+            dist.init_process_group("gloo", store=own, rank=rank, world_size=world)
+        except RuntimeError as error:
+            refused = error
+        own.set(f"said by {rank}", "refused" if refused else "joined")
+        if all(own.get(f"said by {other}") == b"joined" for other in range(world)):
+            return
+        if refused is None:
+            dist.destroy_process_group()
+    raise RuntimeError("the ranks could not connect")
+
+
 def _run(
     rank: int, world: int, port: int, host: int | None, pipe: Any, target: Callable[..., Any], arguments: tuple
 ) -> None:
@@ -101,7 +118,7 @@ def _run(
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
     if host is not None:
         store = _hosted(store, rank == host)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    _join(store, rank, world)
     try:
         result = target(rank, world, *arguments)
     except Exception as error:
