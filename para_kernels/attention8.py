@@ -49,7 +49,7 @@ def flash_attention_int8(
     """softmax(scale q k^T) v with 8-bit products, within a few percent of the exact result.
 
     Method: SageAttention2 (Zhang et al. 2024, arXiv 2411.10958): keys lose their mean over the sequence; queries and
-    keys become int8 with a scale per 64 rows and per 128 keys; values lose their mean and become e4m3 with a scale per
+    keys become int8 with a scale per row and per 128 keys; values lose their mean and become e4m3 with a scale per
     channel; weights become e4m3. Nothing is calibrated. Lengths stay on the device, as in `flash_attention`.
 
     The error is that of the formats and depends on the values: about 4 % of the output's norm where it is a sum of

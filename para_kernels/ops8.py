@@ -3,7 +3,7 @@
 What is quantised, and how (SageAttention2, Zhang et al. 2024, arXiv 2411.10958, sections 3.1 to 3.3):
 
 - keys lose their mean over the sequence, which softmax does not see, and become int8 with a scale per 128 keys;
-- queries become int8 with a scale per 64 rows;
+- queries become int8 with a scale per row;
 - values lose their mean, which is added to the output again, and become e4m3 with a scale per channel;
 - weights, `exp(score - maximum)` times 256, become e4m3. Their sum is taken of the rounded ones.
 
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from para_kernels.ops import _attend_each_sample, _attention_outputs, _capability, _library, _triton
 
-Q_BLOCK = 64
 K_BLOCK = 128
 HIGHEST_INT8 = 127.0
 HIGHEST_E4M3 = 448.0
@@ -99,7 +98,7 @@ def _attend_8_bit(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, ls
     groups = q.shape[1] // k.shape[1]
     q, k, v = q.float(), k.float().repeat_interleave(groups, 1), v.float().repeat_interleave(groups, 1)
     k_mean = k.mean(0)
-    queries, keys, values = round_to_int8(q, Q_BLOCK), round_to_int8(k - k_mean, K_BLOCK), round_values(v)
+    queries, keys, values = round_to_int8(q, 1), round_to_int8(k - k_mean, K_BLOCK), round_values(v)
     key_scales = keys.scales.permute(1, 2, 0) * (scale * math.log2(math.e))
     for first in range(0, q.shape[0], _ROWS_AT_A_TIME):
         rows = slice(first, first + _ROWS_AT_A_TIME)

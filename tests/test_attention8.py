@@ -56,11 +56,11 @@ def test_offsets_of_the_values_channels_are_exact(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_heavy_tails(device: str) -> None:
-    """Student's t of three degrees: one outlier takes a block's int8 range. Three times the error of normal data."""
+    """Student's t of three degrees: one outlier takes its row's int8 range, or that of its block of keys."""
     q, k, v = inputs()
     student = torch.distributions.StudentT(torch.tensor(3.0))
     q, k, v = (student.sample(x.shape).to(device) for x in (q, k, v))
-    assert 2e-2 <= error(flash_attention_int8(q, k, v), attention_batch(q, k, v)[0]) <= 0.2
+    assert 2e-2 <= error(flash_attention_int8(q, k, v), attention_batch(q, k, v)[0]) <= 0.12
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -18,7 +18,7 @@ from para_kernels.triton_kernels.hopper_attention_int8 import Int8Variant
 VALUE_TYPES = {torch.float8_e4m3fn: "fp8e4nv", torch.float16: "fp16"}
 SCALES = ("q_scales", "k_scales", "v_scales", "means_of_scores")
 # D = 256 does not fit the registers: the queries, and the accumulators of 64 x 256.
-SPILLS = {((8, 0), 256): 256, ((8, 9), 256): 256, ((9, 0), 256): 256}
+SPILLS = {((8, 0), 256): 288, ((8, 9), 256): 256, ((9, 0), 256): 256}
 if not triton.__version__.startswith("3.6."):
     SPILLS |= {((8, 9), 64): 16, ((8, 9), 128): 16}  # 16 and 12 bytes by Triton 3.9
 

@@ -15,13 +15,12 @@ import triton
 import triton.language as tl
 
 from .launch import Launcher
-from .quantize_int8 import K_BLOCK, Q_BLOCK, Quantised, _length
+from .quantize_int8 import K_BLOCK, Quantised, _length
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LOG2_OF_WEIGHTS = tl.constexpr(8.0)
 _K_BLOCK = tl.constexpr(K_BLOCK)
-_Q_BLOCK = tl.constexpr(Q_BLOCK)
 
 
 @triton.jit
@@ -73,8 +72,7 @@ def _attention_int8_fwd(
     alive = rows < tl.where(kv_len > 0, q_len, 0)
     q_rows = of_head.to(tl.int64) * padded_q + rows
     q = tl.load(q_ptr + q_rows[:, None] * BLOCK_D + channels[None, :], mask=alive[:, None], other=0)
-    at_scale = q_scales + of_head * (padded_q // _Q_BLOCK) + rows // _Q_BLOCK
-    q_factor = tl.load(at_scale, mask=alive, other=0.0) * scale_log2
+    q_factor = tl.load(q_scales + q_rows, mask=alive, other=0.0) * scale_log2
     k = k_ptr + of_kv_head.to(tl.int64) * padded_k * BLOCK_D
     v = v_ptr + of_kv_head.to(tl.int64) * padded_k * BLOCK_D
     k_scales += of_kv_head * (padded_k // _K_BLOCK)

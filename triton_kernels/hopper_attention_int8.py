@@ -182,7 +182,7 @@ def _weights(
     rows: gl.constexpr = scores.shape[0]
     keys: gl.constexpr = scores.shape[1]
     s = scores.to(gl.float32, bitcast=True)
-    x = gl.fma(s, factor, gl.expand_dims(_LOG2_OF_WEIGHTS - (m_i + _OFFSET * factor), 1))
+    x = gl.fma(s, gl.expand_dims(factor, 1), gl.expand_dims(_LOG2_OF_WEIGHTS - (m_i + _OFFSET * factor), 1))
     if MASKED:
         x = gl.where(exists, x, -200.0)
     x = x.reshape([rows, keys // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([rows, keys])
@@ -332,7 +332,7 @@ def _attend_ahead(
     """A consumer's 64 rows over all keys: (accumulator, m_i, l_i by rows, the next turn).
 
     The scores of the next block are computed under this one's softmax. After the last block the same keys are taken
-    once more for nothing, which is cheaper than a branch. `q_factor` is the queries' scale times that of softmax, for
+    once more for nothing, which is cheaper than a branch. `q_factor` is the rows' scale times that of softmax, for
     exponents of two; `k_scales` points to the head's.
     """
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 32])
@@ -564,8 +564,12 @@ def _consumer(
             at_k = at_q // _integer(parameters, _HEADS_PER_KV)
             q = queries.index(i % Q_STAGES * CONSUMERS + consumer).reshape([_ROWS, D])
             padded_q = _integer(scales, _PADDED_Q)
-            q_scale = _pointer(scales, _Q_SCALES, gl.float32) + at_q * (padded_q // _ROWS) + row // _ROWS
-            q_factor = gl.load(q_scale, mask=row < padded_q, other=0.0) * scale_log2
+            S: gl.constexpr = gl.NVMMADistributedLayout(
+                version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 32]
+            )
+            own = row + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, S))
+            q_scales = _pointer(scales, _Q_SCALES, gl.float32) + at_q.to(gl.int64) * padded_q
+            q_factor = gl.load(q_scales + own, mask=own < padded_q, other=0.0) * scale_log2
             of_head = _pointer(scales, _K_SCALES, gl.float32) + at_k * (_integer(scales, _PADDED_K) // _K_BLOCK)
             if ORDER == "in turn":
                 acc, m_i, l_i, turn = _attend_in_turn(

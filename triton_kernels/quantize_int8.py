@@ -40,7 +40,7 @@ class Quantised(NamedTuple):
     Attributes:
         q, k: int8 (B, H, Sq', D') and (B, Hk, Sk', D').
         v: (B, Hk, D', Sk'), e4m3, or float16 for chips whose tensor cores have no e4m3; keys perhaps permuted.
-        q_scales, k_scales: float32 (B, H, Sq' / 64) and (B, Hk, Sk' / 128).
+        q_scales, k_scales: float32 (B, H, Sq') and (B, Hk, Sk' / 128).
         v_scales: float32 (B, Hk, 2, D'): scale and mean of each channel.
         means_of_scores: float32 (B, H, Sq'): softmax's scale times query times the keys' mean, which the scores lack.
     """
@@ -153,11 +153,19 @@ def _finish(
 
 
 @triton.jit
-def _store_int8(x, out, scale_out, BLOCK_D: tl.constexpr):
-    """A block as int8, and its scale. A NaN anywhere becomes one of the scale, so that it is not lost."""
-    largest = tl.max(tl.max(tl.abs(x), 1), 0) + tl.sum(tl.sum(x * 0.0, 1), 0)
-    scale = tl.where(largest == 0.0, 1.0, largest / _HIGHEST_INT8)
-    tl.store(scale_out, scale)
+def _largest_of_rows(x):
+    """The largest magnitude in each row. A NaN becomes the row's, so that it is not lost."""
+    return tl.max(tl.abs(x), 1) + tl.sum(x * 0.0, 1)
+
+
+@triton.jit
+def _scale_of(largest):
+    return tl.where(largest == 0.0, 1.0, largest / _HIGHEST_INT8)
+
+
+@triton.jit
+def _store_int8(x, scale, out, BLOCK_D: tl.constexpr):
+    """A block of rows as int8; `scale` broadcasts."""
     rounded = x * (1.0 / scale) + _ROUNDING
     values = (rounded.to(tl.int32, bitcast=True) - _ROUNDING_BITS).to(tl.int8)
     rows = tl.arange(0, x.shape[0])
@@ -195,8 +203,11 @@ def _quantise(
             x = _rows(q, batch, head, rows, q_len, stride_qb, stride_qs, stride_qh, D, BLOCK_D)
             k_mean = tl.load(k_means + (batch * kv_heads + head // (heads // kv_heads)) * BLOCK_D + cols)
             at = (batch * heads + head).to(tl.int64) * padded_q + block * _Q_BLOCK
-            tl.store(means_of_scores + at + tl.arange(0, _Q_BLOCK), tl.sum(x * k_mean[None, :], 1) * scale)
-            _store_int8(x, q_out + at * BLOCK_D, q_scales + (batch * heads + head) * q_blocks + block, BLOCK_D)
+            own = tl.arange(0, _Q_BLOCK)
+            tl.store(means_of_scores + at + own, tl.sum(x * k_mean[None, :], 1) * scale)
+            q_scale = _scale_of(_largest_of_rows(x))
+            tl.store(q_scales + at + own, q_scale)
+            _store_int8(x, q_scale[:, None], q_out + at * BLOCK_D, BLOCK_D)
     else:
         rest = pid - q_blocks * heads
         is_value = rest >= k_blocks * kv_heads
@@ -225,7 +236,11 @@ def _quantise(
                 k_mean = tl.load(k_means + of_head * BLOCK_D + cols)
                 x = tl.where((rows < kv_len)[:, None], x - k_mean[None, :], 0.0)
                 at = of_head.to(tl.int64) * padded_k + block * _K_BLOCK
-                _store_int8(x, k_out + at * BLOCK_D, k_scales + of_head * k_blocks + block, BLOCK_D)
+                largest = _largest_of_rows(x)
+                # The sum is 0, or NaN where a row's is.
+                k_scale = _scale_of(tl.max(largest, 0) + tl.sum(largest * 0.0, 0))
+                tl.store(k_scales + of_head * k_blocks + block, k_scale)
+                _store_int8(x, k_scale, k_out + at * BLOCK_D, BLOCK_D)
 
 
 class _Plan(NamedTuple):
@@ -316,7 +331,7 @@ def quantise(
         new((batch, heads, plan.padded_q, d), dtype=torch.int8),
         new((batch, kv_heads, plan.padded_k, d), dtype=torch.int8),
         new((batch, kv_heads, d, plan.padded_k), dtype=values),
-        new((batch, heads, plan.padded_q // Q_BLOCK), dtype=torch.float32),
+        new((batch, heads, plan.padded_q), dtype=torch.float32),
         new((batch, kv_heads, plan.padded_k // K_BLOCK), dtype=torch.float32),
         new((batch, kv_heads, 2, d), dtype=torch.float32),
         new((batch, heads, plan.padded_q), dtype=torch.float32),

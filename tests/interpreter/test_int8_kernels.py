@@ -13,7 +13,7 @@ from para_kernels.triton_kernels.quantize_int8 import Quantised, quantise
 POISON = float("nan")
 # Normal data, where the output is a sum of random signs: of the weights in float16 only the rounding of queries and keys
 # is left, and that of values; e4m3 adds that of the weights. The interpreter's e4m3 cuts bits off instead of rounding.
-TOLERANCES = {(8, 0): 1.4e-2, (8, 9): 9e-2}
+TOLERANCES = {(8, 0): 1.4e-2, (8, 9): 1e-1}
 
 
 def inputs(
@@ -39,7 +39,7 @@ def test_queries_and_keys_are_rounded_as_on_the_cpu() -> None:
     x = quantised(False, q, k, v)
     mean = k[0].mean(0)
     for got, scales, block, values in (
-        (x.q, x.q_scales, ops8.Q_BLOCK, q[0]),
+        (x.q, x.q_scales, 1, q[0]),
         (x.k, x.k_scales, ops8.K_BLOCK, k[0] - mean),
     ):
         expected = ops8.round_to_int8(values, block)
