@@ -159,7 +159,7 @@ def _hopper(
 
     x = _quantised(True, q, k, v, q_lens, kv_lens, scale) if quantised is None else quantised
     out, lse = _outputs(q)
-    hopper_attention_int8_forward(x, k.shape, out, lse, q_lens, kv_lens, scale, CANDIDATES[name])
+    hopper_attention_int8_forward(*x, k.shape[1], out, lse, q_lens, kv_lens, scale, CANDIDATES[name])
     return out, lse
 
 
@@ -170,7 +170,7 @@ def _portable(
 
     x = _quantised(False, q, k, v, q_lens, kv_lens, scale) if quantised is None else quantised
     out, lse = _outputs(q)
-    attention_int8_forward(x, k.shape, out, lse, q_lens, kv_lens, scale)
+    attention_int8_forward(*x, k.shape[1], out, lse, q_lens, kv_lens, scale)
     return out, lse
 
 
@@ -181,11 +181,13 @@ def _shipped(q: Tensor, k: Tensor, v: Tensor, q_lens: Lens, kv_lens: Lens, scale
 def _quantised(
     permuted: bool, q: Tensor, k: Tensor, v: Tensor, q_lens: Lens, kv_lens: Lens, scale: float
 ) -> Any:  # fmt: skip
+    """Queries and keys, as the kernels take them."""
     from para_kernels.triton_kernels.attention_int8 import value_type
-    from para_kernels.triton_kernels.quantize_int8 import quantise
+    from para_kernels.triton_kernels.quantize_int8 import new_keys, quantise_keys, quantise_queries
 
-    values = value_type(torch.cuda.get_device_capability(q.device))
-    return quantise(q, k, v, q_lens, kv_lens, scale, values=values, permuted=permuted)
+    keys = new_keys(k, value_type(torch.cuda.get_device_capability(q.device)))
+    quantise_keys(k, v, kv_lens, keys, permuted=permuted)
+    return quantise_queries(q, keys.k_means, q_lens, scale), keys
 
 
 def compile_side_by_side(names: list[str], device: torch.device) -> list[str]:

@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,8 +29,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from para_kernels import flash_attention
+from para_kernels.attention8 import flash_attention_int8
 from para_kernels.parallel import Shards, deadline, raise_on_failure, select_transport, ulysses_attention
 from para_kernels.parallel.failure import exchange
+from para_kernels.parallel.ring8 import ring_int8
 from para_kernels.parallel.transport import Transport
 
 from .inputs import attention_flops, lens_tensor
@@ -126,7 +129,7 @@ def correctness(run: Run) -> None:
     for name in run.transports:
         transport = run.transport(name)
         problems = PROBLEMS if run.is_cuda else PROBLEMS[1:5]
-        errors = {problem.name: _error(run, transport, problem) for problem in problems}
+        errors = {problem.name: _error(run, transport.ring, problem) for problem in problems}
         if run.is_cuda:
             errors["119,056 tokens, 2 heads, 96 rows"] = _large_error(run, transport)
         worst, allowed = max(errors.values()), TOLERANCES[run.dtype]
@@ -151,7 +154,11 @@ def _whole(run: Run, batch: int, total: int, heads: int, kv_heads: int, head_dim
     ]
 
 
-def _error(run: Run, transport: Transport, problem: Problem) -> float:
+Ring = Callable[..., tuple[Tensor, Tensor]]
+"""As `Transport.ring`."""
+
+
+def _error(run: Run, ring: Ring, problem: Problem) -> float:
     lengths = problem.lengths(run.world)
     start = sum(lengths[: run.rank])
     rows = slice(start, start + lengths[run.rank])
@@ -163,7 +170,7 @@ def _error(run: Run, transport: Transport, problem: Problem) -> float:
     q, k, v = (x[:, rows] for x in whole)
     worst = 0.0
     for _ in range(3):  # both slots, and the first again
-        out, lse = transport.ring(q, k, v, lengths=lengths, kv_lens=kv_lens, q_lens=q_lens, scale=None)
+        out, lse = ring(q, k, v, lengths=lengths, kv_lens=kv_lens, q_lens=q_lens, scale=None)
         run.synchronize()
         for b in range(problem.batch):
             kv_len = problem.total if lens[0] is None else lens[0][b]
@@ -242,6 +249,39 @@ def _sleep(run: Run, cycles: int) -> None:
         torch.cuda._sleep(cycles)
     else:
         time.sleep(cycles * 1e-9)
+
+
+# --- 8 bits -----------------------------------------------------------------------------------------------------------
+
+ERROR_8 = 6e-2  # relative, on normal data, where a rank may have few rows: docs/kernels/int8.md
+
+
+def in_8_bits(run: Run) -> None:
+    """The ring with keys and values in 8 bits on every transport: against float64, then against 16 bits on one GPU."""
+    rings: dict[str, Ring] = {
+        name: partial(ring_int8, transport=run.transport(name), rank=run.rank) for name in run.transports
+    }
+    for name, ring in rings.items():
+        problems = PROBLEMS if run.is_cuda else PROBLEMS[1:5]
+        errors = {problem.name: _error(run, ring, problem) for problem in problems}
+        failures = [f"{case} {value:.1e}" for case, value in errors.items() if not value <= ERROR_8]
+        kind, worst = f"ring attention in 8 bits, {name}", max(errors.values())
+        run.records.append(Check(kind, len(errors), len(failures), dtype_name(run.dtype), _finite(worst), ERROR_8))
+        run.say(f"{name}: worst error {worst:.1e} of {ERROR_8:.0e}; failed: {failures or 'none'}")
+    for total in run.tokens:
+        lengths = Shards.of(total, run.world).sizes
+        start = sum(lengths[: run.rank])
+        whole = _whole(run, 1, total, run.heads, run.heads, run.head_dim, seed=3)
+        own = [x[:, start : start + lengths[run.rank]].contiguous() for x in whole]
+        lens = {"lengths": lengths, "kv_lens": None, "q_lens": None, "scale": None}
+        candidates: Candidates = {ONE_GPU: partial(flash_attention, *whole)}
+        candidates[f"8 bits: {ONE_GPU}"] = partial(flash_attention_int8, *whole)
+        candidates |= {f"8 bits: {name}": partial(ring, *own, **lens) for name, ring in rings.items()}
+        candidates["8 bits: ulysses"] = partial(
+            ulysses_attention, *own, mesh=run.group, lengths=lengths, attention="int8"
+        )
+        _report(run, total, _times(run, candidates, total), ONE_GPU)
+        _write(run, "int8")
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------
@@ -460,6 +500,7 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "stress": stress,
     "host_time": host_time,
     "speed": speed,
+    "int8": in_8_bits,
     "no_p2p": no_p2p,
 }
 BY_NAME: dict[str, Callable[[Run], None]] = {"trace": trace, "without_p2p": without_p2p}

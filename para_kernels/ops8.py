@@ -13,12 +13,20 @@ The CPU's implementation is that arithmetic written out in torch, for tests and 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from para_kernels.ops import _attend_each_sample, _attention_outputs, _capability, _library, _triton
+from para_kernels.ops import (
+    _attend_each_sample,
+    _attention_outputs,
+    _capability,
+    _host_lens,
+    _library,
+    _triton,
+)
 
 K_BLOCK = 128
 HIGHEST_INT8 = 127.0
@@ -89,16 +97,105 @@ def to_e4m3(x: Tensor) -> Tensor:
     return x.clamp(-HIGHEST_E4M3, HIGHEST_E4M3).to(torch.float8_e4m3fn).float()
 
 
+class Piece(NamedTuple):
+    """Keys and values in 8 bits, as one memory that can travel: what is in it is the business of the device.
+
+    Attributes:
+        k, v: int8 and e4m3 (float16 on some GPUs).
+        k_scales, v_scales, k_means: float32.
+    """
+
+    k: Tensor
+    v: Tensor
+    k_scales: Tensor
+    v_scales: Tensor
+    k_means: Tensor
+
+
+def piece_tensors(k_shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tuple[tuple, ...]:
+    """(shape, dtype) of each tensor of the `Piece` of keys and values (B, S, Hk, D) of this dtype."""
+    if device.type == "cuda":
+        return _triton().dispatch8.shapes(tuple(k_shape), dtype, _capability(device))
+    batch, rows, heads, dim = k_shape
+    return (
+        ((batch, rows, heads, dim), torch.int8),
+        ((batch, rows, heads, dim), torch.float8_e4m3fn),
+        ((batch, -(-rows // K_BLOCK), heads, 1), torch.float32),
+        ((batch, 2, heads, dim), torch.float32),
+        ((batch, heads, dim), torch.float32),
+    )
+
+
+def round_piece(k: Tensor, v: Tensor, kv_lens: Tensor | None, piece: Piece) -> None:
+    """Write k and v (B, S, Hk, D), of a size that is not 0, to `piece`: the first kv_lens[b] rows of each sample."""
+    if k.is_cuda:
+        kernels = _triton().dispatch8
+        kernels.keys_forward(k, v, kv_lens, kernels.Keys8(*piece), capability=_capability(k.device))
+        return
+    for b, length in enumerate(_host_lens("kv_lens", kv_lens, k.shape[0], k.shape[1])):
+        if length:
+            keys, values, mean = _rounded(k[b, :length].float(), v[b, :length].float())
+            piece.k[b, :length] = keys.rows.to(torch.int8)
+            piece.v[b, :length] = values.rows.to(torch.float8_e4m3fn)
+            piece.k_scales[b, : -(-length // K_BLOCK)] = keys.scales[::K_BLOCK]
+            piece.v_scales[b] = torch.stack((values.scale, values.mean))
+            piece.k_means[b] = mean
+
+
+def attend_piece(
+    q: Tensor, piece: Piece, rows: int, kv_lens: Tensor | None, q_lens: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention over a piece of `rows` > 0 rows, out (B, Sq, H, D) and lse (B, H, Sq); q of a size that is not 0."""
+    if q.is_cuda:
+        out, lse = _attention_outputs(q)
+        kernels = _triton().dispatch8
+        kernels.attend_keys_forward(
+            q, kernels.Keys8(*piece), rows, out, lse, q_lens, kv_lens, scale, capability=_capability(q.device)
+        )
+        return out, lse
+    samples = iter(range(q.shape[0]))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
+        b, length = next(samples), k.shape[0]
+        if not length:
+            _attend_nothing(out, lse)
+            return
+        scales = piece.k_scales[b].repeat_interleave(K_BLOCK, 0)[:length]
+        values = Values(v.float(), *piece.v_scales[b])
+        _attend_rounded(q, Rounded(k.float(), scales), values, piece.k_means[b], scale, out, lse)
+
+    return _attend_each_sample(attend, q, piece.k, piece.v, kv_lens, q_lens, scale)
+
+
+def _rounded(k: Tensor, v: Tensor) -> tuple[Rounded, Values, Tensor]:
+    """Keys without their mean, values, and that mean; k, v (S, Hk, D) float32, S > 0."""
+    mean = k.mean(0)
+    return round_to_int8(k - mean, K_BLOCK), round_values(v), mean
+
+
 def _attend_8_bit(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
     """Attention of one sample, q (Sq, H, D) over k, v (Sk, Hk, D), into out (Sq, H, D) and lse (H, Sq)."""
-    if k.shape[0] == 0 or q.shape[0] == 0:
-        out.zero_()
-        lse.fill_(float("-inf"))
-        return
-    groups = q.shape[1] // k.shape[1]
-    q, k, v = q.float(), k.float().repeat_interleave(groups, 1), v.float().repeat_interleave(groups, 1)
-    k_mean = k.mean(0)
-    queries, keys, values = round_to_int8(q, 1), round_to_int8(k - k_mean, K_BLOCK), round_values(v)
+    if k.shape[0]:
+        _attend_rounded(q, *_rounded(k.float(), v.float()), scale, out, lse)
+    else:
+        _attend_nothing(out, lse)
+
+
+def _attend_nothing(out: Tensor, lse: Tensor) -> None:
+    out.zero_()
+    lse.fill_(float("-inf"))
+
+
+def _attend_rounded(
+    q: Tensor, keys: Rounded, values: Values, k_mean: Tensor, scale: float, out: Tensor, lse: Tensor
+) -> None:
+    """As `_attend_8_bit`, over keys and values in 8 bits, at least one."""
+    groups = q.shape[1] // keys.rows.shape[1]
+    q = q.float()
+    keys = Rounded(*(x.repeat_interleave(groups, 1) for x in keys))
+    values = Values(values.rows.repeat_interleave(groups, 1), *(x.repeat_interleave(groups, 0) for x in values[1:]))
+    k_mean = k_mean.repeat_interleave(groups, 0)
+    queries = round_to_int8(q, 1)
     key_scales = keys.scales.permute(1, 2, 0) * (scale * math.log2(math.e))
     for first in range(0, q.shape[0], _ROWS_AT_A_TIME):
         rows = slice(first, first + _ROWS_AT_A_TIME)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import time
@@ -120,13 +121,17 @@ def meshes(world: int) -> dict[str, Callable[..., Any]]:
     return found
 
 
-def attention_cases(rank: int, world: int) -> dict[tuple[str, str], tuple[float, float, list]]:
+def attention_cases(rank: int, world: int, **how: str) -> dict[tuple[str, str], tuple[float, float, list]]:
     """Per way and case: errors of out and lse against float64 on the whole sequence, and what is wrong else."""
     results = {}
     for way, attend in meshes(world).items():
         for case in CASES:
-            results[way, case.name] = attention_case(rank, world, case, attend)
+            results[way, case.name] = attention_case(rank, world, case, functools.partial(attend, **how))
     return results
+
+
+def attention8_cases(rank: int, world: int) -> dict[tuple[str, str], tuple[float, float, list]]:
+    return attention_cases(rank, world, attention="int8")
 
 
 def attention_case(rank: int, world: int, case: Case, attend: Callable[..., Any]) -> tuple[float, float, list]:
@@ -272,6 +277,8 @@ def refusals(rank: int, world: int) -> dict[str, str]:
                 else ring(scale=2.0)
             ),
             "transport": told(ring(transport="tcp")),
+            "attention": told(ring(attention="int4")),
+            "attention of one": told(ring(attention="int8" if odd else "exact")),
         }
     results["grad"] = told(ring(q.clone().requires_grad_() if odd else q, scale=3.0))
     results["afterwards"] = told(ring())

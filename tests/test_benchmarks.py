@@ -1048,13 +1048,18 @@ def test_the_kept_demo_writes_its_record_and_pictures(tmp_path: Path, monkeypatc
 
 def test_the_report_on_several_gpus_rehearses_without_any(tmp_path: Path) -> None:
     """Two processes over gloo, tiny shapes."""
-    printed = torchrun("benchmarks.ring_report", "--out", str(tmp_path), "--only", "stress,no_p2p,speed,host_time")
+    printed = torchrun("benchmarks.ring_report", "--out", str(tmp_path), "--only", "stress,no_p2p,speed,int8,host_time")
     assert "failed: none" in printed
     (stress,) = record.read_records("ring-stress", tmp_path)
     assert (stress["cases"], stress["passed"]) == (5, True)
     speed = record.read_records("ring-speed", tmp_path)
     assert {row["kernel"] for row in speed} == {"collective", "ulysses"}
     assert all(row["peer"] == "flash_attention on one GPU" and row["ratio"] > 0 for row in speed)
+    right, *in_8_bits = record.read_records("ring-int8", tmp_path)
+    assert (right["check"], right["passed"]) == ("ring attention in 8 bits, collective", True)
+    assert [row["kernel"] for row in in_8_bits] == [
+        f"8 bits: {name}" for name in ("flash_attention on one GPU", "collective", "ulysses")
+    ]
 
 
 # --- the ring's picture -----------------------------------------------------------------------------------------------

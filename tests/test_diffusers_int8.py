@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import int8_ranks
 import pytest
+import ranks
 import torch
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import HunyuanVideoPipeline
 from reference import error
@@ -11,9 +13,11 @@ from torch import Tensor
 
 from para_kernels import flash_attention
 from para_kernels.attention8 import flash_attention_int8
-from para_kernels.integrations.diffusers import accelerate, apply_cache_on_pipe, parallelize_pipe
+from para_kernels.integrations.diffusers import accelerate, apply_cache_on_pipe
 from para_kernels.integrations.diffusers.generate import Acceleration
 from para_kernels.integrations.diffusers.toy import TOY_PIPELINE
+
+ranks.preload("int8_ranks")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,11 +71,22 @@ def test_changes_the_output_slightly_and_is_taken_off() -> None:
     assert torch.equal(generate(pipe), stock)
 
 
-def test_is_refused_before_the_work_is_spread() -> None:
-    pipe = tiny_pipeline()
-    accelerate(pipe, attention="int8")
-    with pytest.raises(ValueError, match="pipe: has attention 'int8', which is for one process"):
-        parallelize_pipe(pipe)
+def test_over_ranks() -> None:
+    first, second = ranks.launch(2, int8_ranks.run, timeout=300.0)
+    assert isinstance(first, dict), first
+    assert isinstance(second, dict), second
+    for name in int8_ranks.WAYS:
+        seen = first[name]
+        assert seen["output"] == second[name]["output"], name
+        # A piece of the keys has a mean and scales of its own.
+        assert 1e-6 < seen["from exact"] < 0.1, name
+        assert seen["from one process"] < 0.1, name
+        assert seen["same decisions"], name
+        assert seen["summary"].startswith("attention   int8, "), name
+        assert seen["exact again"] <= 1e-5, name
+    assert first["by hand"] == {"kept": True}
+    for seen in (first, second):
+        assert seen["differ"]["said"].startswith('attention: got "int8" on rank 1, must be "exact"')
 
 
 def test_the_command_lines_choice_reaches_the_pipe() -> None:

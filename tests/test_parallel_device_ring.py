@@ -96,6 +96,62 @@ def test_attends_the_whole_sequence(name: str, world: int, delay_us: int, librar
         assert max(result) <= 1e-5, result
 
 
+# Bytes of up to three ranks: next to nothing, none, more than all before (the buffers grow).
+SIZES = ((5, 2000, 1024), (0, 3000, 1), (0, 0, 0), (4096, 0, 70000), (5, 2000, 1024))
+
+
+def bytes_of_others(rank: int, world: int, name: str, library: str, delay_us: int, layers: int) -> list[str]:
+    """What is wrong with the bytes that go round, in layers between which the ranks run apart."""
+    random.seed(rank)
+    transport = make(name, library, delay_us)
+    wrong: list[str] = []
+
+    def content(layer: int, owner: int, size: int) -> torch.Tensor:
+        return torch.randint(256, (size,), generator=torch.Generator().manual_seed(100 * layer + owner)).byte()
+
+    def one(layer: int, sizes: tuple[int, ...]) -> None:
+        used: list[int] = []
+
+        def fill(memory: torch.Tensor) -> None:
+            transport._launch(lambda: memory.copy_(content(layer, rank, sizes[rank])))
+
+        def use(owner: int, memory: torch.Tensor) -> None:
+            used.append(owner)
+            transport._launch(lambda: compare(owner, memory))
+
+        def compare(owner: int, memory: torch.Tensor) -> None:
+            if not torch.equal(memory, content(layer, owner, sizes[owner])):
+                wrong.append(f"layer {layer}: the bytes of rank {owner}")
+
+        transport.circulate(sizes, fill, use)
+        there = [(rank + t) % world for t in range(world) if sizes[(rank + t) % world]]
+        if used != there:
+            wrong.append(f"layer {layer}: {used}, not {there}")
+
+    for layer in range(layers):
+        one(layer, SIZES[layer // 2 % len(SIZES)][:world])
+        if layer % 5 == 4:  # attention in 16 bits between them, by the same buffers
+            q = torch.randn(1, 4 * world, 2, 8, generator=torch.Generator().manual_seed(layer))
+            mine = slice(4 * rank, 4 * rank + 4)
+            out, _ = transport.ring(
+                q[:, mine], q[:, mine], q[:, mine], lengths=(4,) * world, kv_lens=None, q_lens=None, scale=None
+            )
+            transport._synchronize()
+            if error(out, attention_batch(q, q, q)[0][:, mine]) > 1e-5:
+                wrong.append(f"layer {layer}: attention")
+        if random.random() < 0.3:
+            time.sleep(random.random() * 0.02)
+    transport.close()
+    raise_on_failure()
+    return wrong
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("world", "delay_us"), [(2, 0), (3, 100)])
+def test_brings_the_bytes_of_every_rank(name: str, world: int, delay_us: int, library: str) -> None:
+    assert launch(world, bytes_of_others, name, library, delay_us, 30) == [[]] * world
+
+
 def ahead(rank: int, world: int, name: str, library: str) -> float:
     """Rank 0 needs no keys of the others, which are slow: nothing but their credits keeps it from its slots."""
     torch.manual_seed(0)
@@ -119,7 +175,7 @@ def test_a_rank_that_runs_ahead_waits_for_its_slots(name: str, library: str) -> 
     assert max(results) <= 1e-5
 
 
-def lone(rank: int, world: int, name: str, library: str, way: str) -> tuple[str, float]:
+def lone(rank: int, world: int, name: str, library: str, way: str, kind: str) -> tuple[str, float]:
     """Rank 1 takes part in two layers, then does not come, or dies; what rank 0 is told, and how long that took."""
     transport = make(name, library)
     q = torch.ones(1, 4, 2, 8)
@@ -133,7 +189,10 @@ def lone(rank: int, world: int, name: str, library: str, way: str) -> tuple[str,
             set_layer(layer)
             started = time.monotonic()
             with deadline(1.5 if way == "sleeps" else 60.0):
-                transport.ring(q, q, q, lengths=(4,) * world, kv_lens=None, q_lens=None, scale=None)
+                if kind == "attention":
+                    transport.ring(q, q, q, lengths=(4,) * world, kv_lens=None, q_lens=None, scale=None)
+                else:
+                    transport.circulate((4,) * world, lambda memory: None, lambda owner, memory: None)
                 transport._synchronize()
                 transport.check()
     except RankFailure as failure:
@@ -143,17 +202,19 @@ def lone(rank: int, world: int, name: str, library: str, way: str) -> tuple[str,
     return "nothing", 0.0
 
 
+@pytest.mark.parametrize("kind", ["attention", "bytes"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_rank_that_does_not_come_is_named(name: str, library: str) -> None:
-    message, seconds = launch(2, lone, name, library, "sleeps", lost=1)[0]
+def test_a_rank_that_does_not_come_is_named(name: str, kind: str, library: str) -> None:
+    message, seconds = launch(2, lone, name, library, "sleeps", kind, lost=1)[0]
     assert message.startswith("rank 0 waited 1.")
     assert "K and V of rank 1 in layer 2" in message
     assert 1.4 <= seconds < 10
 
 
+@pytest.mark.parametrize("kind", ["attention", "bytes"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_rank_that_died_is_noticed_before_the_timeout(name: str, library: str) -> None:
-    message, seconds = launch(2, lone, name, library, "dies", lost=1)[0]
+def test_a_rank_that_died_is_noticed_before_the_timeout(name: str, kind: str, library: str) -> None:
+    message, seconds = launch(2, lone, name, library, "dies", kind, lost=1)[0]
     assert message.startswith("rank 0 lost rank 1, whose process has ended")
     assert "layer 2" in message
     assert seconds < 10

@@ -69,14 +69,14 @@ def test_quantisation(capability: tuple[int, int]) -> None:
         {"BLOCK_D": 128, "MOST_CHUNKS": quantize_int8._MOST_CHUNKS}, capability, quantize_int8._WARPS,
     )  # fmt: skip
     outputs = {"q_out": "*i8", "k_out": "*i8", "v_out": f"*{values}", "k_means": "*fp32", "scale": "fp32"}
-    quantise = compile_kernel(
-        quantize_int8._quantise, sources | lens | outputs | dict.fromkeys(SCALES, "*fp32"),
-        shape | {"PERMUTED": capability == (9, 0)}, capability, quantize_int8._WARPS,
-    )  # fmt: skip
-    for usage in (sums, finish, quantise):
+    types = sources | lens | outputs | dict.fromkeys(SCALES, "*fp32")
+    permuted = {"PERMUTED": capability == (9, 0)}
+    keys = compile_kernel(quantize_int8._quantise_keys, types, shape | permuted, capability, quantize_int8._WARPS)
+    queries = compile_kernel(quantize_int8._quantise_queries, types, shape, capability, quantize_int8._WARPS)
+    for usage in (sums, finish, keys, queries):
         assert usage.spilled_bytes == 0
-    assert "ld.global.v4.b32" in sums.ptx, "16-byte loads"
-    assert "ld.global.v4.b32" in quantise.ptx, "16-byte loads"
+    for usage in (sums, keys, queries):
+        assert "ld.global.v4.b32" in usage.ptx, "16-byte loads"
 
 
 def compile_hopper_attention(variant: Int8Variant, head_dim: int, dtype: torch.dtype) -> Usage:

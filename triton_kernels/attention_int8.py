@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .launch import Launcher
-from .quantize_int8 import K_BLOCK, Quantised, _length
+from .quantize_int8 import K_BLOCK, Keys8, Queries8, _length
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -152,8 +152,9 @@ def _launcher(
 
 
 def attention_int8_forward(
-    x: Quantised,
-    k_shape: torch.Size,
+    queries: Queries8,
+    keys: Keys8,
+    rows_k: int,
     out: torch.Tensor,
     lse: torch.Tensor,
     q_lens: torch.Tensor | None,
@@ -162,16 +163,18 @@ def attention_int8_forward(
 ) -> None:
     """Launch the kernel; writes `out` (B, Sq, H, D) and `lse` (B, H, Sq) float32, both contiguous.
 
-    `x` is the input without permuted keys, `k_shape` that of the keys, (B, Sk, Hk, D).
+    `rows_k` is Sk; the values' keys are not permuted.
     """
     batch, rows_q, heads, head_dim = out.shape
-    block_d = x.q.shape[3]
-    config = int8_config(x.v.dtype, block_d)
-    launcher = _launcher(out.device, x.v.dtype, out.dtype, head_dim, block_d, q_lens is not None, kv_lens is not None)
+    block_d = queries.q.shape[3]
+    config = int8_config(keys.v.dtype, block_d)
+    launcher = _launcher(
+        out.device, keys.v.dtype, out.dtype, head_dim, block_d, q_lens is not None, kv_lens is not None
+    )
     launcher(
-        (triton.cdiv(rows_q, config.block_m) * heads * batch, 1, 1), x.q, x.k, x.v, x.q_scales, x.k_scales, x.v_scales,
-        x.means_of_scores, out, lse, q_lens, kv_lens, scale * _LOG2_E.value, rows_q, k_shape[1], heads,
-        heads // k_shape[2], x.q.shape[2], x.k.shape[2],
+        (triton.cdiv(rows_q, config.block_m) * heads * batch, 1, 1), queries.q, keys.k, keys.v, queries.q_scales,
+        keys.k_scales, keys.v_scales, queries.means_of_scores, out, lse, q_lens, kv_lens, scale * _LOG2_E.value, rows_q,
+        rows_k, heads, heads // keys.k.shape[1], queries.q.shape[2], keys.k.shape[2],
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import attention_int8, hopper_attention_int8
-from .quantize_int8 import quantise
+from .quantize_int8 import Keys8, new_keys, quantise_keys, quantise_queries, shapes_of_keys
 
 _HOPPER = (9, 0)
 
@@ -31,18 +31,62 @@ def attention_int8_forward(
         out.zero_()
         lse.fill_(float("-inf"))
         return
-    if capability == _HOPPER and hopper_attention_int8.takes(q.dtype, q.shape[3]):
-        x = quantise(q, k, v, q_lens, kv_lens, scale, values=torch.float8_e4m3fn, permuted=True)
-        hopper_attention_int8.hopper_attention_int8_forward(x, k.shape, out, lse, q_lens, kv_lens, scale)
-    else:
-        values = attention_int8.value_type(capability)
-        x = quantise(q, k, v, q_lens, kv_lens, scale, values=values, permuted=False)
-        attention_int8.attention_int8_forward(x, k.shape, out, lse, q_lens, kv_lens, scale)
+    keys = new_keys(k, value_type(capability, k.dtype, k.shape[3]))
+    keys_forward(k, v, kv_lens, keys, capability=capability)
+    attend_keys_forward(q, keys, k.shape[1], out, lse, q_lens, kv_lens, scale, capability=capability)
+
+
+def shapes(
+    k_shape: tuple[int, ...], dtype: torch.dtype, capability: tuple[int, int]
+) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """Shape and dtype of each tensor that `keys_forward` writes for keys and values of this shape and dtype."""
+    batch, rows, kv_heads, head_dim = k_shape
+    return shapes_of_keys(batch, rows, kv_heads, head_dim, value_type(capability, dtype, head_dim))
+
+
+def keys_forward(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_lens: torch.Tensor | None,
+    keys: Keys8,
+    *,
+    capability: tuple[int, int],
+) -> None:
+    """Write k and v, (B, Sk, Hk, D) of a size that is not 0, to `keys` in 8 bits."""
+    quantise_keys(k, v, kv_lens, keys, permuted=_is_hopper(capability, k.dtype, k.shape[3]))
+
+
+def attend_keys_forward(
+    q: torch.Tensor,
+    keys: Keys8,
+    rows_k: int,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q_lens: torch.Tensor | None,
+    kv_lens: torch.Tensor | None,
+    scale: float,
+    *,
+    capability: tuple[int, int],
+) -> None:
+    """Quantise the queries and attend over `keys`, of `rows_k` rows, which `keys_forward` has written."""
+    queries = quantise_queries(q, keys.k_means, q_lens, scale)
+    hopper = _is_hopper(capability, q.dtype, q.shape[3])
+    kernel = hopper_attention_int8.hopper_attention_int8_forward if hopper else attention_int8.attention_int8_forward
+    kernel(queries, keys, rows_k, out, lse, q_lens, kv_lens, scale)
+
+
+def value_type(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> torch.dtype:
+    """Of the values in 8 bits, or in what the chip has instead."""
+    return torch.float8_e4m3fn if _is_hopper(capability, dtype, head_dim) else attention_int8.value_type(capability)
+
+
+def _is_hopper(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> bool:
+    return capability == _HOPPER and hopper_attention_int8.takes(dtype, head_dim)
 
 
 def kernel_name(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> str:
     """What runs."""
-    if capability == _HOPPER and hopper_attention_int8.takes(dtype, head_dim):
+    if _is_hopper(capability, dtype, head_dim):
         return "Gluon, warp-specialised, int8 and e4m3"
     values = "e4m3" if attention_int8.value_type(capability) == torch.float8_e4m3fn else "float16"
     return f"Triton, int8 and {values}"

@@ -66,7 +66,7 @@ from .hopper_parts import (
     _write_rows,
 )
 from .launch import Launcher, MakeDescriptor
-from .quantize_int8 import K_BLOCK, Quantised
+from .quantize_int8 import K_BLOCK, Keys8, Queries8
 
 _ROWS = gl.constexpr(ROWS)
 _K_BLOCK = gl.constexpr(K_BLOCK)
@@ -760,8 +760,9 @@ def _plan(
 
 
 def hopper_attention_int8_forward(
-    x: Quantised,
-    k_shape: torch.Size,
+    queries: Queries8,
+    keys: Keys8,
+    rows_k: int,
     out: torch.Tensor,
     lse: torch.Tensor,
     q_lens: torch.Tensor | None,
@@ -771,20 +772,21 @@ def hopper_attention_int8_forward(
 ) -> None:
     """Launch the kernel; writes `out` (B, Sq, H, D) and `lse` (B, H, Sq) float32, both contiguous.
 
-    `x` is the input with permuted keys of the values, `k_shape` that of the keys, (B, Sk, Hk, D); D is 64 or 128, and
-    `out` bfloat16 or float16. Without a `variant`, it is that of `VARIANTS`.
+    `rows_k` is Sk; the values' keys are permuted; D is 64 or 128, and `out` bfloat16 or float16. Without a `variant`,
+    it is that of `VARIANTS`.
     """
     head_dim = out.shape[3]
-    plan = _plan(out.shape, k_shape[1], out.dtype, out.device, variant or VARIANTS[head_dim])
+    plan = _plan(out.shape, rows_k, out.dtype, out.device, variant or VARIANTS[head_dim])
     flags = (q_lens is not None) * _HAS_Q_LENS.value | (kv_lens is not None) * _HAS_KV_LENS.value
     # A pointer that is not followed stands in for lengths that are not given: None would be another compiled variant.
     unused = out.view(torch.int32) if q_lens is None or kv_lens is None else None
-    descriptors = ((t, tuple(t.shape), t.stride()) for t in (x.q, x.k, x.v))
+    descriptors = ((t, tuple(t.shape), t.stride()) for t in (queries.q, keys.k, keys.v))
     plan.launcher(
-        (plan.programs, 1, 1), *descriptors, x.q_scales, x.k_scales, x.v_scales, x.means_of_scores, out, lse,
+        (plan.programs, 1, 1), *descriptors, queries.q_scales, keys.k_scales, keys.v_scales,
+        queries.means_of_scores, out, lse,
         unused if q_lens is None else q_lens, unused if kv_lens is None else kv_lens, scale * _LOG2_E,
-        out.shape[2] // k_shape[2], out.shape[1], k_shape[1], flags, out.shape[2], plan.blocks, plan.tiles,
-        x.q.shape[2], x.k.shape[2],
+        out.shape[2] // keys.k.shape[1], out.shape[1], rows_k, flags, out.shape[2], plan.blocks, plan.tiles,
+        queries.q.shape[2], keys.k.shape[2],
     )  # fmt: skip
 
 

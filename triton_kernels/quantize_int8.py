@@ -34,23 +34,36 @@ _Q_BLOCK = tl.constexpr(Q_BLOCK)
 _K_BLOCK = tl.constexpr(K_BLOCK)
 
 
-class Quantised(NamedTuple):
-    """What the attention kernels read. S' and D' are padded; blocks that lie past a sample's length are not written.
+class Keys8(NamedTuple):
+    """Keys and values as the attention kernels read them. S' and D' are padded; blocks past a sample's length are not
+    written.
 
     Attributes:
-        q, k: int8 (B, H, Sq', D') and (B, Hk, Sk', D').
+        k: int8 (B, Hk, Sk', D').
         v: (B, Hk, D', Sk'), e4m3, or float16 for chips whose tensor cores have no e4m3; keys perhaps permuted.
-        q_scales, k_scales: float32 (B, H, Sq') and (B, Hk, Sk' / 128).
+        k_scales: float32 (B, Hk, Sk' / 128).
         v_scales: float32 (B, Hk, 2, D'): scale and mean of each channel.
+        k_means: float32 (B, Hk, D'), what the keys have lost.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    k_scales: torch.Tensor
+    v_scales: torch.Tensor
+    k_means: torch.Tensor
+
+
+class Queries8(NamedTuple):
+    """Queries as the attention kernels read them, for certain keys.
+
+    Attributes:
+        q: int8 (B, H, Sq', D').
+        q_scales: float32 (B, H, Sq').
         means_of_scores: float32 (B, H, Sq'): softmax's scale times query times the keys' mean, which the scores lack.
     """
 
     q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
     q_scales: torch.Tensor
-    k_scales: torch.Tensor
-    v_scales: torch.Tensor
     means_of_scores: torch.Tensor
 
 
@@ -173,77 +186,114 @@ def _store_int8(x, scale, out, BLOCK_D: tl.constexpr):
 
 
 @triton.jit(
+    do_not_specialize=("scale", "rows_q", "heads", "kv_heads", "padded_q", "stride_qb", "stride_qs", "stride_qh"),
+    do_not_specialize_on_alignment=("q_lens",),
+)
+def _quantise_queries(
+    q, q_lens, k_means, q_out, q_scales, means_of_scores, scale, rows_q, heads, kv_heads, padded_q,
+    stride_qb, stride_qs, stride_qh,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """One block of a head's queries."""
+    stride_qb, stride_qs, stride_qh = _whole(stride_qb, VEC), _whole(stride_qs, VEC), _whole(stride_qh, VEC)
+    batch = tl.program_id(1)
+    blocks = padded_q // _Q_BLOCK
+    head = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    q_len = _length(q_lens, batch, rows_q)
+    if block * _Q_BLOCK < q_len:
+        own = tl.arange(0, _Q_BLOCK)
+        x = _rows(
+            q, batch, head, block * _Q_BLOCK + own, q_len, stride_qb, stride_qs, stride_qh, D, BLOCK_D
+        )  # fmt: skip
+        kv_head = batch * kv_heads + head // (heads // kv_heads)
+        k_mean = tl.load(k_means + kv_head * BLOCK_D + tl.arange(0, BLOCK_D))
+        at = (batch * heads + head).to(tl.int64) * padded_q + block * _Q_BLOCK
+        tl.store(means_of_scores + at + own, tl.sum(x * k_mean[None, :], 1) * scale)
+        q_scale = _scale_of(_largest_of_rows(x))
+        tl.store(q_scales + at + own, q_scale)
+        _store_int8(x, q_scale[:, None], q_out + at * BLOCK_D, BLOCK_D)
+
+
+@triton.jit(
     do_not_specialize=(
-        "scale", "rows_q", "rows_k", "heads", "kv_heads", "padded_q", "padded_k", "stride_qb", "stride_qs", "stride_qh",
-        "stride_kb", "stride_ks", "stride_kh", "stride_vb", "stride_vs", "stride_vh",
+        "rows_k", "kv_heads", "padded_k", "stride_kb", "stride_ks", "stride_kh", "stride_vb", "stride_vs", "stride_vh",
     ),
-    do_not_specialize_on_alignment=("q_lens", "kv_lens"),
+    do_not_specialize_on_alignment=("kv_lens",),
 )  # fmt: skip
-def _quantise(
-    q, k, v, q_lens, kv_lens, k_means, v_scales, q_out, k_out, v_out, q_scales, k_scales, means_of_scores, scale,
-    rows_q, rows_k, heads, kv_heads, padded_q, padded_k,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+def _quantise_keys(
+    k, v, kv_lens, k_means, v_scales, k_out, v_out, k_scales, rows_k, kv_heads, padded_k,
+    stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     D: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr, PERMUTED: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries, of keys or of values: blocks of a head, first all queries', then the keys' and values'."""
-    stride_qb, stride_qs, stride_qh = _whole(stride_qb, VEC), _whole(stride_qs, VEC), _whole(stride_qh, VEC)
+    """One block of a head's keys or values: first all of the keys', then the values'."""
     stride_kb, stride_ks, stride_kh = _whole(stride_kb, VEC), _whole(stride_ks, VEC), _whole(stride_kh, VEC)
     stride_vb, stride_vs, stride_vh = _whole(stride_vb, VEC), _whole(stride_vs, VEC), _whole(stride_vh, VEC)
     batch = tl.program_id(1)
-    q_blocks = padded_q // _Q_BLOCK
-    k_blocks = padded_k // _K_BLOCK
+    blocks = padded_k // _K_BLOCK
     pid = tl.program_id(0)
+    is_value = pid >= blocks * kv_heads
+    rest = tl.where(is_value, pid - blocks * kv_heads, pid)
+    head = rest // blocks
+    block = rest % blocks
+    of_head = batch * kv_heads + head
+    kv_len = _length(kv_lens, batch, rows_k)
     cols = tl.arange(0, BLOCK_D)
-    if pid < q_blocks * heads:
-        head = pid // q_blocks
-        block = pid % q_blocks
-        q_len = _length(q_lens, batch, rows_q)
-        if block * _Q_BLOCK < q_len:
-            rows = block * _Q_BLOCK + tl.arange(0, _Q_BLOCK)
-            x = _rows(q, batch, head, rows, q_len, stride_qb, stride_qs, stride_qh, D, BLOCK_D)
-            k_mean = tl.load(k_means + (batch * kv_heads + head // (heads // kv_heads)) * BLOCK_D + cols)
-            at = (batch * heads + head).to(tl.int64) * padded_q + block * _Q_BLOCK
-            own = tl.arange(0, _Q_BLOCK)
-            tl.store(means_of_scores + at + own, tl.sum(x * k_mean[None, :], 1) * scale)
-            q_scale = _scale_of(_largest_of_rows(x))
-            tl.store(q_scales + at + own, q_scale)
-            _store_int8(x, q_scale[:, None], q_out + at * BLOCK_D, BLOCK_D)
-    else:
-        rest = pid - q_blocks * heads
-        is_value = rest >= k_blocks * kv_heads
-        rest = tl.where(is_value, rest - k_blocks * kv_heads, rest)
-        head = rest // k_blocks
-        block = rest % k_blocks
-        of_head = batch * kv_heads + head
-        kv_len = _length(kv_lens, batch, rows_k)
-        if block * _K_BLOCK < kv_len:
-            own = tl.arange(0, _K_BLOCK)
-            if is_value:
-                if PERMUTED:  # in each 16: 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15
-                    own = own // 16 * 16 + own // 2 % 2 * 8 + own % 16 // 4 * 2 + own % 2
-                rows = block * _K_BLOCK + own
-                x = _rows(v, batch, head, rows, kv_len, stride_vb, stride_vs, stride_vh, D, BLOCK_D)
-                v_scale = tl.load(v_scales + of_head * 2 * BLOCK_D + cols)
-                v_mean = tl.load(v_scales + (of_head * 2 + 1) * BLOCK_D + cols)
-                x = (x - v_mean[None, :]) * (1.0 / v_scale)[None, :]
-                x = tl.where((rows < kv_len)[:, None], tl.clamp(x, -_HIGHEST_VALUE, _HIGHEST_VALUE), 0.0)
-                out = v_out + of_head.to(tl.int64) * BLOCK_D * padded_k + block * _K_BLOCK
-                offsets = cols.to(tl.int64)[:, None] * padded_k + tl.arange(0, _K_BLOCK)[None, :]
-                tl.store(out + offsets, tl.trans(x).to(v_out.dtype.element_ty))
-            else:
-                rows = block * _K_BLOCK + own
-                x = _rows(k, batch, head, rows, kv_len, stride_kb, stride_ks, stride_kh, D, BLOCK_D)
-                k_mean = tl.load(k_means + of_head * BLOCK_D + cols)
-                x = tl.where((rows < kv_len)[:, None], x - k_mean[None, :], 0.0)
-                at = of_head.to(tl.int64) * padded_k + block * _K_BLOCK
-                largest = _largest_of_rows(x)
-                # The sum is 0, or NaN where a row's is.
-                k_scale = _scale_of(tl.max(largest, 0) + tl.sum(largest * 0.0, 0))
-                tl.store(k_scales + of_head * k_blocks + block, k_scale)
-                _store_int8(x, k_scale, k_out + at * BLOCK_D, BLOCK_D)
+    if block * _K_BLOCK < kv_len:
+        own = tl.arange(0, _K_BLOCK)
+        if is_value:
+            if PERMUTED:  # in each 16: 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15
+                own = own // 16 * 16 + own // 2 % 2 * 8 + own % 16 // 4 * 2 + own % 2
+            rows = block * _K_BLOCK + own
+            x = _rows(v, batch, head, rows, kv_len, stride_vb, stride_vs, stride_vh, D, BLOCK_D)
+            v_scale = tl.load(v_scales + of_head * 2 * BLOCK_D + cols)
+            v_mean = tl.load(v_scales + (of_head * 2 + 1) * BLOCK_D + cols)
+            x = (x - v_mean[None, :]) * (1.0 / v_scale)[None, :]
+            x = tl.where((rows < kv_len)[:, None], tl.clamp(x, -_HIGHEST_VALUE, _HIGHEST_VALUE), 0.0)
+            out = v_out + of_head.to(tl.int64) * BLOCK_D * padded_k + block * _K_BLOCK
+            offsets = cols.to(tl.int64)[:, None] * padded_k + tl.arange(0, _K_BLOCK)[None, :]
+            tl.store(out + offsets, tl.trans(x).to(v_out.dtype.element_ty))
+        else:
+            rows = block * _K_BLOCK + own
+            x = _rows(k, batch, head, rows, kv_len, stride_kb, stride_ks, stride_kh, D, BLOCK_D)
+            k_mean = tl.load(k_means + of_head * BLOCK_D + cols)
+            x = tl.where((rows < kv_len)[:, None], x - k_mean[None, :], 0.0)
+            at = of_head.to(tl.int64) * padded_k + block * _K_BLOCK
+            largest = _largest_of_rows(x)
+            # The sum is 0, or NaN where a row's is.
+            k_scale = _scale_of(tl.max(largest, 0) + tl.sum(largest * 0.0, 0))
+            tl.store(k_scales + of_head * blocks + block, k_scale)
+            _store_int8(x, k_scale, k_out + at * BLOCK_D, BLOCK_D)
 
 
-class _Plan(NamedTuple):
+# --- launches ---------------------------------------------------------------------------------------------------------
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """D'."""
+    return max(LEAST_HEAD_DIM, 1 << (head_dim - 1).bit_length())
+
+
+def shapes_of_keys(
+    batch: int, rows: int, kv_heads: int, head_dim: int, values: torch.dtype
+) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """Shape and dtype of each tensor of `Keys8`, for keys and values (B, rows, Hk, D)."""
+    padded, d = -(-rows // K_BLOCK) * K_BLOCK, padded_head_dim(head_dim)
+    return (
+        ((batch, kv_heads, padded, d), torch.int8),
+        ((batch, kv_heads, d, padded), values),
+        ((batch, kv_heads, padded // K_BLOCK), torch.float32),
+        ((batch, kv_heads, 2, d), torch.float32),
+        ((batch, kv_heads, d), torch.float32),
+    )
+
+
+def new_keys(k: torch.Tensor, values: torch.dtype) -> Keys8:
+    """Memory for the keys `k` (B, Sk, Hk, D) and their values."""
+    return Keys8(*(torch.empty(s, dtype=dtype, device=k.device) for s, dtype in shapes_of_keys(*k.shape, values)))
+
+
+class _KeysPlan(NamedTuple):
     """The launches' constants and numbers."""
 
     sums: Launcher
@@ -251,102 +301,93 @@ class _Plan(NamedTuple):
     quantise: Launcher
     chunks: int
     blocks_of_chunk: int
-    padded_q: int
-    padded_k: int
-    block_d: int
-    q_strides: tuple[int, ...]
-    kv_strides: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(
-    q_shape: tuple[int, ...],
+def _keys_plan(
     k_shape: tuple[int, ...],
-    q_stride: tuple[int, ...],
     k_stride: tuple[int, ...],
     v_stride: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
     permuted: bool,
-    q_lens: bool,
     kv_lens: bool,
-) -> _Plan:
-    """`q_lens` and `kv_lens` tell whether they are given, `permuted` whether values' keys are."""
-    head_dim = q_shape[3]
-    block_d = max(LEAST_HEAD_DIM, triton.next_power_of_2(head_dim))
-    strides = [*q_stride[:3], *k_stride[:3], *v_stride[:3]]
+) -> _KeysPlan:
+    """`kv_lens` tells whether it is given, `permuted` whether values' keys are."""
+    vec, strides = _in_vectors(dtype, *k_stride[:3], *v_stride[:3])
+    blocks = triton.cdiv(k_shape[1], K_BLOCK)
+    blocks_of_chunk = max(2, triton.cdiv(blocks, _MOST_CHUNKS))
+    launchers = _launchers_of_keys(device, k_shape[3], vec, permuted, dtype, kv_lens)
+    return _KeysPlan(*launchers, triton.cdiv(blocks, blocks_of_chunk), blocks_of_chunk, strides)
+
+
+def _in_vectors(dtype: torch.dtype, *strides: int) -> tuple[int, tuple[int, ...]]:
+    """How many elements 16 bytes have, and the strides in such vectors; 1 where a stride is no multiple."""
     vec = 16 // dtype.itemsize
     if any(stride % vec for stride in strides):
         vec = 1
-    padded_q = triton.cdiv(q_shape[1], _PAD_Q) * _PAD_Q
-    padded_k = triton.cdiv(k_shape[1], K_BLOCK) * K_BLOCK
-    blocks_of_chunk = max(2, triton.cdiv(padded_k // K_BLOCK, _MOST_CHUNKS))
-    chunks = triton.cdiv(padded_k // K_BLOCK, blocks_of_chunk)
-    shorter = tuple(stride // vec for stride in strides)
-    return _Plan(
-        *_launchers(device, head_dim, block_d, vec, permuted, dtype, q_lens, kv_lens), chunks, blocks_of_chunk,
-        padded_q, padded_k, block_d, shorter[:3], shorter[3:],
-    )  # fmt: skip
+    return vec, tuple(stride // vec for stride in strides)
 
 
+# `dtype` and whether lengths are given are not read: one launcher for each, since it follows its last compiled variant.
 @functools.cache
-def _launchers(
-    device: torch.device, head_dim: int, block_d: int, vec: int, permuted: bool, dtype: torch.dtype, q_lens: bool,
-    kv_lens: bool,
-) -> tuple[Launcher, Launcher, Launcher]:  # fmt: skip
+def _launchers_of_keys(
+    device: torch.device, head_dim: int, vec: int, permuted: bool, dtype: torch.dtype, kv_lens: bool
+) -> tuple[Launcher, Launcher, Launcher]:
     """The launches of one compiled variant of each kernel."""
+    block_d = padded_head_dim(head_dim)
     shape = {"D": head_dim, "BLOCK_D": block_d, "VEC": vec, "num_warps": _WARPS}
     return (
         Launcher(_sums, device, **shape),
         Launcher(_finish, device, BLOCK_D=block_d, MOST_CHUNKS=_MOST_CHUNKS, num_warps=_WARPS),
-        Launcher(_quantise, device, PERMUTED=permuted, **shape),
+        Launcher(_quantise_keys, device, PERMUTED=permuted, **shape),
     )
 
 
-def quantise(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    q_lens: torch.Tensor | None,
-    kv_lens: torch.Tensor | None,
-    scale: float,
-    *,
-    values: torch.dtype,
-    permuted: bool,
-) -> Quantised:
-    """q (B, Sq, H, D) and k, v (B, Sk, Hk, D) in 8 bits; lengths int32 (B,) or None; none of the sizes is 0.
+@functools.cache
+def _launcher_of_queries(device: torch.device, head_dim: int, vec: int, dtype: torch.dtype, q_lens: bool) -> Launcher:
+    shape = {"D": head_dim, "BLOCK_D": padded_head_dim(head_dim), "VEC": vec, "num_warps": _WARPS}
+    return Launcher(_quantise_queries, device, **shape)
 
-    `values` is torch.float8_e4m3fn or torch.float16; `permuted` tells whether the keys of each 16 values are stored as
-    the Hopper kernel's weights need them.
+
+def quantise_keys(
+    k: torch.Tensor, v: torch.Tensor, kv_lens: torch.Tensor | None, out: Keys8, *, permuted: bool
+) -> None:
+    """Write k and v (B, Sk, Hk, D) in 8 bits; lengths int32 (B,) or None; none of the sizes is 0.
+
+    `permuted` tells whether the keys of each 16 values are stored as the Hopper kernel's weights need them. `out` is
+    what `new_keys` gives, or other memory of those shapes.
     """
-    batch, rows_q, heads, _ = q.shape
-    rows_k, kv_heads = k.shape[1:3]
-    plan = _plan(
-        q.shape, k.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device, permuted, q_lens is not None,
-        kv_lens is not None,
-    )  # fmt: skip
-    d = plan.block_d
-    new = functools.partial(torch.empty, device=q.device)
-    result = Quantised(
-        new((batch, heads, plan.padded_q, d), dtype=torch.int8),
-        new((batch, kv_heads, plan.padded_k, d), dtype=torch.int8),
-        new((batch, kv_heads, d, plan.padded_k), dtype=values),
-        new((batch, heads, plan.padded_q), dtype=torch.float32),
-        new((batch, kv_heads, plan.padded_k // K_BLOCK), dtype=torch.float32),
-        new((batch, kv_heads, 2, d), dtype=torch.float32),
-        new((batch, heads, plan.padded_q), dtype=torch.float32),
-    )
-    partial = new((batch, kv_heads, plan.chunks, 4, d), dtype=torch.float32)
-    k_means = new((batch, kv_heads, d), dtype=torch.float32)
+    batch, rows_k, kv_heads, _ = k.shape
+    plan = _keys_plan(k.shape, k.stride(), v.stride(), k.dtype, k.device, permuted, kv_lens is not None)
+    d, padded = out.k.shape[3], out.k.shape[2]
+    partial = torch.empty((batch, kv_heads, plan.chunks, 4, d), dtype=torch.float32, device=k.device)
     plan.sums(
         (plan.chunks, batch * kv_heads, 1), k, v, kv_lens, partial, rows_k, kv_heads, plan.chunks,
-        plan.blocks_of_chunk, *plan.kv_strides,
+        plan.blocks_of_chunk, *plan.strides,
     )  # fmt: skip
-    plan.finish((batch * kv_heads, 1, 1), partial, k_means, result.v_scales, kv_lens, rows_k, kv_heads, plan.chunks)
-    blocks = plan.padded_q // Q_BLOCK * heads + 2 * (plan.padded_k // K_BLOCK) * kv_heads
+    plan.finish((batch * kv_heads, 1, 1), partial, out.k_means, out.v_scales, kv_lens, rows_k, kv_heads, plan.chunks)
     plan.quantise(
-        (blocks, batch, 1), q, k, v, q_lens, kv_lens, k_means, result.v_scales, result.q, result.k, result.v,
-        result.q_scales, result.k_scales, result.means_of_scores, scale, rows_q, rows_k, heads, kv_heads,
-        plan.padded_q, plan.padded_k, *plan.q_strides, *plan.kv_strides,
+        (2 * (padded // K_BLOCK) * kv_heads, batch, 1), k, v, kv_lens, out.k_means, out.v_scales, out.k, out.v,
+        out.k_scales, rows_k, kv_heads, padded, *plan.strides,
     )  # fmt: skip
-    return result
+
+
+def quantise_queries(q: torch.Tensor, k_means: torch.Tensor, q_lens: torch.Tensor | None, scale: float) -> Queries8:
+    """q (B, Sq, H, D) in 8 bits, for keys that have lost `k_means` (B, Hk, D'); lengths int32 (B,) or None."""
+    batch, rows_q, heads, head_dim = q.shape
+    kv_heads, d = k_means.shape[1:]
+    padded = triton.cdiv(rows_q, _PAD_Q) * _PAD_Q
+    out = Queries8(
+        torch.empty((batch, heads, padded, d), dtype=torch.int8, device=q.device),
+        torch.empty((batch, heads, padded), dtype=torch.float32, device=q.device),
+        torch.empty((batch, heads, padded), dtype=torch.float32, device=q.device),
+    )
+    vec, strides = _in_vectors(q.dtype, *q.stride()[:3])
+    launcher = _launcher_of_queries(q.device, head_dim, vec, q.dtype, q_lens is not None)
+    launcher(
+        (padded // Q_BLOCK * heads, batch, 1), q, q_lens, k_means, *out, scale, rows_q, heads, kv_heads, padded,
+        *strides,
+    )  # fmt: skip
+    return out

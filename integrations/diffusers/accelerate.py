@@ -18,7 +18,7 @@ from .attention import ATTEND
 from .compiled import DEFAULT_BACKEND
 from .families import check_transformer, known_families
 from .handle import Handle
-from .installation import Settings
+from .installation import STOCK, Settings
 from .linears import Fp8Linears, check_linears, execution_device, resolve_linears
 from .models import Family
 from .places import Places
@@ -53,7 +53,7 @@ def accelerate(
             pipe. Not given: as it is, that is none on a pipe that has not
             been accelerated.
         attention: `"exact"`; or `"int8"`, `flash_attention_int8` for the joint sequence of video and text, which
-            changes the output and is for one process.
+            changes the output. On several ranks keys and values travel round the ring in 8 bits.
         parallel: spreads the work over the ranks of the running `torch.distributed` world, see `parallelize_pipe`; None
             for no spreading. Not given: as it is.
         compile: True to compile the transformer's blocks, each kind as one graph of `torch.compile` that serves every
@@ -79,7 +79,6 @@ def accelerate(
     policy = handle.settings.cache if isinstance(cache, Keep) else _policy(cache, family)
     wanted = handle.settings.linears if isinstance(linears, Keep) else resolve_linears(linears)
     _check_linears(wanted, handle, transformers, pipe)
-    _check_spread(attention, handle.settings.parallel if isinstance(parallel, Keep) else parallel)
     backend = handle.settings.compile if isinstance(compile, Keep) else _backend(compile)
     places = handle.settings.parallel if isinstance(parallel, Keep) else _places(parallel, handle)
     return _configured(handle, pipe, transformers, Settings(attention, policy, places, backend, wanted))
@@ -130,7 +129,8 @@ def parallelize_pipe(
     same prompts and returns the same output, that of one process. The joint sequence of video and text is cut into
     contiguous pieces, one for each rank of "ring" and "ulysses"; the samples of a batch over the ranks of "batch".
     Nothing has to divide. All ranks start from the noise of rank 0, which alone shows its progress bar. This package's
-    attention comes with it, and a cache, put on before or after, decides alike on all ranks.
+    attention comes with it, exact unless there is another; and a cache, put on before or after, decides alike on all
+    ranks.
 
     Args:
         pipe: as for `accelerate`, before or after which it may be called.
@@ -149,11 +149,10 @@ def parallelize_pipe(
     family, transformers = recognised(pipe)
     wanted = ContextParallel("auto" if mesh is None else None, transport=transport, timeout=timeout)
     handle = _handle(transformers, family)
-    if handle.settings.attention == "int8":
-        raise ValueError("pipe: has attention 'int8', which is for one process; accelerate it with 'exact' first")
     _check_linears(handle.settings.linears, handle, transformers, pipe)
     places = _places(wanted, handle) if mesh is None else Places(wanted, mesh)
-    return _configured(handle, pipe, transformers, replace(handle.settings, attention="exact", parallel=places))
+    attention = "exact" if handle.settings.attention == STOCK else handle.settings.attention
+    return _configured(handle, pipe, transformers, replace(handle.settings, attention=attention, parallel=places))
 
 
 def recognised(pipe: Any) -> tuple[Family, dict[str, Any]]:
@@ -242,11 +241,6 @@ def _backend(wanted: bool | str | None) -> str | None:
     if not isinstance(wanted, str):
         raise ValueError(f"compile: got {wanted!r}, allowed is True, False, None or the name of a backend")
     return wanted
-
-
-def _check_spread(attention: str, parallel: Places | ContextParallel | None) -> None:
-    if parallel is not None and attention != "exact":
-        raise ValueError(f"attention: got {attention!r}, allowed is 'exact' where the work is spread over ranks")
 
 
 def _check_linears(wanted: Fp8Linears | None, handle: Handle, transformers: Mapping[str, Any], pipe: Any) -> None:

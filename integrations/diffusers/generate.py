@@ -92,8 +92,8 @@ class Acceleration:
         """Raise a ValueError that names the first bad field, before a model is loaded."""
         if self.attention not in ATTENTION:
             raise ValueError(f"attention: {self.attention!r}; must be one of {', '.join(ATTENTION)}")
-        if self.parallel is not None and self.attention != "exact":
-            raise ValueError(f"attention: {self.attention!r}; must be exact on several ranks")
+        if self.parallel is not None and self.attention == "stock":
+            raise ValueError(f"attention: {self.attention!r}; must be exact or int8 on several ranks")
         if self.compile and self.attention == "stock":
             raise ValueError(f"attention: {self.attention!r}; must be exact or int8 with compile")
         if self.linears is not None:

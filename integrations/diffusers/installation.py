@@ -35,7 +35,7 @@ class Settings:
     Attributes:
         attention: one of `ATTEND`, or `"stock"`, diffusers' own.
         cache: None without one.
-        parallel: where forwards run, None in one process; needs `"exact"`.
+        parallel: where forwards run, None in one process; not with `"stock"`.
         compile: the backend of `torch.compile` for the blocks, None where they are not compiled.
         linears: how linears are quantised, None where they are not.
     """
@@ -132,7 +132,7 @@ class Installation:
         if self.compiled is not None and settings.compile is not None:
             self.compiled.retune(settings.compile)
         if self.spread is not None and settings.parallel is not None:
-            self.spread.retune(settings.parallel)
+            self.spread.retune(settings.parallel, settings.attention)
 
     def end_call(self) -> None:
         """A call begins or is over: nothing of it goes into another."""
@@ -190,7 +190,7 @@ class Installation:
     def _add_parallel(self, undo: ExitStack, settings: Settings) -> None:
         assert settings.parallel is not None
         undo.callback(self._forget_parallel)
-        self.spread = Spread(self.transformer, self.family, self._lengths, settings.parallel)
+        self.spread = Spread(self.transformer, self.family, self._lengths, settings.parallel, settings.attention)
         self.spread.add_hooks(undo)
 
     def _forget_parallel(self) -> None:

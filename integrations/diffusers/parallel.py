@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from para_kernels import flash_attention
 from para_kernels.parallel.attention import context_parallel_attention
 from para_kernels.parallel.collective import gather_rows
 from para_kernels.parallel.failure import deadline, raise_on_failure, set_layer
 from para_kernels.parallel.sharding import Shards
 
 from .agreement import agree
-from .attention import AttentionLengths, Shard
+from .attention import ATTEND, AttentionLengths, Shard
 from .hooks import Argument
 from .models import Family
 from .outside import Outside
@@ -56,6 +55,7 @@ class Spread:
 
     Attributes:
         places: where forwards run.
+        attention: one of `ATTEND`.
         last_place: where the last one ran, None before.
         transport: how keys and values travelled, and why.
 
@@ -65,8 +65,11 @@ class Spread:
     was compiled across blocks breaks where ranks talk.
     """
 
-    def __init__(self, transformer: Any, family: Family, lengths: AttentionLengths, places: Places) -> None:
+    def __init__(
+        self, transformer: Any, family: Family, lengths: AttentionLengths, places: Places, attention: str
+    ) -> None:
         self.places = places
+        self.attention = attention
         self.last_place: Place | None = None
         self.transport = NOT_YET
         self._deadline = ExitStack()
@@ -85,8 +88,9 @@ class Spread:
         self._agreed: set[str] = set()
         self._outside = Outside(joint=self._attend_joint, video=self._attend_video)
 
-    def retune(self, places: Places) -> None:
-        """Go on with another mesh."""
+    def retune(self, places: Places, attention: str) -> None:
+        """Go on with another mesh, or another attention."""
+        self.attention = attention
         before, self.places = self.places, places
         self._agreed.clear()
         if before is not places:
@@ -141,7 +145,8 @@ class Spread:
         self._deadline.enter_context(deadline(self.places.wanted.timeout))
         inputs = {argument.name: argument.get(args, kwargs) for argument in self._samples}
         if branch not in self._agreed:
-            agree(self.places.everyone, {"parallel": str(self.places.wanted), "cache": cache}, inputs)
+            settings = {"parallel": str(self.places.wanted), "cache": cache, "attention": self.attention}
+            agree(self.places.everyone, settings, inputs)
             self._agreed.add(branch)
         latents = inputs[self._plan.samples[0]]
         text = None if self._text is None else self._text.get(args, kwargs)
@@ -249,7 +254,7 @@ class Spread:
         set_layer(forward.layers)
         forward.layers += 1
         if forward.place.pieces == 1:
-            return flash_attention(query, key, value, kv_lens=lens, q_lens=lens)
+            return ATTEND[self.attention](query, key, value, lens)
         wanted = self.places.wanted.transport
         out = context_parallel_attention(
             query,
@@ -260,6 +265,7 @@ class Spread:
             kv_lens=lens,
             q_lens=lens,
             transport=wanted,
+            attention=self.attention,
         )
         if self.transport == NOT_YET:
             self.transport = forward.place.transport(query.device, wanted)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, overload
 from weakref import WeakKeyDictionary
@@ -13,8 +13,10 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from para_kernels.attention import check_attention, flash_attention, softmax_scale
+from para_kernels.attention8 import flash_attention_int8
 from para_kernels.parallel.failure import RankFailure, check_agreement, current_timeout, deadline, give_up
 from para_kernels.parallel.mesh import group_of, mesh_groups
+from para_kernels.parallel.ring8 import ring_int8
 from para_kernels.parallel.sharding import Shards
 from para_kernels.parallel.transport import give_up_transports, select_transport
 from para_kernels.parallel.ulysses import heads_for_rows, rows_for_heads
@@ -33,6 +35,7 @@ def ring_attention(
     scale: float | None = None,
     return_lse: Literal[False] = False,
     transport: str = "auto",
+    attention: str = "exact",
 ) -> Tensor: ...
 @overload
 def ring_attention(
@@ -47,6 +50,7 @@ def ring_attention(
     scale: float | None = None,
     return_lse: Literal[True],
     transport: str = "auto",
+    attention: str = "exact",
 ) -> tuple[Tensor, Tensor]: ...
 def ring_attention(
     q: Tensor,
@@ -60,6 +64,7 @@ def ring_attention(
     scale: float | None = None,
     return_lse: bool = False,
     transport: str = "auto",
+    attention: str = "exact",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`flash_attention` over a sequence in pieces, one to a rank: keys and values go round, queries stay.
 
@@ -78,6 +83,8 @@ def ring_attention(
         scale: factor on the scores, at least 0, default D ** -0.5.
         return_lse: also return the log-sum-exp of the scaled scores.
         transport: "auto", "peer", "host" or "collective" (`select_transport`).
+        attention: "exact"; or "int8", `flash_attention_int8`, within a few percent: keys and values travel in 8 bits,
+            each rank's with a mean and scales of its own.
 
     Returns:
         out (B, S_r, H, D): this rank's rows of `flash_attention` over the gathered sequence, contiguous, in q's dtype;
@@ -89,7 +96,7 @@ def ring_attention(
         RankFailure: if a rank does not come in time, naming it and the layer.
     """
     group = group_of(mesh)
-    call = _Call(q, k, v, lengths, kv_lens, q_lens, scale, transport)
+    call = _Call(q, k, v, lengths, kv_lens, q_lens, scale, transport, attention)
     out, lse = _attention("ring", call, group, group, None, return_lse)
     return _returned(out, lse, return_lse)
 
@@ -106,6 +113,7 @@ def ulysses_attention(
     q_lens: Tensor | None = None,
     scale: float | None = None,
     return_lse: Literal[False] = False,
+    attention: str = "exact",
 ) -> Tensor: ...
 @overload
 def ulysses_attention(
@@ -119,6 +127,7 @@ def ulysses_attention(
     q_lens: Tensor | None = None,
     scale: float | None = None,
     return_lse: Literal[True],
+    attention: str = "exact",
 ) -> tuple[Tensor, Tensor]: ...
 def ulysses_attention(
     q: Tensor,
@@ -131,6 +140,7 @@ def ulysses_attention(
     q_lens: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    attention: str = "exact",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`flash_attention` over a sequence in pieces: ranks exchange rows for heads, attend, and exchange back.
 
@@ -138,7 +148,7 @@ def ulysses_attention(
     most one, and ranks past the number of heads attend none. Arguments, result and errors as for `ring_attention`.
     """
     group = group_of(mesh)
-    call = _Call(q, k, v, lengths, kv_lens, q_lens, scale, "auto")
+    call = _Call(q, k, v, lengths, kv_lens, q_lens, scale, "auto", attention)
     out, lse = _attention("ulysses", call, group, None, group, return_lse)
     return _returned(out, lse, return_lse)
 
@@ -156,6 +166,7 @@ def context_parallel_attention(
     scale: float | None = None,
     return_lse: Literal[False] = False,
     transport: str = "auto",
+    attention: str = "exact",
 ) -> Tensor: ...
 @overload
 def context_parallel_attention(
@@ -170,6 +181,7 @@ def context_parallel_attention(
     scale: float | None = None,
     return_lse: Literal[True],
     transport: str = "auto",
+    attention: str = "exact",
 ) -> tuple[Tensor, Tensor]: ...
 def context_parallel_attention(
     q: Tensor,
@@ -183,6 +195,7 @@ def context_parallel_attention(
     scale: float | None = None,
     return_lse: bool = False,
     transport: str = "auto",
+    attention: str = "exact",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Ring and ulysses at once: heads are exchanged inside a ulysses group, keys and values go round between them.
 
@@ -194,7 +207,7 @@ def context_parallel_attention(
         lengths: rows of every piece, in this order.
     """
     groups = mesh_groups(mesh)
-    call = _Call(q, k, v, lengths, kv_lens, q_lens, scale, transport)
+    call = _Call(q, k, v, lengths, kv_lens, q_lens, scale, transport, attention)
     out, lse = _attention("context_parallel", call, groups.sequence, groups.ring, groups.ulysses, return_lse)
     return _returned(out, lse, return_lse)
 
@@ -214,6 +227,7 @@ class _Call:
     q_lens: Tensor | None
     scale: float | None
     transport: str
+    attention: str
 
 
 def _attention(
@@ -254,9 +268,16 @@ def _attend(call: _Call, ring: ProcessGroup | None, shards: Shards) -> tuple[Ten
     if not q.shape[2]:
         return q.new_empty(q.shape), q.new_empty((q.shape[0], 0, q.shape[1]), dtype=torch.float32)
     if ring is None or ring.size() == 1:
-        return flash_attention(q, k, v, scale=call.scale, return_lse=True, **lens)
+        return _HERE[call.attention](q, k, v, scale=call.scale, return_lse=True, **lens)
     transport = select_transport(ring, q.device, call.transport)
-    return transport.ring(q, k, v, lengths=shards.sizes, scale=call.scale, **lens)
+    how = {"lengths": shards.sizes, "scale": call.scale, **lens}
+    if call.attention == "int8":
+        return ring_int8(q, k, v, transport=transport, rank=ring.rank(), **how)
+    return transport.ring(q, k, v, **how)
+
+
+# By what is asked for as `attention`: that of a whole sequence.
+_HERE: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"exact": flash_attention, "int8": flash_attention_int8}
 
 
 def _returned(out: Tensor, lse: Tensor | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
@@ -280,7 +301,7 @@ def _agree(function: str, group: ProcessGroup, ring: ProcessGroup | None, call: 
     sizes = None if call.lengths is None else tuple(call.lengths)
     dims = (q.shape[0], *q.shape[2:], *k.shape[2:]) if q.dim() == k.dim() == 4 else (*q.shape, *k.shape)
     given = (call.kv_lens is None, call.q_lens is None)
-    settings = (function, dims, str(q.dtype), sizes, call.scale, *given, call.transport)
+    settings = (function, dims, str(q.dtype), sizes, call.scale, *given, call.transport, call.attention)
     problem = _problem(call, sizes, group)
     known = _agreed.setdefault(group, set())
     if problem is not None and known:
@@ -321,7 +342,10 @@ def _raise_problem(problem: str, group: ProcessGroup, ring: ProcessGroup | None)
         raise error from None
 
 
-_NAMES = ("function", "B, H, D, Hk, D", "dtype", "lengths", "scale", "kv_lens is None", "q_lens is None", "transport")
+_NAMES = (
+    "function", "B, H, D, Hk, D", "dtype", "lengths", "scale", "kv_lens is None", "q_lens is None", "transport",
+    "attention",
+)  # fmt: skip
 
 
 def _problem(call: _Call, lengths: tuple[int, ...] | None, group: ProcessGroup) -> str | None:
@@ -330,6 +354,8 @@ def _problem(call: _Call, lengths: tuple[int, ...] | None, group: ProcessGroup) 
     try:
         check_attention(q, k, call.v, call.kv_lens, call.q_lens)
         softmax_scale(call.scale, q.shape[3])
+        if call.attention not in _HERE:
+            raise ValueError(f"attention: got {call.attention!r}, allowed is one of {list(_HERE)}")
         if k.shape[1] != q.shape[1]:
             raise ValueError(f"k: got {k.shape[1]} rows, must be the {q.shape[1]} of q")
         if lengths is not None:

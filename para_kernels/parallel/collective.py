@@ -5,7 +5,7 @@ NCCL between GPUs, gloo between CPU processes. Nothing is read from a device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,52 +13,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from para_kernels.attention import flash_attention, merge_states
+from para_kernels.attention import flash_attention
 from para_kernels.parallel.failure import global_rank, named, other_ranks, stream_ordered, wait, watch_progress
+from para_kernels.parallel.parts import Parts
 from para_kernels.parallel.sharding import Shards
-
-# --- attention in parts -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Partial:
-    """Attention over some of the keys: out (B, S, H, D) in q's dtype or float32, lse (B, H, S) float32."""
-
-    out: Tensor
-    lse: Tensor
-
-
-def merged(total: Partial | None, part: Partial, *, last: bool) -> Partial:
-    """`total` with the keys of `part`: kept in float32 until the last merge, so that each part is rounded once.
-
-    Where the last merge is also the first it takes both outputs as they are: it is in float32 inside.
-    """
-    if total is None:
-        return part
-    a, b = total.out, part.out
-    if not (last and a.dtype == b.dtype):
-        a, b = a.float(), b.float()
-    return Partial(*merge_states(a, total.lse, b, part.lse))
-
-
-def result(total: Partial | None, q: Tensor) -> tuple[Tensor, Tensor]:
-    """out and lse for `q`; zeros and -inf where there were no keys."""
-    if total is not None:
-        return total.out.to(q.dtype), total.lse
-    batch, rows, heads, _ = q.shape
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    return out, q.new_full((batch, heads, rows), float("-inf"), dtype=torch.float32)
-
 
 # --- the ring ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """One owner's (2, B, S, Hk, D), keys and values, there once what is received has come."""
+    """The bytes of one rank, there once what is received has come."""
 
     owner: int
-    kv: Tensor
+    memory: Tensor
     receiving: Sequence[dist.Work]
 
 
@@ -73,7 +41,7 @@ class CollectiveTransport:
     name = "collective"
 
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:
-        self.group = group
+        self.group, self.device = group, device
         self.rank, self.world = group.rank(), group.size()
         if device.type == "cuda" and self.world > 1:
             # NCCL wants all ranks in the first call of a group, and later a rank without rows may have nothing to send.
@@ -96,73 +64,73 @@ class CollectiveTransport:
         """As `Transport.ring`."""
         shards = Shards(tuple(lengths))
         own_q_lens = None if q_lens is None else shards.local_lens(q_lens, self.rank)
-        total: Partial | None = None
-        left = sum(size > 0 for size in shards.sizes)
-        for owner, keys, values in self._pieces(k, v, shards):
-            if not keys.shape[1]:
-                continue
-            left -= 1
-            if not q.shape[1]:
-                continue
-            their_kv_lens = None if kv_lens is None else shards.local_lens(kv_lens, owner)
-            part = flash_attention(
-                q, keys, values, kv_lens=their_kv_lens, q_lens=own_q_lens, scale=scale, return_lse=True
-            )
-            total = merged(total, Partial(*part), last=left == 0)
-        return result(total, q)
+        parts = Parts(q, shards)
+        batch, _, heads, dim = k.shape
 
-    def _pieces(self, k: Tensor, v: Tensor, shards: Shards) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(owner, keys, values), this rank's first; while one is used the next is on its way."""
-        if self.world == 1:
-            yield self.rank, k, v
-            return
-        own = torch.stack((k, v))
-        buffers = [own.new_empty(_numel(own, max(shards.sizes))) for _ in range(min(2, self.world - 1))]
+        def kv_of(owner: int, memory: Tensor) -> Tensor:
+            return memory.view(k.dtype).view(2, batch, shards.sizes[owner], heads, dim)
+
+        def fill(memory: Tensor) -> None:
+            torch.stack((k, v), out=kv_of(self.rank, memory))
+
+        def use(owner: int, memory: Tensor) -> None:
+            keys, values = kv_of(owner, memory)
+            lens = None if kv_lens is None else shards.local_lens(kv_lens, owner)
+            how = {"kv_lens": lens, "q_lens": own_q_lens}
+            parts.add(lambda: flash_attention(q, keys, values, scale=scale, return_lse=True, **how))
+
+        self.circulate([2 * batch * rows * heads * dim * k.itemsize for rows in lengths], fill, use)
+        return parts.result()
+
+    def circulate(
+        self, sizes: Sequence[int], fill: Callable[[Tensor], None], use: Callable[[int, Tensor], None]
+    ) -> None:
+        """As `Transport.circulate`."""
+        own = torch.empty(sizes[self.rank], dtype=torch.uint8, device=self.device)
+        if own.numel():
+            fill(own)
+        buffers = [own.new_empty(max(sizes)) for _ in range(min(2, self.world - 1))]
         sending: list[tuple[int, dist.Work]] = []
-        arriving = self._post(1, own, buffers[0], shards, sending)
-        yield self.rank, own[0], own[1]
+        arriving = self._post(1, own, buffers[0], sizes, sending) if buffers else None
+        if own.numel():
+            use(self.rank, own)
         for step in range(1, self.world):
             piece = arriving
+            assert piece is not None
             self._await(piece)
             if step + 1 < self.world:
                 # Into the buffer whose piece has been used up; on CUDA the transfer starts after that use.
-                arriving = self._post(step + 1, own, buffers[step % 2], shards, sending)
-            yield piece.owner, piece.kv[0], piece.kv[1]
+                arriving = self._post(step + 1, own, buffers[step % 2], sizes, sending)
+            if piece.memory.numel():
+                use(piece.owner, piece.memory)
         for to, work in sending:
             wait(work, self.group, f"rank {global_rank(self.group, to)} to take its K and V", own.device, [to])
 
     def _post(
-        self, step: int, own: Tensor, buffer: Tensor, shards: Shards, sending: list[tuple[int, dist.Work]]
+        self, step: int, own: Tensor, buffer: Tensor, sizes: Sequence[int], sending: list[tuple[int, dist.Work]]
     ) -> _Piece:
         """Start to receive from the rank `step` places after this one, and to send to the one as far before it."""
         owner, to = (self.rank + step) % self.world, (self.rank - step) % self.world
-        _, batch, _, heads, dim = own.shape
-        rows = shards.sizes[owner]
-        kv = buffer[: _numel(own, rows)].view(2, batch, rows, heads, dim)
+        memory = buffer[: sizes[owner]]
         transfers = []
-        if kv.numel():
-            transfers.append(dist.P2POp(dist.irecv, kv, group=self.group, group_peer=owner))
+        if memory.numel():
+            transfers.append(dist.P2POp(dist.irecv, memory, group=self.group, group_peer=owner))
         if own.numel():
             transfers.append(dist.P2POp(dist.isend, own, group=self.group, group_peer=to))
         works = dist.batch_isend_irecv(transfers) if transfers else []
         if len(works) == len(transfers) and own.numel() and works:
             *receiving, send = works
             sending.append((to, send))
-            return _Piece(owner, kv, receiving)
+            return _Piece(owner, memory, receiving)
         # NCCL gives one handle for both directions.
-        return _Piece(owner, kv, works)
+        return _Piece(owner, memory, works)
 
     def _await(self, piece: _Piece) -> None:
         what = f"K and V of rank {global_rank(self.group, piece.owner)}"
         for work in piece.receiving:
-            wait(work, self.group, what, piece.kv.device, [piece.owner])
-        if piece.kv.is_cuda:
+            wait(work, self.group, what, piece.memory.device, [piece.owner])
+        if piece.memory.is_cuda:
             watch_progress(self.group, what)
-
-
-def _numel(kv: Tensor, rows: int) -> int:
-    """Elements of a (2, B, rows, Hk, D)."""
-    return kv.shape[0] * kv.shape[1] * rows * kv.shape[3] * kv.shape[4]
 
 
 # --- other collectives ------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ import contextlib
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,7 @@ LIBRARY = "libcuda.so.1"
 COPY_BYTES = 4 * 2**20
 MAX_CHUNKS = 1024  # `host`: pieces of a piece that have a flag in host memory
 _ALIGNMENT = 1024  # bytes: what a slot may lose to start at a whole row, at most 256 elements of 4 bytes
+_ROW_OF_BYTES = 512  # what `circulate` counts bytes in: half of what a "row" of keys and values takes
 _KEPT_LAYOUTS = 32
 _SLOTS = 2
 
@@ -102,13 +103,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """A shape's place, and what runs for it; one program and one table for each slot."""
+    """A shape's place, and what runs for it; one program and one table for each slot, an arrival for each peer."""
 
     place: Place
     memory: Tensor
     flags: Tensor
     tables: tuple[Tensor, ...]
     transfers: tuple[Any, ...]
+    arrivals: tuple[Any, ...]
     flags_alone: Any
 
 
@@ -175,27 +177,56 @@ class DeviceRing(ABC):
         shape = Shape(tuple(lengths), k.shape[0], k.shape[2], k.shape[3], k.dtype)
         if not shape.largest_piece:  # No rank has any keys.
             return out.zero_(), lse.fill_(float("-inf"))
-        with self._on_device():
-            layout = self._layout(shape)
-            main = self._main_stream()
-            epoch = self._control.next_epoch()
-            slot = epoch % _SLOTS
-            try:
-                self._wait_for_slot.run([main], epoch)
-                self._pack(k, v, layout.memory, layout.place.first_row(slot))
-                self._announce.run([main], epoch)
-                if self._launches_block:
-                    layout.transfers[slot].run(self._sides, epoch)
-                self._attend(q, layout, slot, epoch, out, lse, q_lens, kv_lens, scale)
-                if not self._launches_block:
-                    layout.transfers[slot].run(self._sides, epoch)
-            except BaseException as error:  # also an interrupt, which would leave the kernel without its copies
-                # The peers count this epoch: from here on nothing may be taken for a layer that it is not.
-                self._control.give_up(error)
-                with contextlib.suppress(RuntimeError):  # The driver may refuse this too: then the kernel's wait ends.
-                    layout.flags_alone.run(self._sides, epoch)
-                raise
+        with self._on_device(), self._layer(shape) as (layout, main, slot, epoch):
+            self._wait_for_slot.run([main], epoch)
+            self._pack(k, v, layout.memory, layout.place.first_row(slot))
+            self._announce.run([main], epoch)
+            if self._launches_block:
+                layout.transfers[slot].run(self._sides, epoch)
+            self._attend(q, layout, slot, epoch, out, lse, q_lens, kv_lens, scale)
+            if not self._launches_block:
+                layout.transfers[slot].run(self._sides, epoch)
         return out, lse
+
+    def circulate(
+        self, sizes: Sequence[int], fill: Callable[[Tensor], None], use: Callable[[int, Tensor], None]
+    ) -> None:
+        """As `Transport.circulate`: the main stream waits for the flag of a piece before what uses it."""
+        shape = Shape(tuple(-(-size // (2 * _ROW_OF_BYTES)) for size in sizes), 1, 1, _ROW_OF_BYTES, torch.uint8)
+        if not shape.largest_piece:
+            return
+        with self._on_device(), self._layer(shape) as (layout, main, slot, epoch):
+            own = layout.place.offset(slot)
+            self._wait_for_slot.run([main], epoch)
+            if sizes[self.rank]:
+                fill(self._arena[own : own + sizes[self.rank]])
+            self._announce.run([main], epoch)
+            if self._launches_block:
+                layout.transfers[slot].run(self._sides, epoch)
+            if sizes[self.rank]:
+                use(self.rank, self._arena[own : own + sizes[self.rank]])
+            if not self._launches_block:
+                layout.transfers[slot].run(self._sides, epoch)
+            for t, owner in enumerate(self._peers(), 1):
+                if sizes[owner]:
+                    start = layout.place.offset(1 + t)
+                    layout.arrivals[t - 1].run([main], epoch)
+                    use(owner, self._arena[start : start + sizes[owner]])
+
+    @contextlib.contextmanager
+    def _layer(self, shape: Shape) -> Iterator[tuple[Layout, int, int, int]]:
+        """(layout, main stream, slot, epoch) of the next layer; if what is done in it fails, no rank waits for it."""
+        layout = self._layout(shape)
+        main = self._main_stream()
+        epoch = self._control.next_epoch()
+        try:
+            yield layout, main, epoch % _SLOTS, epoch
+        except BaseException as error:  # also an interrupt, which would leave the device without its copies
+            # The peers count this epoch: from here on nothing may be taken for a layer that it is not.
+            self._control.give_up(error)
+            with contextlib.suppress(RuntimeError):  # The driver may refuse this too: then the kernel's wait ends.
+                layout.flags_alone.run(self._sides, epoch)
+            raise
 
     def check(self) -> None:
         """Raise a RankFailure if a rank is missing: ask after the device is done, before its results are trusted."""
@@ -298,7 +329,14 @@ class DeviceRing(ABC):
             transfers.append(program(steps, self._side_streams, events, self._library))
         alone = [step.write(0, flags.data_ptr() + 4 * index) for index in range(flags.stride(0), flags.numel())]
         flags_alone = program(alone, self._side_streams, 0, self._library)
-        return Layout(place, memory, flags, tables, tuple(transfers), flags_alone)
+        arrivals = tuple(self._arrival(flags[t]) for t in range(1, self.world))
+        return Layout(place, memory, flags, tables, tuple(transfers), arrivals, flags_alone)
+
+    def _arrival(self, flags: Tensor) -> Any:
+        """The main stream's wait for all of a received piece."""
+        assert ops._C is not None
+        waits = [ops._C.StreamStep.wait(0, flags.data_ptr() + 4 * group) for group in range(flags.numel())]
+        return ops._C.StreamProgram(waits, 1, 0, self._library)
 
     def _main_programs(self) -> tuple[Any, Any]:
         """What the main stream does before the packing, and behind it; for all layers alike."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
@@ -52,6 +52,20 @@ class Transport(Protocol):
 
         Returns:
             out (B, S_r, H, D) in q's dtype and lse (B, H, S_r) float32, contiguous.
+        """
+        ...
+
+    def circulate(
+        self, sizes: Sequence[int], fill: Callable[[Tensor], None], use: Callable[[int, Tensor], None]
+    ) -> None:
+        """Bring the bytes of every rank to all of them; collective. What travels meanwhile does not stop the device.
+
+        Args:
+            sizes: bytes of every rank of the group, in rank order; those without any are left out.
+            fill: writes this rank's bytes into the uint8 (sizes[rank],) that it is given, aligned to 256 bytes, in the
+                current stream. Called at once.
+            use: called with a rank and its bytes, this rank first, then in the order in which they come. They are there
+                for what it enqueues in the current stream, and until it returns.
         """
         ...
 

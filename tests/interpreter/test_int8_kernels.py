@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from reference import attention_batch, error, lse_error
 
 from para_kernels import ops8
+from para_kernels.parallel.parts import Parts
+from para_kernels.parallel.ring8 import laid_out
+from para_kernels.parallel.sharding import Shards
+from para_kernels.triton_kernels import dispatch8
 from para_kernels.triton_kernels.dispatch8 import attention_int8_forward
-from para_kernels.triton_kernels.quantize_int8 import Quantised, quantise
+from para_kernels.triton_kernels.quantize_int8 import new_keys, quantise_keys, quantise_queries
 
 POISON = float("nan")
 # Normal data, where the output is a sum of random signs: of the weights in float16 only the rounding of queries and keys
@@ -28,9 +35,11 @@ def lens_of(lens: list[int] | None) -> torch.Tensor | None:
     return None if lens is None else torch.tensor(lens, dtype=torch.int32)
 
 
-def quantised(permuted: bool, *tensors: torch.Tensor, lens: list[int] | None = None) -> Quantised:
+def quantised(permuted: bool, *tensors: torch.Tensor, lens: list[int] | None = None) -> SimpleNamespace:
     q, k, v = tensors
-    return quantise(q, k, v, None, lens_of(lens), 0.5, values=torch.float16, permuted=permuted)
+    keys = new_keys(k, torch.float16)
+    quantise_keys(k, v, lens_of(lens), keys, permuted=permuted)
+    return SimpleNamespace(**keys._asdict(), **quantise_queries(q, keys.k_means, None, 0.5)._asdict())
 
 
 def test_queries_and_keys_are_rounded_as_on_the_cpu() -> None:
@@ -112,6 +121,33 @@ def test_attention_matches_float64(
     attention_int8_forward(q, k, v, out, lse, lens_of(q_lens), lens_of(kv_lens), scale, capability=capability)
     ref, ref_lse = attention_batch(q, k, v, kv_lens, q_lens)
     assert error(out, ref) <= TOLERANCES[capability]
+    assert lse_error(lse, ref_lse) <= 3e-2
+
+
+@pytest.mark.parametrize("capability", TOLERANCES, ids=["float16", "e4m3"])
+def test_pieces_in_one_memory_each_make_up_the_whole(capability: tuple[int, int]) -> None:
+    """As the ring does it: keys with an offset of their own in each piece, lengths that end in the first or second."""
+    torch.manual_seed(6)
+    q, k, v = inputs(40, 300, heads=4, kv_heads=2, batch=2)
+    k[:, 170:] += 5 * torch.randn(1, 1, 2, 64)
+    lens = [300, 90]
+    parts = Parts(q, Shards((170, 130)))
+    for rows, start in ((170, 0), (130, 170)):
+        piece = slice(start, start + rows)
+        local = lens_of([min(max(length - start, 0), rows) for length in lens])
+        layout = laid_out(dispatch8.shapes(k[:, piece].shape, q.dtype, capability))
+        keys = dispatch8.Keys8(*layout.piece(torch.full((layout.size,), 0xFF, dtype=torch.uint8)))
+        dispatch8.keys_forward(k[:, piece], v[:, piece], local, keys, capability=capability)
+
+        def attend(rows: int = rows, keys: Any = keys, local: Any = local) -> tuple[torch.Tensor, torch.Tensor]:
+            out, lse = torch.full_like(q, POISON), torch.full((2, 4, 40), POISON)
+            dispatch8.attend_keys_forward(q, keys, rows, out, lse, None, local, 0.125, capability=capability)
+            return out, lse
+
+        parts.add(attend)
+    out, lse = parts.result()
+    ref, ref_lse = attention_batch(q, k, v, lens)
+    assert error(out, ref) <= 1.2 * TOLERANCES[capability]  # the offset makes attention sharper
     assert lse_error(lse, ref_lse) <= 3e-2
 
 
