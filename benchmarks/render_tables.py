@@ -439,7 +439,13 @@ def _vae(rows: Sequence[Row]) -> str:
 
 def _ranks_of_steps(rows: Sequence[Row]) -> str:
     body = [
-        [row["kernel"], f"{row['median_ms']:.1f}", f"{row['ratio']:.2f}x", row["notes"]["place"] or "-"] for row in rows
+        [
+            row["kernel"],
+            f"{row['median_ms']:.1f}",
+            f"{row['ratio']:.2f}x" + (" (compiled)" if row["peer"] != rows[0]["peer"] else ""),
+            row["notes"]["place"] or "-",
+        ]
+        for row in rows
     ]
     ranks = rows[0]["shape"]["ranks"]
     return _markdown([f"way, {ranks} GPUs", "ms per step", "against one GPU", "split"], body, rows)

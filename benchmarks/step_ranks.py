@@ -5,20 +5,24 @@ own context parallelism where that has a plan for the model (FLUX).
     torchrun --nproc-per-node 2 -m benchmarks.step_ranks cogvideox --out benchmarks/results
     torchrun --nproc-per-node 2 -m benchmarks.step_ranks flux --small --out /tmp/steps     a tiny model, over gloo
 
-Every way runs the same steps, warmed up by one of them; what counts is the slowest rank. Each rank compares its output
-with its own on one GPU. diffusers' ways use cuDNN's attention, the fastest that its context parallelism takes. A way
-that fails is reported and does not stop the others; the exit code is then 1.
+Every way runs the same steps in rounds, after two to warm up; of each round the slowest rank counts, of the rounds the
+median. Python collects no garbage meanwhile: once in a while that takes as long as two steps of FLUX, in one process
+and not in the other. Each rank compares its output with its own on one GPU. With --compile also with compiled blocks,
+on one GPU and on all. diffusers' ways use cuDNN's attention, the fastest that its context parallelism takes. A way that
+fails is reported and does not stop the others; the exit code is then 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -35,6 +39,8 @@ from .reference import relative_error
 from .step_settings import MODELS, Model, forward
 
 ALONE, STOCK_ALONE = "one GPU", "diffusers on one GPU"
+ALONE_COMPILED, COMPILED = "one GPU, compiled", "auto, compiled"
+WARM_UP = 2
 CUDNN_BACKEND = "_native_cudnn"
 
 
@@ -55,7 +61,11 @@ def main() -> int:
         model = MODELS[options.model](options, device, dtype)
         _say(f"{options.model}: {model.shape}, {len(model.steps)} steps, {dist.get_world_size()} ranks")
         measured: dict[str, Measured] = {}
-        failed = [name for name, way in ways(model).items() if not _measured(model, name, way, measured, device)]
+        failed = [
+            name
+            for name, way in ways(model, options.compile).items()
+            if not _measured(model, name, way, measured, device, options.rounds)
+        ]
         found = _records(model, measured, dtype)
         if is_first():
             write_records(f"{model.op}_ranks", found, options.out)
@@ -68,7 +78,7 @@ Way = Callable[[], Entered]
 """Gives, while it is entered, the transformer to call and what tells afterwards where the work was."""
 
 
-def ways(model: Model) -> dict[str, Way]:
+def ways(model: Model, compiled: bool) -> dict[str, Way]:
     world = dist.get_world_size()
     ours = {
         ALONE: None,
@@ -77,6 +87,9 @@ def ways(model: Model) -> dict[str, Way]:
         "ulysses": ContextParallel(ulysses=world),
     }
     found: dict[str, Way] = {name: _ours(model, parallel) for name, parallel in ours.items()}
+    if compiled:
+        found[ALONE_COMPILED] = _ours(model, None, compiled=True)
+        found[COMPILED] = _ours(model, ContextParallel("auto"), compiled=True)
     found[STOCK_ALONE] = _stock(model, None)
     if getattr(model.transformer, "_cp_plan", None) and next(model.transformer.parameters()).is_cuda:
         found["diffusers ring"] = _stock(model, {"ring_degree": world})
@@ -84,10 +97,10 @@ def ways(model: Model) -> dict[str, Way]:
     return found
 
 
-def _ours(model: Model, parallel: ContextParallel | None) -> Way:
+def _ours(model: Model, parallel: ContextParallel | None, *, compiled: bool = False) -> Way:
     @contextmanager
     def entered() -> Iterator[tuple[Any, Callable[[], str]]]:
-        handle = accelerate(model.pipe, cache=None, parallel=parallel)
+        handle = accelerate(model.pipe, cache=None, parallel=parallel, compile=compiled)
         try:
             yield model.transformer, lambda: "" if handle.spread is None else str(handle.spread.last_place)
         finally:
@@ -114,35 +127,61 @@ def _stock(model: Model, degrees: dict[str, Any] | None) -> Way:
     return entered
 
 
-def _measured(model: Model, name: str, way: Way, measured: dict[str, Measured], device: torch.device) -> bool:
+def _measured(
+    model: Model, name: str, way: Way, measured: dict[str, Measured], device: torch.device, rounds: int
+) -> bool:
     try:
-        with way() as (transformer, place):
-            forward(transformer, model.steps[0])
-            exchange(_world(), None, "arrival")
-            start = time.perf_counter()
-            outputs = [forward(transformer, inputs) for inputs in model.steps]
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds = max(exchange(_world(), (time.perf_counter() - start) / len(model.steps), "seconds"))
-            measured[name] = Measured(seconds, outputs[-1].float().cpu(), place())
+        with way() as (transformer, place), _no_garbage_collected():
+            for _ in range(WARM_UP):
+                forward(transformer, model.steps[0])
+            times = [_round(transformer, model, device) for _ in range(rounds)]
+            everyone = exchange(_world(), [seconds for seconds, _ in times], "seconds")
+            seconds = median(map(max, zip(*everyone, strict=True)))
+            measured[name] = Measured(seconds, times[-1][1].float().cpu(), place())
     except Exception as error:  # one way that fails, on all ranks alike, must not cost the others their results
         print(f"{name}: {type(error).__name__}: {error}", flush=True)
         return False
-    against = f"{measured[ALONE].seconds / seconds:5.2f}x" if ALONE in measured else ""
+    base = measured.get(_base(name))
+    against = f"{base.seconds / seconds:5.2f}x" if base is not None else ""
     _say(f"{name:<22} {seconds * 1e3:9.1f} ms a step  {against}  {measured[name].place}")
     return True
 
 
+def _round(transformer: Any, model: Model, device: torch.device) -> tuple[float, Tensor]:
+    """Seconds per step on this rank, of steps that all ranks begin together; the last output."""
+    exchange(_world(), None, "arrival")
+    start = time.perf_counter()
+    outputs = [forward(transformer, inputs) for inputs in model.steps]
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / len(model.steps), outputs[-1]
+
+
+@contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _base(name: str) -> str:
+    """What a way is compared with."""
+    return ALONE_COMPILED if name == COMPILED else ALONE
+
+
 def _records(model: Model, measured: dict[str, Measured], dtype: torch.dtype) -> list[Record]:
     """One for each way, against one GPU of this package. Collective."""
-    alone = measured[ALONE]
-    made = []
+    alone, made = measured[ALONE], []
     for name, entry in measured.items():
         difference = max(exchange(_world(), relative_error(entry.output, alone.output), "differences"))
+        base = measured.get(_base(name), alone)
         shape = model.shape | {"steps": len(model.steps), "ranks": dist.get_world_size()}
         notes = {"difference": difference, "place": entry.place}
         kind, ms = str(dtype).removeprefix("torch."), entry.seconds * 1e3
-        made.append(Record(model.op, shape, kind, name, ms, ALONE, alone.seconds * 1e3, notes=notes))
+        made.append(Record(model.op, shape, kind, name, ms, _base(name), base.seconds * 1e3, notes=notes))
     return made
 
 
@@ -163,9 +202,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the JSON records")
     parser.add_argument("--small", action="store_true", help="a tiny model and picture")
     parser.add_argument("--steps", type=int, default=4, metavar="N", help="timed together (default: 4)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of these steps (default: 5)")
+    parser.add_argument("--compile", action="store_true", help="with compiled blocks too")
     options = parser.parse_args()
-    if options.steps < 1:
-        parser.error("steps must be at least 1")
+    if options.steps < 1 or options.rounds < 1:
+        parser.error("steps and rounds must be at least 1")
     return options
 
 

@@ -19,7 +19,7 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import HunyuanVide
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from tiny_hunyuan import PROMPTS, generate, tiny_pipeline, tiny_transformer, transformer_inputs
 
-from para_kernels import ContextParallel, FirstBlockCache
+from para_kernels import FirstBlockCache
 from para_kernels.cache import StepRecord
 from para_kernels.integrations.diffusers import Handle, ParaAttnProcessor, accelerate, apply_cache_on_pipe
 from para_kernels.integrations.diffusers.models import HUNYUAN_VIDEO
@@ -375,10 +375,6 @@ BAD_CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "attention": (
         lambda pipe: accelerate(pipe, attention="int4"),
         r"attention: got 'int4', allowed is one of \['exact', 'int8'\]",
-    ),
-    "8 bits on several ranks": (
-        lambda pipe: accelerate(pipe, attention="int8", parallel=ContextParallel(ring=2)),
-        r"attention: got 'int8', allowed is 'exact' where the work is spread over ranks",
     ),
     "residual_diff_threshold": (
         lambda pipe: apply_cache_on_pipe(pipe, -1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,8 @@ def attend_in_8_bits(query: Tensor, key: Tensor, value: Tensor, lens: Tensor | N
     return flash_attention_int8(query, key, value, kv_lens=lens, q_lens=lens)
 
 
+ALL_ROWS = slice(None)
+
 # What `accelerate` takes as its `attention`. 8 bits are for the joint sequence, or the video alone: attention over the
 # text, in refiners and to its tokens, is cheap and stays exact.
 ATTEND: dict[str, Attend] = {"exact": attend_here, "int8": attend_in_8_bits}
@@ -79,7 +82,7 @@ class AttentionLengths:
 
     def here(self, video_tokens: int) -> Shard:
         """Which rows are here: all of them, with so many of video, where nothing is spread over ranks."""
-        everything = Shard(video_tokens, slice(video_tokens), self.attend, slice(None), self.attend)
+        everything = Shard(video_tokens, slice(video_tokens), self.attend, ALL_ROWS, self.attend)
         return self.shard or everything
 
     def text(self, mask: Tensor | None) -> Tensor | None:
@@ -114,7 +117,19 @@ class AttentionLengths:
         return self._mask[1]
 
 
-class ParaAttnProcessor:
+class Signed:
+    """Keeps the signature of `__call__`, which diffusers' attention modules ask for at every call: it would be put
+    together anew each time, 25 microseconds of the host.
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        call: Any = cls.__dict__.get("__call__")
+        if call is not None:
+            call.__signature__ = inspect.signature(call)
+
+
+class ParaAttnProcessor(Signed):
     """Exact attention for HunyuanVideo's joint, single-stream and refiner attention, without a mask.
 
     `pipe.transformer.set_attn_processor(ParaAttnProcessor())` is enough. Keys at or past a sample's length are never
@@ -176,6 +191,8 @@ class SeveralTextsProcessor(ParaAttnProcessor):
 
 
 def rotary_rows(rotary: Rotary, rows: slice) -> Rotary:
+    if rows == ALL_ROWS:
+        return rotary
     cos, sin = rotary
     return cos[rows], sin[rows]
 

@@ -29,8 +29,11 @@ def left_to_norm(module: nn.Module | None, x: Tensor) -> tuple[Tensor, Norm | No
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    hooks = ("_hf_hook", "_diffusers_hook")  # of accelerate, of diffusers
-    return any(hasattr(module, name) for name in hooks) or bool(module._forward_hooks or module._forward_pre_hooks)
+    """By accelerate, diffusers or torch. A module looks for an attribute that it does not have in three places and then
+    raises, which costs more than all else here: so its own dictionary is asked.
+    """
+    own = module.__dict__
+    return "_hf_hook" in own or "_diffusers_hook" in own or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _described(module: Any, x: Tensor) -> Norm | None:
@@ -43,7 +46,7 @@ def _described(module: Any, x: Tensor) -> Norm | None:
         return None
     if module.eps is None:  # torch's own choice, which its documentation and its kernels name differently
         return None
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if not all(_fits(parameter, x) for parameter in (weight, bias)):
         return None
     heads, head_dim = x.shape[2:]

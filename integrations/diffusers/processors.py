@@ -17,6 +17,7 @@ from para_kernels.preparation import Rotary, Stream, prepare_attention, prepare_
 from .attention import (
     AttentionLengths,
     Shard,
+    Signed,
     heads_of,
     on_device_of,
     projected,
@@ -29,7 +30,7 @@ from .attention import (
 from .norms import left_to_norm
 
 
-class Processor:
+class Processor(Signed):
     """What all have in common, for processors of your own too: the lengths that `accelerate` passes.
 
     Args:
