@@ -34,6 +34,7 @@ from para_kernels.integrations.diffusers import accelerate
 from para_kernels.integrations.diffusers.processes import is_first, joined, own_device
 from para_kernels.parallel.failure import exchange
 
+from . import step_profile
 from .record import Record, write_records
 from .reference import relative_error
 from .step_settings import MODELS, Model, forward
@@ -69,6 +70,8 @@ def main() -> int:
         found = _records(model, measured, dtype)
         if is_first():
             write_records(f"{model.op}_ranks", found, options.out)
+        if options.profile:
+            _profile(model, dtype, device, options.out)
         _say(f"failed: {', '.join(failed) or 'none'}")
     return int(bool(failed))
 
@@ -172,6 +175,20 @@ def _base(name: str) -> str:
     return ALONE_COMPILED if name == COMPILED else ALONE
 
 
+def _profile(model: Model, dtype: torch.dtype, device: torch.device, out: Path) -> None:
+    """A step of the way "auto" under the profiler, on every rank alike; the first rank's is written and printed."""
+    with _ours(model, ContextParallel("auto"))() as (transformer, _):
+        for _ in range(WARM_UP):
+            forward(transformer, model.steps[0])
+        exchange(_world(), None, "arrival")
+        found = step_profile.profiled(transformer, lambda: forward(transformer, model.steps[0]), device)
+    if is_first():
+        shape = model.shape | {"ranks": dist.get_world_size()}
+        rows = step_profile.records(found, shape, str(dtype).removeprefix("torch."), "auto")
+        write_records(f"{model.op}_ranks_profile", rows, out)
+        print(step_profile.table(found, rows), flush=True)
+
+
 def _records(model: Model, measured: dict[str, Measured], dtype: torch.dtype) -> list[Record]:
     """One for each way, against one GPU of this package. Collective."""
     alone, made = measured[ALONE], []
@@ -204,6 +221,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, metavar="N", help="timed together (default: 4)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of these steps (default: 5)")
     parser.add_argument("--compile", action="store_true", help="with compiled blocks too")
+    parser.add_argument("--profile", action="store_true", help="then where the time of a step on all GPUs goes")
     options = parser.parse_args()
     if options.steps < 1 or options.rounds < 1:
         parser.error("steps and rounds must be at least 1")

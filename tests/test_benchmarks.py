@@ -1012,7 +1012,7 @@ def test_a_setting_that_fails_costs_no_other(
 def test_steps_over_several_gpus_rehearse_without_any(model: str, tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     printed = torchrun(
-        "benchmarks.step_ranks", model, "--small", "--steps", "2", "--rounds", "2", "--out", str(tmp_path)
+        "benchmarks.step_ranks", model, "--small", "--steps", "2", "--rounds", "2", "--profile", "--out", str(tmp_path)
     )
     assert "failed: none" in printed
     rows = {row["kernel"]: row for row in record.read_records(f"{model}_step_ranks", tmp_path)}
@@ -1021,6 +1021,7 @@ def test_steps_over_several_gpus_rehearse_without_any(model: str, tmp_path: Path
         assert row["notes"]["difference"] < 1e-5
         assert row["ratio"] > 0
     assert rows["ring"]["notes"]["place"] == "batch 1 x ring 2 x ulysses 1"
+    assert record.read_records(f"{model}_step_ranks_profile", tmp_path)
 
 
 def test_the_kept_demo_writes_its_record_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
