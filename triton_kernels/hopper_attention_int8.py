@@ -695,6 +695,7 @@ CANDIDATES: dict[str, Int8Variant] = {
         consumers=3, keys=64, stages=5, order="ahead", fresh=False, registers=160
     ),
     "late": Int8Variant(order="late"),
+    "late, 1 polynomial": Int8Variant(order="late", polynomial=1),
     "late, 2 polynomials": Int8Variant(order="late", polynomial=2),
     "late, 4 polynomials": Int8Variant(order="late", polynomial=4),
     "late, ping-pong": Int8Variant(order="late", ping_pong=True),
