@@ -21,9 +21,10 @@ CONSTRAINTS := $(VENV)/constraints.txt
 READY := $(VENV)/.installed
 BUILD_INPUTS := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-# The oldest diffusers and transformers, with the huggingface-hub, HTTP client and tokenizers that they take. Before 5.6,
-# transformers gives text encoders that a newer one saved random weights (CLIP lost its prefix `text_model.`).
-OLDEST := diffusers==0.36.0 transformers==5.6.2 huggingface-hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 tokenizers==0.22.2
+# The oldest diffusers and transformers, with the huggingface-hub, HTTP client, tokenizers and torchao that they take. Before
+# 5.6, transformers gives text encoders that a newer one saved random weights (CLIP lost its prefix `text_model.`).
+OLDEST := diffusers==0.36.0 transformers==5.6.2 huggingface-hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 tokenizers==0.22.2 \
+  torchao==0.15.0
 NEWEST_TRITON := triton==3.9.0
 # Both workers share the cores: one thread each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --durations=10

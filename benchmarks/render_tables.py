@@ -526,6 +526,26 @@ def _table_of_model(head: Sequence[str], body: Iterable[Sequence[str]], rows: Se
     return f"\n{table}\n\n*Predicted by a model, not measured; {version}{rows[0]['date']}; `{rows[0]['command']}`*\n"
 
 
+def _quality(rows: Sequence[Row]) -> str:
+    body = []
+    for row in rows:
+        notes = row["notes"]
+        errors = (notes["layer_error_median"], notes["layer_error_largest"])
+        body.append(
+            [
+                row["check"].removeprefix("quality, "),
+                f"{notes['reused']}/{notes['steps']}",
+                _decibels(notes["psnr"]),
+                _decibels(notes["psnr_worst"]),
+                "" if notes["floor"] is None else f"{notes['floor']:.0f}",
+                f"{notes['ssim']:.4f}",
+                *("-" if error is None else f"{error:.1e}" for error in errors),
+            ]
+        )
+    head = ["setting", "reused steps", "PSNR, dB", "worst video, dB", "asked for, dB", "SSIM", "layer error, median"]
+    return _markdown([*head, "largest"], body, rows)
+
+
 def _demo(rows: Sequence[Row]) -> str:
     body = []
     for row in rows:
@@ -691,6 +711,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Row]], str]]] = {
     "scaling-validation": (("scaling-validation",), _model_error),
     "toy-ranks": (("toy-ranks-cpu",), _checks),
     "demo": (("toy_demo",), _demo),
+    "quality": (("toy_quality-cpu",), _quality),
     "int8-checks": (("int8-checks",), _int8_checks),
     "int8-speed": (("int8-speed",), _int8),
     "int8-power": (("int8-speed",), _int8_power),

@@ -1049,6 +1049,32 @@ def test_the_kept_demo_writes_its_record_and_pictures(tmp_path: Path, monkeypatc
     assert "| cache 1e+09 |" in text
 
 
+def test_the_kept_quality_writes_its_record_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    pytest.importorskip("torchao")
+    from tiny_hunyuan import PROMPTS, tiny_pipeline
+
+    from benchmarks import toy_quality
+    from para_kernels.integrations.diffusers import loading
+
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(loading, "TOY_PIPELINE", tmp_path / "model")
+    small = replace(loading.TOY_DEFAULTS, height=48, width=32, num_frames=5)
+    monkeypatch.setattr(toy_quality, "TOY_DEFAULTS", small)
+    monkeypatch.setattr(toy_quality.demo, "PROMPTS", tuple(PROMPTS))
+    monkeypatch.setattr(toy_quality, "FLOORS", {"attention int8": 1000.0, "linears fp8": 1.0})
+    folders = ["--results", str(tmp_path / "results"), "--images", str(tmp_path / "images")]
+    monkeypatch.setattr(sys, "argv", ["toy_quality", "--steps", "2", *folders])
+    assert toy_quality.main() == 1, "a floor of 1,000 dB"
+    assert {path.name for path in (tmp_path / "images").iterdir()} == {"quality.png", "quality-frames.png"}
+    rows = {row["check"]: row for row in record.read_records(toy_quality.NAME, tmp_path / "results")}
+    assert rows["quality, exact"]["notes"]["psnr"] is None
+    assert rows["quality, linears fp8"]["passed"]
+    assert not rows["quality, attention int8"]["passed"]
+    text = render_tables.render("<!-- table: quality -->\n<!-- /table -->", tmp_path / "results")
+    assert "| attention int8 |" in text
+
+
 def test_the_report_on_several_gpus_rehearses_without_any(tmp_path: Path) -> None:
     """Two processes over gloo, tiny shapes."""
     printed = torchrun("benchmarks.ring_report", "--out", str(tmp_path), "--only", "stress,no_p2p,speed,int8,host_time")
