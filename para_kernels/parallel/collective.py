@@ -136,6 +136,10 @@ class CollectiveTransport:
 # --- other collectives ------------------------------------------------------------------------------------------------
 
 
+# Its name from torch 2.13 on, which warns of the other.
+_all_gather: Callable[..., dist.Work | None] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 def gather_rows(local: Tensor, shards: Shards, group: ProcessGroup, *, dim: int = 1, what: str = "rows") -> Tensor:
     """The whole sequence from every rank's rows: uneven pieces, also empty ones, by one collective.
 
@@ -164,7 +168,7 @@ def gather_rows(local: Tensor, shards: Shards, group: ProcessGroup, *, dim: int 
     padded = moved.new_empty((longest, *moved.shape[1:]))
     padded[:rows] = moved
     pieces = moved.new_empty((shards.world * longest, *moved.shape[1:]))
-    await_collective(dist.all_gather_into_tensor(pieces, padded, group=group, async_op=True), group, what, local.device)
+    await_collective(_all_gather(pieces, padded, group=group, async_op=True), group, what, local.device)
     parts = [pieces[rank * longest : rank * longest + size] for rank, size in enumerate(shards.sizes)]
     return torch.cat(parts).movedim(0, dim).contiguous()
 
