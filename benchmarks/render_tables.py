@@ -442,7 +442,7 @@ def _ranks_of_steps(rows: Sequence[Row]) -> str:
         [
             row["kernel"],
             f"{row['median_ms']:.1f}",
-            f"{row['ratio']:.2f}x" + (" (compiled)" if row["peer"] != rows[0]["peer"] else ""),
+            "-" if row["ratio"] is None else f"{row['ratio']:.2f}x{' (compiled)' if 'compiled' in row['peer'] else ''}",
             row["notes"]["place"] or "-",
         ]
         for row in rows

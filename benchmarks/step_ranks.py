@@ -144,8 +144,8 @@ def _measured(
     except Exception as error:  # one way that fails, on all ranks alike, must not cost the others their results
         print(f"{name}: {type(error).__name__}: {error}", flush=True)
         return False
-    base = measured.get(_base(name))
-    against = f"{base.seconds / seconds:5.2f}x" if base is not None else ""
+    base = _base(name, measured)
+    against = f"{measured[base].seconds / seconds:5.2f}x" if base is not None else ""
     _say(f"{name:<22} {seconds * 1e3:9.1f} ms a step  {against}  {measured[name].place}")
     return True
 
@@ -170,9 +170,10 @@ def _no_garbage_collected() -> Iterator[None]:
         gc.enable()
 
 
-def _base(name: str) -> str:
-    """What a way is compared with."""
-    return ALONE_COMPILED if name == COMPILED else ALONE
+def _base(name: str, measured: dict[str, Measured]) -> str | None:
+    """The way that a way is compared with; None where that has failed."""
+    base = ALONE_COMPILED if name == COMPILED else ALONE
+    return base if base in measured else None
 
 
 def _profile(model: Model, dtype: torch.dtype, device: torch.device, out: Path) -> None:
@@ -191,14 +192,16 @@ def _profile(model: Model, dtype: torch.dtype, device: torch.device, out: Path) 
 
 def _records(model: Model, measured: dict[str, Measured], dtype: torch.dtype) -> list[Record]:
     """One for each way, against one GPU of this package. Collective."""
-    alone, made = measured[ALONE], []
+    alone, made = measured.get(ALONE), []
     for name, entry in measured.items():
-        difference = max(exchange(_world(), relative_error(entry.output, alone.output), "differences"))
-        base = measured.get(_base(name), alone)
+        off = None if alone is None else relative_error(entry.output, alone.output)
+        off = max((theirs for theirs in exchange(_world(), off, "differences") if theirs is not None), default=None)
+        base = _base(name, measured)
         shape = model.shape | {"steps": len(model.steps), "ranks": dist.get_world_size()}
-        notes = {"difference": difference, "place": entry.place}
+        notes = {"difference": off, "place": entry.place}
         kind, ms = str(dtype).removeprefix("torch."), entry.seconds * 1e3
-        made.append(Record(model.op, shape, kind, name, ms, _base(name), base.seconds * 1e3, notes=notes))
+        base_ms = None if base is None else measured[base].seconds * 1e3
+        made.append(Record(model.op, shape, kind, name, ms, base, base_ms, notes=notes))
     return made
 
 

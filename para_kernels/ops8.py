@@ -5,7 +5,8 @@ What is quantised, and how (SageAttention2, Zhang et al. 2024, arXiv 2411.10958,
 - keys lose their mean over the sequence, which softmax does not see, and become int8 with a scale per 128 keys;
 - queries become int8 with a scale per row;
 - values lose their mean, which is added to the output again, and become e4m3 with a scale per channel;
-- weights, `exp(score - maximum)` times 256, become e4m3. Their sum is taken of the rounded ones.
+- weights, `exp(score - maximum)` times 256, become e4m3. Their sum is taken of the rounded ones; the
+  kernels', but for one variant, of those before rounding.
 
 The CPU's implementation is that arithmetic written out in torch, for tests and small models; it saves no time there.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch import nn
 from para_kernels import FirstBlockCache
 from para_kernels.integrations.diffusers import Handle, accelerate, apply_cache_on_pipe
 from para_kernels.integrations.diffusers.cache import BlockCache, add_cache_hooks, transformer_blocks
+from para_kernels.integrations.diffusers.calls import Calls
 from para_kernels.integrations.diffusers.hooks import BranchName
 from para_kernels.integrations.diffusers.models import HUNYUAN_VIDEO
 
@@ -166,6 +168,28 @@ def test_after_a_call_no_tensor_is_kept(pipe: HunyuanVideoPipeline) -> None:
     (installation,) = handle._installations
     assert installation.cache is not None
     assert installation.cache.states == {}
+
+
+def test_a_pipe_that_is_gone_begins_no_call() -> None:
+    """It may go in the middle of a call of another one with the same transformer."""
+
+    class Pipe:
+        def __init__(self) -> None:
+            self.scheduler = SimpleNamespace(timesteps=[3, 2, 1])
+
+    first, second = Pipe(), Pipe()
+    calls = Calls()
+    for pipe in (first, second, first):
+        calls.watch(pipe)
+    assert [calls.begin_forward() for _ in range(3)] == [True, False, False]
+    assert calls.pipes == [first, second]
+    del second, pipe
+    assert not calls.begin_forward()
+    assert calls.pipes == [first]
+    first.scheduler.timesteps = [3, 2, 1]
+    assert [calls.begin_forward() for _ in range(2)] == [True, False]
+    calls.end()
+    assert calls.begin_forward()
 
 
 def test_an_interrupted_call_leaves_nothing_to_the_next(pipe: HunyuanVideoPipeline) -> None:

@@ -130,6 +130,8 @@ def test_unknown_before_and_after() -> None:
         ({"passes": Passes(("cond",), "text")}, "passes.prompts: got 'text', allowed is a tuple"),  # type: ignore[arg-type]
         ({"shards": replace(NOVEL.shards, sequence=("y",))}, "shards.sequence: got"),
         ({"components": "transformer"}, "components: got 'transformer', allowed is a tuple"),
+        ({"joined": "layers"}, "joined: got 'layers', allowed is a tuple"),
+        ({"shards": replace(NOVEL.shards, rows="timestep")}, "shards.rows: got 'timestep', allowed is a tuple"),
         (
             {"joined": ("layers",)},
             r"joined: got \('layers',\), allowed are the last of the block_lists, but not the first",
@@ -163,6 +165,10 @@ def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> No
         ({"passes": Passes(("cond", "uncond"), ("text",))}, "NovelTransformer.forward has no argument 'text'"),
         ({"head_dim": "dim"}, "the config of NovelTransformer has no entry 'dim'"),
         ({"shards": replace(NOVEL.shards, gathered_at="tail")}, "NovelTransformer has no submodule 'tail'"),
+        (
+            {"shards": replace(NOVEL.shards, rows=("time",))},
+            "shards.rows: NovelTransformer.forward has no argument 'time'",
+        ),
     ],
 )
 def test_names_that_are_not_there_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -146,6 +146,17 @@ def modules(heads: int, head_dim: int) -> dict[str, nn.Module]:
     }
 
 
+def test_a_weight_that_is_no_parameter_counts() -> None:
+    """As where a wrapper of the model keeps the parameters and leaves views of them behind."""
+    module = nn.RMSNorm(16, eps=1e-6)
+    weight = torch.randn(16)
+    del module.weight
+    module.weight = weight  # type: ignore[assignment]
+    _, norm = left_to_norm(module, torch.randn(1, 2, 3, 16))
+    assert norm is not None
+    assert norm.weight is weight
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", modules(1, 1))
 def test_norms_and_rope_have_the_bits_of_diffusers(name: str, dtype: torch.dtype) -> None:

@@ -126,11 +126,11 @@ def parallelize_pipe(
     """Spread a diffusers pipeline's transformer over several GPUs or processes. Called again it re-tunes.
 
     To be called on every rank, on a pipeline with the same weights, as is the pipeline then: every rank is given the
-    same prompts and returns the same output, that of one process. The joint sequence of video and text is cut into
-    contiguous pieces, one for each rank of "ring" and "ulysses"; the samples of a batch over the ranks of "batch".
-    Nothing has to divide. All ranks start from the noise of rank 0, which alone shows its progress bar. This package's
-    attention comes with it, exact unless there is another; and a cache, put on before or after, decides alike on all
-    ranks.
+    same prompts and returns the same output, that of one process (in 8 bits, one as far from exact as that). The joint
+    sequence of video and text is cut into contiguous pieces, one for each rank of "ring" and "ulysses"; the samples of
+    a batch over the ranks of "batch". Nothing has to divide. All ranks start from the noise of rank 0, which alone
+    shows its progress bar. This package's attention comes with it, exact unless there is another; and a cache, put on
+    before or after, decides alike on all ranks.
 
     Args:
         pipe: as for `accelerate`, before or after which it may be called.

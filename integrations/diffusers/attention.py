@@ -82,8 +82,7 @@ class AttentionLengths:
 
     def here(self, video_tokens: int) -> Shard:
         """Which rows are here: all of them, with so many of video, where nothing is spread over ranks."""
-        everything = Shard(video_tokens, slice(video_tokens), self.attend, ALL_ROWS, self.attend)
-        return self.shard or everything
+        return self.shard or Shard(video_tokens, ALL_ROWS, self.attend, ALL_ROWS, self.attend)
 
     def text(self, mask: Tensor | None) -> Tensor | None:
         """Lengths of the text alone. None: every token is real."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,9 @@ def check_transformer(family: Family, transformer: nn.Module) -> None:
     for path in (family.shards.gathered_at, *filter(None, [family.refiner])):
         if path not in modules:
             raise ValueError(f"gathered_at, refiner: {kind} has no submodule {path!r}")
+    arguments = inspect.signature(type(transformer).forward).parameters
+    if unknown := [name for name in family.shards.rows if name not in arguments]:
+        raise ValueError(f"shards.rows: {kind}.forward has no argument {unknown[0]!r}")
     config = getattr(transformer, "config", None)
     for entry in (family.head_dim, family.shards.heads):
         if not hasattr(config, entry):
@@ -73,6 +77,9 @@ def _check(family: Family) -> None:
         _check_names(name, getattr(family, name))
     for name in ("samples", "sequence"):
         _check_names(f"shards.{name}", getattr(family.shards, name))
+    for name, value in (("joined", family.joined), ("shards.rows", family.shards.rows)):
+        if value != ():
+            _check_names(name, value)
     if family.passes is not None:
         _check_names("passes.names", family.passes.names)
         _check_names("passes.prompts", family.passes.prompts)

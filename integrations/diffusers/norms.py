@@ -46,7 +46,7 @@ def _described(module: Any, x: Tensor) -> Norm | None:
         return None
     if module.eps is None:  # torch's own choice, which its documentation and its kernels name differently
         return None
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    weight, bias = _own(module, "weight"), _own(module, "bias")
     if not all(_fits(parameter, x) for parameter in (weight, bias)):
         return None
     heads, head_dim = x.shape[2:]
@@ -59,6 +59,11 @@ def _described(module: Any, x: Tensor) -> Norm | None:
     # diffusers' RMSNorm casts to a weight of half precision before it multiplies; Mochi's and torch's do not.
     round_first = type(module) is RMSNorm and weight is not None and weight.dtype != torch.float32
     return Norm("layer" if is_layer else "rms", weight, bias, float(module.eps), over, round_first)  # type: ignore[arg-type]
+
+
+def _own(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter, or the plain tensor that stands in for one; None where there is none."""
+    return module._parameters[name] if name in module._parameters else module.__dict__.get(name)
 
 
 def _fits(parameter: Tensor | None, x: Tensor) -> bool:

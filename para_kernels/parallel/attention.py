@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from para_kernels.attention import check_attention, flash_attention, softmax_scale
-from para_kernels.attention8 import flash_attention_int8
+from para_kernels.attention8 import flash_attention_int8, selected_kernel_int8
 from para_kernels.parallel.failure import RankFailure, check_agreement, current_timeout, deadline, give_up
 from para_kernels.parallel.mesh import group_of, mesh_groups
 from para_kernels.parallel.ring8 import ring_int8
@@ -68,8 +68,9 @@ def ring_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`flash_attention` over a sequence in pieces, one to a rank: keys and values go round, queries stay.
 
-    Method: Liu et al. 2023, Ring Attention, arXiv 2310.01889; partial results are weighed by their log-sum-exp. Exact,
-    for any lengths; the next piece travels while one is attended. To be called by all ranks of `mesh` alike.
+    Method: Liu et al. 2023, Ring Attention, arXiv 2310.01889; partial results are weighed by their log-sum-exp. Exact
+    unless `attention` says otherwise, for any lengths; the next piece travels while one is attended. To be called by
+    all ranks of `mesh` alike.
 
     Args:
         q: (B, S_r, H, D), this rank's rows: the `lengths[r]` rows of the whole sequence that follow those of the ranks
@@ -303,6 +304,7 @@ def _agree(function: str, group: ProcessGroup, ring: ProcessGroup | None, call: 
     given = (call.kv_lens is None, call.q_lens is None)
     settings = (function, dims, str(q.dtype), sizes, call.scale, *given, call.transport, call.attention)
     problem = _problem(call, sizes, group)
+    settings = (*settings, _format(call) if problem is None else "")
     known = _agreed.setdefault(group, set())
     if problem is not None and known:
         _raise_problem(problem, group, ring)
@@ -344,8 +346,13 @@ def _raise_problem(problem: str, group: ProcessGroup, ring: ProcessGroup | None)
 
 _NAMES = (
     "function", "B, H, D, Hk, D", "dtype", "lengths", "scale", "kv_lens is None", "q_lens is None", "transport",
-    "attention",
+    "attention", "kernel of 8 bits",
 )  # fmt: skip
+
+
+def _format(call: _Call) -> str:
+    """What the bytes of pieces in 8 bits are made for: ranks with unlike GPUs would not understand each other's."""
+    return "" if call.attention == "exact" else selected_kernel_int8(call.q.device, call.q.dtype, call.q.shape[3])
 
 
 def _problem(call: _Call, lengths: tuple[int, ...] | None, group: ProcessGroup) -> str | None:

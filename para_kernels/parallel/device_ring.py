@@ -20,6 +20,9 @@ copies need no multiprocessor. Should the host fail in between, no copy brings t
 flags are written without the copies, and if the driver refuses even that, the kernel ends by its own bounded wait.
 Where a launch blocks the host until the kernel is done (CUDA_LAUNCH_BLOCKING), the transfers are enqueued first.
 
+Bytes go round in the same way (`circulate`), but that the main stream waits for the flags of a piece before it runs
+what uses it. That wait has no bound of its own: in trouble it is ended by the copies behind released words, as above.
+
 The memory of a rank is one range, the arena: two slots, then the world - 1 received pieces, `capacity` bytes each.
 """
 
