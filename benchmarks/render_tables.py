@@ -546,6 +546,20 @@ def _quality(rows: Sequence[Row]) -> str:
     return _markdown([*head, "largest"], body, rows)
 
 
+def _quality_cache(rows: Sequence[Row]) -> str:
+    """A row for each threshold, a column for each rounding."""
+    found = {(row["notes"]["threshold"], row["notes"]["rounded"]): row["notes"] for row in rows}
+    thresholds, rounded = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 1))
+    body = [
+        [
+            f"{threshold:g}",
+            *(f"{found[threshold, name]['reused']}/{found[threshold, name]['steps']}" for name in rounded),
+        ]
+        for threshold in thresholds
+    ]
+    return _markdown(["threshold", *rounded], body, rows)
+
+
 def _demo(rows: Sequence[Row]) -> str:
     body = []
     for row in rows:
@@ -712,6 +726,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Row]], str]]] = {
     "toy-ranks": (("toy-ranks-cpu",), _checks),
     "demo": (("toy_demo",), _demo),
     "quality": (("toy_quality-cpu",), _quality),
+    "quality-cache": (("toy_quality_cache-cpu",), _quality_cache),
     "int8-checks": (("int8-checks",), _int8_checks),
     "int8-speed": (("int8-speed",), _int8),
     "int8-power": (("int8-speed",), _int8_power),

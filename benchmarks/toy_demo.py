@@ -50,19 +50,24 @@ def _job(out: Path, rounds: int, steps: int) -> demo.DemoJob:
         revision=None,
         device=torch.device("cpu"),
         dtype=torch.float32,
-        request=Request(
-            prompts=demo.PROMPTS,
-            height=TOY_DEFAULTS.height,
-            width=TOY_DEFAULTS.width,
-            num_frames=TOY_DEFAULTS.num_frames,
-            steps=steps,
-            guidance=TOY_DEFAULTS.guidance,
-        ),
+        request=toy_request(steps),
         thresholds=demo.THRESHOLDS,
         rounds=rounds,
         out=out,
         fps=TOY_DEFAULTS.fps,
         zoom=TOY_DEFAULTS.zoom,
+    )
+
+
+def toy_request(steps: int) -> Request:
+    """The demo's prompts, at the size that the shipped pipeline was trained for."""
+    return Request(
+        prompts=demo.PROMPTS,
+        height=TOY_DEFAULTS.height,
+        width=TOY_DEFAULTS.width,
+        num_frames=TOY_DEFAULTS.num_frames,
+        steps=steps,
+        guidance=TOY_DEFAULTS.guidance,
     )
 
 

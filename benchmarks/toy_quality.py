@@ -3,7 +3,8 @@ pictures go to ``docs/images/``, the numbers to ``benchmarks/results/``.
 
     python -m benchmarks.toy_quality
 
-8-bit attention must keep 35 dB against exact attention, FP8 linears 30 dB; the exit code is 1 where one does not.
+Then how many steps a cache reuses where the rest is rounded. 8-bit attention must keep 35 dB against exact attention,
+FP8 linears 30 dB; the exit code is 1 where one does not.
 """
 
 from __future__ import annotations
@@ -14,18 +15,28 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from para_kernels.integrations.diffusers import demo, quality_report
-from para_kernels.integrations.diffusers.generate import Request
-from para_kernels.integrations.diffusers.loading import TOY, TOY_DEFAULTS
+from para_kernels.integrations.diffusers import accelerate, quality_report
+from para_kernels.integrations.diffusers.generate import generate
+from para_kernels.integrations.diffusers.linears import Fp8Linears
+from para_kernels.integrations.diffusers.loading import TOY, TOY_DEFAULTS, load_pipeline
 
 from .record import RESULTS, Check, write_records
-from .toy_demo import IMAGES
+from .toy_demo import IMAGES, toy_request
 
-NAME = "toy_quality-cpu"
+NAME, CACHE_NAME = "toy_quality-cpu", "toy_quality_cache-cpu"
 FLOORS = {"attention int8": 35.0, "linears fp8": 30.0, "linears fp8-weight-only": 30.0}  # dB
+
+_FP8 = {"linears": Fp8Linears(keep_originals=True)}
+ROUNDED: dict[str, dict[str, Any]] = {  # arguments of `accelerate` beside a cache
+    "exact": {},
+    "attention int8": {"attention": "int8"},
+    "linears fp8": _FP8,
+    "both": {"attention": "int8", **_FP8},
+}
 
 
 def main() -> int:
@@ -34,6 +45,7 @@ def main() -> int:
         job = _job(Path(folder), options.steps)
         checks = [_check(job, result) for result in quality_report.run(job)]
         write_records(NAME, checks, options.results)
+        write_records(CACHE_NAME, _beside_a_cache(job), options.results)
         options.images.mkdir(parents=True, exist_ok=True)
         shutil.copy(job.out / "quality.png", options.images / "quality.png")
         shutil.copy(job.out / "contact-sheet.png", options.images / "quality-frames.png")
@@ -49,16 +61,8 @@ def _options() -> argparse.Namespace:
 
 
 def _job(out: Path, steps: int) -> quality_report.QualityJob:
-    request = Request(
-        prompts=demo.PROMPTS,
-        height=TOY_DEFAULTS.height,
-        width=TOY_DEFAULTS.width,
-        num_frames=TOY_DEFAULTS.num_frames,
-        steps=steps,
-        guidance=TOY_DEFAULTS.guidance,
-    )
     return quality_report.QualityJob(
-        TOY, None, torch.device("cpu"), torch.float32, request, quality_report.THRESHOLDS, batch=8, out=out
+        TOY, None, torch.device("cpu"), torch.float32, toy_request(steps), quality_report.THRESHOLDS, batch=8, out=out
     )
 
 
@@ -82,6 +86,23 @@ def _check(job: quality_report.QualityJob, result: quality_report.Result) -> Che
             "layer_error_largest": largest_error,
         },
     )
+
+
+def _beside_a_cache(job: quality_report.QualityJob) -> list[Check]:
+    """What rounding does to a cache's decisions, which look at differences that it adds to."""
+    pipe = load_pipeline(job.model, job.device, job.dtype, job.revision)
+    pipe.set_progress_bar_config(disable=True)
+    checks = []
+    for name, arguments in ROUNDED.items():
+        for threshold in job.thresholds:
+            handle = accelerate(pipe, cache=threshold, **arguments)
+            generate(pipe, job.request)
+            records = handle.records
+            handle.remove()
+            notes = {"rounded": name, "threshold": threshold, "reused": sum(record.reused for record in records)}
+            what = f"cache {threshold:g} beside {name}"
+            checks.append(Check(what, cases=len(job.request.prompts), notes={**notes, "steps": len(records)}))
+    return checks
 
 
 if __name__ == "__main__":

@@ -113,10 +113,10 @@ class Piece(NamedTuple):
     k_means: Tensor
 
 
-def piece_tensors(k_shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tuple[tuple, ...]:
-    """(shape, dtype) of each tensor of the `Piece` of keys and values (B, S, Hk, D) of this dtype."""
+def piece_tensors(k_shape: Sequence[int], device: torch.device) -> tuple[tuple, ...]:
+    """(shape, dtype) of each tensor of the `Piece` of keys and values (B, S, Hk, D)."""
     if device.type == "cuda":
-        return _triton().dispatch8.shapes(tuple(k_shape), dtype, _capability(device))
+        return _triton().dispatch8.shapes(tuple(k_shape), _capability(device))
     batch, rows, heads, dim = k_shape
     return (
         ((batch, rows, heads, dim), torch.int8),

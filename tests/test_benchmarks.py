@@ -1054,14 +1054,14 @@ def test_the_kept_quality_writes_its_record_and_pictures(tmp_path: Path, monkeyp
     pytest.importorskip("torchao")
     from tiny_hunyuan import PROMPTS, tiny_pipeline
 
-    from benchmarks import toy_quality
+    from benchmarks import toy_demo, toy_quality
     from para_kernels.integrations.diffusers import loading
 
     tiny_pipeline().save_pretrained(tmp_path / "model")
     monkeypatch.setattr(loading, "TOY_PIPELINE", tmp_path / "model")
     small = replace(loading.TOY_DEFAULTS, height=48, width=32, num_frames=5)
-    monkeypatch.setattr(toy_quality, "TOY_DEFAULTS", small)
-    monkeypatch.setattr(toy_quality.demo, "PROMPTS", tuple(PROMPTS))
+    monkeypatch.setattr(toy_demo, "TOY_DEFAULTS", small)
+    monkeypatch.setattr(toy_demo.demo, "PROMPTS", tuple(PROMPTS))
     monkeypatch.setattr(toy_quality, "FLOORS", {"attention int8": 1000.0, "linears fp8": 1.0})
     folders = ["--results", str(tmp_path / "results"), "--images", str(tmp_path / "images")]
     monkeypatch.setattr(sys, "argv", ["toy_quality", "--steps", "2", *folders])
@@ -1073,6 +1073,8 @@ def test_the_kept_quality_writes_its_record_and_pictures(tmp_path: Path, monkeyp
     assert not rows["quality, attention int8"]["passed"]
     text = render_tables.render("<!-- table: quality -->\n<!-- /table -->", tmp_path / "results")
     assert "| attention int8 |" in text
+    text = render_tables.render("<!-- table: quality-cache -->\n<!-- /table -->", tmp_path / "results")
+    assert "| 0.06 | 0/2 |" in text
 
 
 def test_the_report_on_several_gpus_rehearses_without_any(tmp_path: Path) -> None:

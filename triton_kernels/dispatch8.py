@@ -31,17 +31,16 @@ def attention_int8_forward(
         out.zero_()
         lse.fill_(float("-inf"))
         return
-    keys = new_keys(k, value_type(capability, k.dtype, k.shape[3]))
+    keys = new_keys(k, attention_int8.value_type(capability))
     keys_forward(k, v, kv_lens, keys, capability=capability)
     attend_keys_forward(q, keys, k.shape[1], out, lse, q_lens, kv_lens, scale, capability=capability)
 
 
 def shapes(
-    k_shape: tuple[int, ...], dtype: torch.dtype, capability: tuple[int, int]
+    k_shape: tuple[int, int, int, int], capability: tuple[int, int]
 ) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-    """Shape and dtype of each tensor that `keys_forward` writes for keys and values of this shape and dtype."""
-    batch, rows, kv_heads, head_dim = k_shape
-    return shapes_of_keys(batch, rows, kv_heads, head_dim, value_type(capability, dtype, head_dim))
+    """Shape and dtype of each tensor that `keys_forward` writes for keys and values of this shape."""
+    return shapes_of_keys(*k_shape, attention_int8.value_type(capability))
 
 
 def keys_forward(
@@ -73,11 +72,6 @@ def attend_keys_forward(
     hopper = _is_hopper(capability, q.dtype, q.shape[3])
     kernel = hopper_attention_int8.hopper_attention_int8_forward if hopper else attention_int8.attention_int8_forward
     kernel(queries, keys, rows_k, out, lse, q_lens, kv_lens, scale)
-
-
-def value_type(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> torch.dtype:
-    """Of the values in 8 bits, or in what the chip has instead."""
-    return torch.float8_e4m3fn if _is_hopper(capability, dtype, head_dim) else attention_int8.value_type(capability)
 
 
 def _is_hopper(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> bool:

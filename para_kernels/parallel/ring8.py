@@ -48,9 +48,9 @@ class PieceLayout:
 
 
 @functools.lru_cache(maxsize=256)
-def piece_layout(k_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> PieceLayout:
+def piece_layout(k_shape: tuple[int, ...], device: torch.device) -> PieceLayout:
     """Of keys and values (B, S, Hk, D); of no bytes where there are no rows."""
-    return laid_out(piece_tensors(k_shape, dtype, device) if math.prod(k_shape) else ())
+    return laid_out(piece_tensors(k_shape, device) if math.prod(k_shape) else ())
 
 
 def laid_out(tensors: tuple[tuple[tuple[int, ...], torch.dtype], ...]) -> PieceLayout:
@@ -77,7 +77,7 @@ def ring_int8(
     """As `Transport.ring`, in 8 bits; `rank` is this rank's in the transport's group."""
     shards = Shards(tuple(lengths))
     batch, _, kv_heads, dim = k.shape
-    layouts = [piece_layout((batch, rows, kv_heads, dim), k.dtype, k.device) for rows in lengths]
+    layouts = [piece_layout((batch, rows, kv_heads, dim), k.device) for rows in lengths]
     own_q_lens = None if q_lens is None else shards.local_lens(q_lens, rank)
     factor = softmax_scale(scale, dim)
     parts = Parts(q, shards)

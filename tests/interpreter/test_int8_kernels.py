@@ -135,7 +135,7 @@ def test_pieces_in_one_memory_each_make_up_the_whole(capability: tuple[int, int]
     for rows, start in ((170, 0), (130, 170)):
         piece = slice(start, start + rows)
         local = lens_of([min(max(length - start, 0), rows) for length in lens])
-        layout = laid_out(dispatch8.shapes(k[:, piece].shape, q.dtype, capability))
+        layout = laid_out(dispatch8.shapes(k[:, piece].shape, capability))
         keys = dispatch8.Keys8(*layout.piece(torch.full((layout.size,), 0xFF, dtype=torch.uint8)))
         dispatch8.keys_forward(k[:, piece], v[:, piece], local, keys, capability=capability)
 
