@@ -4,7 +4,8 @@ What is quantised, and how (SageAttention2, Zhang et al. 2024, arXiv 2411.10958,
 
 - keys lose their mean over the sequence, which softmax does not see, and become int8 with a scale per 128 keys;
 - queries become int8 with a scale per row;
-- values lose their mean, which is added to the output again, and become e4m3 with a scale per channel;
+- values lose their mean, which is added to the output again, and become e4m3 with a scale per channel; what rounding
+  changes in the mean is added too;
 - weights, `exp(score - maximum)` times 256, become e4m3. Their sum is taken of the rounded ones; the
   kernels', but for one variant, of those before rounding.
 
@@ -63,7 +64,7 @@ class Rounded(NamedTuple):
 
 
 class Values(NamedTuple):
-    """Values in e4m3: v is about `rows` * `scale` + `mean`.
+    """Values in e4m3: v is about `rows` * `scale` + `mean`, and on average exactly.
 
     Attributes:
         rows: (S, H, D) float32, numbers that e4m3 has.
@@ -85,12 +86,17 @@ def round_to_int8(x: Tensor, block: int) -> Rounded:
 
 
 def round_values(v: Tensor) -> Values:
-    """(S, H, D) float32, a mean and a scale for each head and channel."""
+    """(S, H, D) float32, a mean and a scale for each head and channel.
+
+    16-bit values are few numbers, so that rounding errs for thousands of keys alike: what it takes from them on average
+    is added to their mean.
+    """
     mean = v.mean(0)
     centred = v - mean
     largest = centred.abs().amax(0)
     scale = torch.where(largest > 0, largest / HIGHEST_E4M3, 1.0)
-    return Values(to_e4m3(centred / scale), scale, mean)
+    rows = to_e4m3(centred / scale)
+    return Values(rows, scale, mean + (centred - rows * scale).mean(0))
 
 
 def to_e4m3(x: Tensor) -> Tensor:

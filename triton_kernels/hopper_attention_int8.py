@@ -694,7 +694,13 @@ CANDIDATES: dict[str, Int8Variant] = {
     "ahead, 3 consumers, 64 keys, in place": Int8Variant(
         consumers=3, keys=64, stages=5, order="ahead", fresh=False, registers=160
     ),
+    "ahead, 64 keys": Int8Variant(order="ahead", keys=64, stages=6),
+    "ahead, 64 keys, 2 polynomials": Int8Variant(order="ahead", keys=64, stages=6, polynomial=2),
+    "in turn, 3 consumers, 64 keys, in place": Int8Variant(
+        consumers=3, keys=64, stages=6, order="in turn", fresh=False, registers=160
+    ),
     "late": Int8Variant(order="late"),
+    "late, 64 keys": Int8Variant(order="late", keys=64, stages=6),
     "late, 1 polynomial": Int8Variant(order="late", polynomial=1),
     "late, 2 polynomials": Int8Variant(order="late", polynomial=2),
     "late, 4 polynomials": Int8Variant(order="late", polynomial=4),
