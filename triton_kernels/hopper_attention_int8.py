@@ -74,6 +74,7 @@ _BITS_OF_OFFSET = gl.constexpr(0x4B400000)
 _OFFSET = gl.constexpr(12582912.0)  # 1.5 * 2^23
 _LOWEST_SCORE = gl.constexpr(0x4B000000)  # 2^23, that is a score of -2^22; none lies below -2^21
 _LOG2_OF_WEIGHTS = gl.constexpr(8.0)
+_CHAINS = gl.constexpr(4)
 _FLOAT_LOG2_E = gl.constexpr(_LOG2_E)
 
 
@@ -168,31 +169,47 @@ _CONSTRAINTS_WITH_SUMS = gl.constexpr(",".join(["=r"] * 4 + ["=f"] * 16 + ["f"] 
 
 @gluon.jit
 def _maximum(scores, m_i, factor):
-    """The running maximum, in exponents of two, after these scores (integers with their offset)."""
-    highest = gl.max(scores, 1).to(gl.float32, bitcast=True)
+    """The running maximum, in exponents of two, after these scores (integers with their offset).
+
+    In steps, so that what depends on what is short: a row's 32 scores in a thread are four chains instead of one, and
+    both rows of a thread go through the shuffles together.
+    """
+    rows: gl.constexpr = scores.shape[0]
+    eighths: gl.constexpr = scores.shape[1] // 8
+    x = scores.reshape([rows, _CHAINS, eighths // _CHAINS, 2, 2, 2]).permute((0, 3, 4, 1, 2, 5))
+    x = gl.max(x.reshape([rows, 2, 2, _CHAINS, 2 * eighths // _CHAINS]), 4)
+    highest = gl.max(gl.max(gl.max(x, 3), 2), 1)
+    highest = gl.convert_layout(highest, m_i.type.layout, assert_trivial=True).to(gl.float32, bitcast=True)
     return gl.maximum(m_i, (highest - _OFFSET) * factor)
 
 
 @gluon.jit
-def _weights(
-    scores, exists, m_i, factor, layout: gl.constexpr, POLYNOMIAL: gl.constexpr, SUMS: gl.constexpr,
-    MASKED: gl.constexpr,
-):  # fmt: skip
-    """(weights as the second product's left operand, their sums in each thread with SUMS)."""
-    rows: gl.constexpr = scores.shape[0]
-    keys: gl.constexpr = scores.shape[1]
+def _exponents(scores, m_i, factor):
+    """Of the weights, as powers of two."""
     s = scores.to(gl.float32, bitcast=True)
-    x = gl.fma(s, gl.expand_dims(factor, 1), gl.expand_dims(_LOG2_OF_WEIGHTS - (m_i + _OFFSET * factor), 1))
-    if MASKED:
-        x = gl.where(exists, x, -200.0)
-    x = x.reshape([rows, keys // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([rows, keys])
+    return gl.fma(s, gl.expand_dims(factor, 1), gl.expand_dims(_LOG2_OF_WEIGHTS - (m_i + _OFFSET * factor), 1))
+
+
+@gluon.jit
+def _masked(exponents, exists):
+    return gl.where(exists, exponents, -200.0)
+
+
+@gluon.jit
+def _weights(exponents, layout: gl.constexpr, POLYNOMIAL: gl.constexpr, SUMS: gl.constexpr):
+    """(weights as the second product's left operand, their sums in each thread with SUMS)."""
+    rows: gl.constexpr = exponents.shape[0]
+    keys: gl.constexpr = exponents.shape[1]
+    x = exponents.reshape([rows, keys // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([rows, keys])
     x = gl.convert_layout(x, layout, assert_trivial=True)
     if SUMS:
         asm: gl.constexpr = _ASM_WITH_SUMS[POLYNOMIAL]
         p, exact = gl.inline_asm_elementwise(
             asm, _CONSTRAINTS_WITH_SUMS, [x], dtype=(gl.float8e4nv, gl.float32), is_pure=True, pack=16
         )
-        return p, gl.sum(exact.reshape([rows, keys // 16, 16]), 1)
+        # One sum of a row in each thread: with four, the maximum has too few registers to take two rows at a time.
+        exact = exact.reshape([rows, keys // 16, 4, 4]).permute((0, 2, 1, 3)).reshape([rows, 4, keys // 4])
+        return p, gl.sum(exact, 2)
     else:
         asm: gl.constexpr = _ASM[POLYNOMIAL]
         p = gl.inline_asm_elementwise(asm, _CONSTRAINTS, [x], dtype=gl.float8e4nv, is_pure=True, pack=16)
@@ -354,7 +371,7 @@ def _attend_ahead(
     factor = q_factor * k_scale
     k_scale = gl.load(k_scales)
     m_i = _maximum(gl.where(exists, s, _LOWEST_SCORE), m_i, factor)
-    p, l_i = _weights(s, exists, m_i, factor, P, 0, not BY_PRODUCT, True)
+    p, l_i = _weights(_masked(_exponents(s, m_i, factor), exists), P, 0, not BY_PRODUCT)
     first = _product(p, values.index(turn % STAGES), OUT, KEYS, D)
     if BY_PRODUCT:
         first_sums = _sums_of_ones(p, ones, L, KEYS)
@@ -373,7 +390,7 @@ def _attend_ahead(
         m_new = _maximum(s, m_i, factor)
         alpha = gl.exp2(m_i - m_new)
         m_i = m_new
-        p, sums = _weights(s, exists, m_i, factor, P, POLYNOMIAL, not BY_PRODUCT, False)
+        p, sums = _weights(_exponents(s, m_i, factor), P, POLYNOMIAL, not BY_PRODUCT)
         if not BY_PRODUCT:
             l_i = _added(l_i, alpha, sums)
         if FRESH:
@@ -413,7 +430,7 @@ def _attend_in_turn(
     exists = _exists(kv_len, S, KEYS)
     lowest = gl.full([_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
     m_i = _maximum(gl.where(exists, s, _LOWEST_SCORE), lowest, factor)
-    p, l_i = _weights(s, exists, m_i, factor, P, 0, not BY_PRODUCT, True)
+    p, l_i = _weights(_masked(_exponents(s, m_i, factor), exists), P, 0, not BY_PRODUCT)
     first = _product(p, values.index(turn % STAGES), OUT, KEYS, D)
     if BY_PRODUCT:
         acc, l_i = warpgroup_mma_wait(0, deps=(first, _sums_of_ones(p, ones, L, KEYS)))
@@ -432,7 +449,7 @@ def _attend_in_turn(
         m_new = _maximum(s, m_i, factor)
         alpha = gl.exp2(m_i - m_new)
         m_i = m_new
-        p, sums = _weights(s, exists, m_i, factor, P, POLYNOMIAL, not BY_PRODUCT, False)
+        p, sums = _weights(_exponents(s, m_i, factor), P, POLYNOMIAL, not BY_PRODUCT)
         if not BY_PRODUCT:
             l_i = _added(l_i, alpha, sums)
         _take_turn(consumer, PING_PONG)
@@ -489,7 +506,7 @@ def _attend_late(
     exists = _exists(kv_len, S, KEYS)
     lowest = gl.full([_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
     m_i = _maximum(gl.where(exists, s, _LOWEST_SCORE), lowest, factor)
-    p, l_i = _weights(s, exists, m_i, factor, P, 0, True, True)
+    p, l_i = _weights(_masked(_exponents(s, m_i, factor), exists), P, 0, True)
     end = turn + last
     following = gl.minimum(turn + 1, end)
     _wait_full(barriers, following, STAGES)
@@ -508,7 +525,7 @@ def _attend_late(
         k_scale = gl.load(k_scales + gl.minimum(block + 1, last) * KEYS // _K_BLOCK)
         alpha = gl.exp2(m_i - m_next)
         m_i = m_next
-        p, sums = _weights(s, exists, m_i, factor, P, POLYNOMIAL, True, False)
+        p, sums = _weights(_exponents(s, m_i, factor), P, POLYNOMIAL, True)
         l_i = _added(l_i, alpha, sums)
         turn += 1
         following = gl.minimum(turn + 1, end)
@@ -690,24 +707,19 @@ def constants(variant: Int8Variant, head_dim: int) -> dict[str, object]:
 
 # Those that compile without spills and with their products in flight, for `python -m benchmarks.int8_report` to time.
 CANDIDATES: dict[str, Int8Variant] = {
-    "ahead, in place": Int8Variant(order="ahead", fresh=False),
     "ahead, 3 consumers, 64 keys, in place": Int8Variant(
         consumers=3, keys=64, stages=5, order="ahead", fresh=False, registers=160
     ),
-    "ahead, 64 keys": Int8Variant(order="ahead", keys=64, stages=6),
-    "ahead, 64 keys, 2 polynomials": Int8Variant(order="ahead", keys=64, stages=6, polynomial=2),
-    "in turn, 3 consumers, 64 keys, in place": Int8Variant(
-        consumers=3, keys=64, stages=6, order="in turn", fresh=False, registers=160
-    ),
     "late": Int8Variant(order="late"),
-    "late, 64 keys": Int8Variant(order="late", keys=64, stages=6),
     "late, 1 polynomial": Int8Variant(order="late", polynomial=1),
     "late, 2 polynomials": Int8Variant(order="late", polynomial=2),
     "late, 4 polynomials": Int8Variant(order="late", polynomial=4),
     "late, ping-pong": Int8Variant(order="late", ping_pong=True),
+    "late, ping-pong, 1 polynomial": Int8Variant(order="late", ping_pong=True, polynomial=1),
+    "late, ping-pong, 2 polynomials": Int8Variant(order="late", ping_pong=True, polynomial=2),
+    "late, ping-pong, 4 polynomials": Int8Variant(order="late", ping_pong=True, polynomial=4),
     "in turn": Int8Variant(order="in turn"),
-    "in turn, sums by product": Int8Variant(order="in turn", sum_by_product=True),
-    "in turn, sums by product, 4 polynomials": Int8Variant(order="in turn", sum_by_product=True, polynomial=4),
+    "in turn, ping-pong": Int8Variant(order="in turn", ping_pong=True),
 }
 # What runs, by head dim. docs/kernels/int8.md has what the others measured.
 VARIANTS = dict.fromkeys((64, 128), CANDIDATES["late"])
