@@ -60,6 +60,8 @@ class Case:
         k_offset, v_offset: of each channel, in standard deviations.
         degrees: of freedom of Student's t for heavy tails; None: normal.
         lens: whether lengths are given, with NaN past them.
+        two_kinds: of keys, one with the queries and one against them, whose values are about 1 and -1 in every channel:
+            an output near 1, of summands with one sign, where an accumulator of few bits is seen to leak.
         allowed: largest relative error.
         lse_allowed: largest error of the lse.
     """
@@ -75,6 +77,7 @@ class Case:
     v_offset: float = 0.0
     degrees: float | None = None
     lens: bool = False
+    two_kinds: bool = False
     allowed: float = 4.2e-2
     lse_allowed: float = 5e-2
 
@@ -86,6 +89,7 @@ def _cases(full: bool) -> dict[str, Case]:
         "lengths": Case(700, 999, heads=4, lens=True),
         "one key": Case(65, 1, allowed=1e-2),
         "119,056 keys": Case(256, 119056, heads=1, kv_heads=1),
+        "119,056 keys of two kinds": Case(256, 119056, heads=1, kv_heads=1, two_kinds=True, allowed=1e-2),
         "119,056 keys, offset of values": Case(256, 119056, heads=1, kv_heads=1, v_offset=1.0, allowed=4e-3),
     }
     if full:
@@ -297,6 +301,11 @@ def _tensors(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     channels = (1, 1, case.kv_heads, case.head_dim)
     k = k + case.k_offset * torch.randn(channels, device=device)
     v = v + case.v_offset * torch.randn(channels, device=device)
+    if case.two_kinds:
+        kinds = torch.randint(0, 2, (1, case.keys, 1, 1), device=device) * 2.0 - 1.0
+        direction = torch.randn(channels, device=device)
+        q, k = 0.5 * q + 0.4 * direction[:, :, :1], 0.5 * k + 0.4 * kinds * direction
+        v = 0.25 * v + kinds
     return (q * case.q_factor).to(case.dtype), k.to(case.dtype), v.to(case.dtype)
 
 

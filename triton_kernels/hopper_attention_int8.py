@@ -473,13 +473,17 @@ def _attend_in_turn(
 
 @gluon.jit
 def _issue(
-    q, p, keys, values, turn, following, consumer: gl.constexpr, S: gl.constexpr, OUT: gl.constexpr,
-    KEYS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr,
+    q, p, acc, keys, values, turn, following, consumer: gl.constexpr, S: gl.constexpr, OUT: gl.constexpr,
+    KEYS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, FRESH: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
-    """The products of the next block's scores and of this one's weights, both in flight."""
+    """The products of the next block's scores and of this one's weights, both in flight; the latter on top of `acc`
+    without FRESH."""
     _take_turn(consumer, PING_PONG)
     scores = _scores(q, keys.index(following % STAGES), S, KEYS, D)
-    product = _product(p, values.index(turn % STAGES), OUT, KEYS, D)
+    if FRESH:
+        product = _product(p, values.index(turn % STAGES), OUT, KEYS, D)
+    else:
+        product = warpgroup_mma(p, values.index(turn % STAGES).reshape([D, KEYS]).permute((1, 0)), acc, is_async=True)
     _give_turn(consumer, PING_PONG)
     return scores, product
 
@@ -487,7 +491,7 @@ def _issue(
 @gluon.jit
 def _attend_late(
     q, keys, values, barriers, turn, kv_len, q_factor, k_scales, consumer: gl.constexpr, KEYS: gl.constexpr,
-    D: gl.constexpr, STAGES: gl.constexpr, POLYNOMIAL: gl.constexpr, PING_PONG: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, POLYNOMIAL: gl.constexpr, FRESH: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
     """As `_attend_ahead`, in another order: the products of the next block's scores and of this one's weights are
     issued together; the second of them runs under the next block's maximum.
@@ -510,27 +514,32 @@ def _attend_late(
     end = turn + last
     following = gl.minimum(turn + 1, end)
     _wait_full(barriers, following, STAGES)
-    second, first = _issue(q, p, keys, values, turn, following, consumer, S, OUT, KEYS, D, STAGES, PING_PONG)
+    acc = gl.zeros([_ROWS, D], gl.float32, OUT)
+    second, first = _issue(
+        q, p, acc, keys, values, turn, following, consumer, S, OUT, KEYS, D, STAGES, FRESH, PING_PONG
+    )  # fmt: skip
     s = warpgroup_mma_wait(1, deps=(second,))
     factor = q_factor * k_scale
     m_next = _maximum(s, m_i, factor)
     _wait_full(barriers, gl.minimum(turn + 2, end), STAGES)
     done, m_next = warpgroup_mma_wait(0, deps=(first, m_next))
     _release(barriers, turn, STAGES)
-    acc = gl.zeros([_ROWS, D], gl.float32, OUT)
     alpha = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, S))
 
     for block in range(last):
-        acc = _added(acc, alpha, done)
+        if FRESH:
+            acc = _added(acc, alpha, done)
         k_scale = gl.load(k_scales + gl.minimum(block + 1, last) * KEYS // _K_BLOCK)
         alpha = gl.exp2(m_i - m_next)
         m_i = m_next
         p, sums = _weights(_exponents(s, m_i, factor), P, POLYNOMIAL, True)
         l_i = _added(l_i, alpha, sums)
+        if not FRESH:
+            acc = _in_place(done, alpha)
         turn += 1
         following = gl.minimum(turn + 1, end)
         s_next, product = _issue(
-            q, p, keys, values, turn, following, consumer, S, OUT, KEYS, D, STAGES, PING_PONG
+            q, p, acc, keys, values, turn, following, consumer, S, OUT, KEYS, D, STAGES, FRESH, PING_PONG
         )  # fmt: skip
         s = warpgroup_mma_wait(1, deps=(s_next,))
         factor = q_factor * k_scale
@@ -540,8 +549,56 @@ def _attend_late(
         _wait_full(barriers, gl.minimum(turn + 2, end), STAGES)
         done, m_next = warpgroup_mma_wait(0, deps=(product, m_next))
         _release(barriers, turn, STAGES)
-    acc = _added(acc, alpha, done)
+    acc = _added(acc, alpha, done) if FRESH else done
     return acc, m_i, gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, S)), turn + 1
+
+
+@gluon.jit
+def _attend_early(
+    q, keys, values, barriers, turn, kv_len, q_factor, k_scales, consumer: gl.constexpr, KEYS: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, POLYNOMIAL: gl.constexpr, PING_PONG: gl.constexpr,
+):  # fmt: skip
+    """As `_attend_ahead`, in another order: this block's scores have become exponents before the next block's are
+    issued, so that the exponentials have the first product beside them, and the maximum and the exponents the second.
+    """
+    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 32])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 32])
+    P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=4)
+    last = (kv_len - 1) // KEYS
+    end = turn + last
+    factor = q_factor * gl.load(k_scales + last * KEYS // _K_BLOCK)
+    _wait_full(barriers, turn, STAGES)
+    s = warpgroup_mma_wait(0, deps=(_scores(q, keys.index(turn % STAGES), S, KEYS, D),))
+    exists = _exists(kv_len, S, KEYS)
+    m_i = gl.full([_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
+    m_next = _maximum(gl.where(exists, s, _LOWEST_SCORE), m_i, factor)
+    x = _masked(_exponents(s, m_next, factor), exists)
+    acc = gl.zeros([_ROWS, D], gl.float32, OUT)
+    sums_layout: gl.constexpr = _weights(x, P, 0, True)[1].type.layout
+    l_i = gl.zeros([_ROWS, 4], gl.float32, sums_layout)
+    _wait_full(barriers, gl.minimum(turn + 1, end), STAGES)
+    for block in range(last + 1):
+        _take_turn(consumer, PING_PONG)
+        scores = _scores(q, keys.index(gl.minimum(turn + 1, end) % STAGES), S, KEYS, D)
+        k_scale = gl.load(k_scales + gl.minimum(block, last) * KEYS // _K_BLOCK)
+        alpha = gl.exp2(m_i - m_next)
+        m_i = m_next
+        acc = _in_place(acc, alpha)
+        p, sums = _weights(x, P, POLYNOMIAL, True)
+        l_i = _added(l_i, alpha, sums)
+        v = values.index(turn % STAGES).reshape([D, KEYS]).permute((1, 0))
+        product = warpgroup_mma(p, v, acc, is_async=True)
+        _give_turn(consumer, PING_PONG)
+        s = warpgroup_mma_wait(1, deps=(scores,))
+        factor = q_factor * k_scale
+        m_next = _maximum(s, m_i, factor)
+        x = _exponents(s, m_next, factor)
+        # A branch, before which the assembler does not move the wait for the product.
+        _wait_full(barriers, gl.minimum(turn + 2, end), STAGES)
+        acc, x = warpgroup_mma_wait(0, deps=(product, x))
+        _release(barriers, turn, STAGES)
+        turn += 1
+    return acc, m_i, gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, S)), turn
 
 
 @gluon.jit
@@ -593,10 +650,15 @@ def _consumer(
                     q, keys, values, ones, barriers, turn, kv_len, q_factor, of_head, consumer, KEYS, D, STAGES,
                     POLYNOMIAL, BY_PRODUCT, FRESH, PING_PONG,
                 )  # fmt: skip
+            elif ORDER == "early":
+                acc, m_i, l_i, turn = _attend_early(
+                    q, keys, values, barriers, turn, kv_len, q_factor, of_head, consumer, KEYS, D, STAGES, POLYNOMIAL,
+                    PING_PONG,
+                )  # fmt: skip
             elif ORDER == "late":
                 acc, m_i, l_i, turn = _attend_late(
                     q, keys, values, barriers, turn, kv_len, q_factor, of_head, consumer, KEYS, D, STAGES, POLYNOMIAL,
-                    PING_PONG,
+                    FRESH, PING_PONG,
                 )  # fmt: skip
             else:
                 acc, m_i, l_i, turn = _attend_ahead(
@@ -707,19 +769,22 @@ def constants(variant: Int8Variant, head_dim: int) -> dict[str, object]:
 
 # Those that compile without spills and with their products in flight, for `python -m benchmarks.int8_report` to time.
 CANDIDATES: dict[str, Int8Variant] = {
-    "ahead, 3 consumers, 64 keys, in place": Int8Variant(
-        consumers=3, keys=64, stages=5, order="ahead", fresh=False, registers=160
+    "early": Int8Variant(order="early", fresh=False),
+    "early, 1 polynomial": Int8Variant(order="early", fresh=False, polynomial=1),
+    "early, 2 polynomials": Int8Variant(order="early", fresh=False, polynomial=2),
+    "early, 4 polynomials": Int8Variant(order="early", fresh=False, polynomial=4),
+    "early, ping-pong": Int8Variant(order="early", fresh=False, ping_pong=True),
+    "early, ping-pong, 2 polynomials": Int8Variant(order="early", fresh=False, ping_pong=True, polynomial=2),
+    "early, 3 consumers, 64 keys": Int8Variant(
+        consumers=3, keys=64, stages=6, order="early", fresh=False, registers=160
+    ),
+    "in turn, 3 consumers, in place": Int8Variant(
+        consumers=3, stages=3, order="in turn", fresh=False, registers=160
     ),
     "late": Int8Variant(order="late"),
     "late, 1 polynomial": Int8Variant(order="late", polynomial=1),
-    "late, 2 polynomials": Int8Variant(order="late", polynomial=2),
-    "late, 4 polynomials": Int8Variant(order="late", polynomial=4),
-    "late, ping-pong": Int8Variant(order="late", ping_pong=True),
-    "late, ping-pong, 1 polynomial": Int8Variant(order="late", ping_pong=True, polynomial=1),
-    "late, ping-pong, 2 polynomials": Int8Variant(order="late", ping_pong=True, polynomial=2),
-    "late, ping-pong, 4 polynomials": Int8Variant(order="late", ping_pong=True, polynomial=4),
-    "in turn": Int8Variant(order="in turn"),
-    "in turn, ping-pong": Int8Variant(order="in turn", ping_pong=True),
+    "late, in place": Int8Variant(order="late", fresh=False),
+    "late, in place, ping-pong": Int8Variant(order="late", fresh=False, ping_pong=True),
 }
 # What runs, by head dim. docs/kernels/int8.md has what the others measured.
 VARIANTS = dict.fromkeys((64, 128), CANDIDATES["late"])
