@@ -35,6 +35,7 @@ _HIGHEST_INT8 = tl.constexpr(127.0)
 _HIGHEST_VALUE = tl.constexpr(448.0)
 _Q_BLOCK = tl.constexpr(Q_BLOCK)
 _K_BLOCK = tl.constexpr(K_BLOCK)
+_SUM_ROWS = tl.constexpr(16)  # that a program of the first pass reads at a time
 _V_ROWS = tl.constexpr(32)  # that a program rounds at a time
 
 
@@ -125,26 +126,26 @@ def _sums(
     batch = tl.program_id(1) // kv_heads
     head = tl.program_id(1) % kv_heads
     kv_len = _length(kv_lens, batch, rows_k)
-    cols = tl.arange(0, BLOCK_D)
-    k_sum = tl.zeros([BLOCK_D], tl.float32)
-    v_sum = tl.zeros([BLOCK_D], tl.float32)
-    lowest = tl.full([BLOCK_D], float("inf"), tl.float32)
-    highest = tl.full([BLOCK_D], float("-inf"), tl.float32)
+    # Rows lie beside each other until the end: a sum over a block's rows goes through shared memory.
+    k_sum = tl.zeros([_SUM_ROWS, BLOCK_D], tl.float32)
+    v_sum = tl.zeros([_SUM_ROWS, BLOCK_D], tl.float32)
+    lowest = tl.full([_SUM_ROWS, BLOCK_D], float("inf"), tl.float32)
+    highest = tl.full([_SUM_ROWS, BLOCK_D], float("-inf"), tl.float32)
     first = chunk * blocks_of_chunk * _K_BLOCK
     end = tl.minimum(first + blocks_of_chunk * _K_BLOCK, kv_len)
-    for row in range(first, end, _Q_BLOCK):
-        rows = row + tl.arange(0, _Q_BLOCK)
-        k_sum += tl.sum(_rows(k, batch, head, rows, end, stride_kb, stride_ks, stride_kh, D, BLOCK_D), 0)
+    for row in tl.range(first, end, _SUM_ROWS, loop_unroll_factor=2):
+        rows = row + tl.arange(0, _SUM_ROWS)
+        k_sum += _rows(k, batch, head, rows, end, stride_kb, stride_ks, stride_kh, D, BLOCK_D)
         values = _rows(v, batch, head, rows, end, stride_vb, stride_vs, stride_vh, D, BLOCK_D)
-        v_sum += tl.sum(values, 0)
+        v_sum += values
         exists = (rows < end)[:, None]
-        lowest = tl.minimum(lowest, tl.min(tl.where(exists, values, float("inf")), 0))
-        highest = tl.maximum(highest, tl.max(tl.where(exists, values, float("-inf")), 0))
-    out = partial + (tl.program_id(1) * chunks + chunk) * 4 * BLOCK_D + cols
-    tl.store(out, k_sum)
-    tl.store(out + BLOCK_D, v_sum)
-    tl.store(out + 2 * BLOCK_D, lowest)
-    tl.store(out + 3 * BLOCK_D, highest)
+        lowest = tl.minimum(lowest, tl.where(exists, values, float("inf")))
+        highest = tl.maximum(highest, tl.where(exists, values, float("-inf")))
+    out = partial + (tl.program_id(1) * chunks + chunk) * 4 * BLOCK_D + tl.arange(0, BLOCK_D)
+    tl.store(out, tl.sum(k_sum, 0))
+    tl.store(out + BLOCK_D, tl.sum(v_sum, 0))
+    tl.store(out + 2 * BLOCK_D, tl.min(lowest, 0))
+    tl.store(out + 3 * BLOCK_D, tl.max(highest, 0))
 
 
 @triton.jit(do_not_specialize=("rows_k", "kv_heads", "chunks"), do_not_specialize_on_alignment=("kv_lens",))
