@@ -68,7 +68,14 @@ def test_quantisation(capability: tuple[int, int]) -> None:
         quantize_int8._finish, dict.fromkeys(("partial", "k_means", "v_scales"), "*fp32") | lens,
         {"BLOCK_D": 128, "MOST_CHUNKS": quantize_int8._MOST_CHUNKS}, capability, quantize_int8._WARPS,
     )  # fmt: skip
-    outputs = {"q_out": "*i8", "k_out": "*i8", "v_out": f"*{values}", "k_means": "*fp32", "v_errors": "*fp32", "scale": "fp32"}
+    outputs = {
+        "q_out": "*i8",
+        "k_out": "*i8",
+        "v_out": f"*{values}",
+        "k_means": "*fp32",
+        "v_errors": "*fp32",
+        "scale": "fp32",
+    }
     types = sources | lens | outputs | dict.fromkeys(SCALES, "*fp32")
     permuted = {"PERMUTED": capability == (9, 0)}
     keys = compile_kernel(quantize_int8._quantise_keys, types, shape | permuted, capability, quantize_int8._WARPS)

@@ -31,7 +31,6 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -54,7 +53,6 @@ from .hopper_parts import (
     _integer,
     _key_span,
     _load_queries,
-    _one,
     _park,
     _pointer,
     _queries_empty,
@@ -86,23 +84,16 @@ class Int8Variant:
         consumers: warpgroups of 64 query rows each.
         keys: rows of a block of keys.
         stages: slots of the ring of keys and values.
-        order: "ahead": the scores of the next block are computed under this one's softmax; "late": this block's
-            weights meet the values under the next one's maximum; "in turn": one after the other.
         polynomial: how many exponentials of each 16 are a polynomial on the multiply-add units instead of an
             instruction of the special function units.
-        sum_by_product: the weights' sums are a product with ones on the tensor cores, instead of additions.
-        fresh: the second product has an accumulator of its own, see above.
-        ping_pong: barriers keep one consumer's products under the other's softmax.
+        ping_pong: barriers let the two consumers compute their exponentials in turns.
         registers: of a consumer's threads.
     """
 
     consumers: int = 2
     keys: int = 128
     stages: int = 4
-    order: str = "ahead"
     polynomial: int = 0
-    sum_by_product: bool = False
-    fresh: bool = True
     ping_pong: bool = False
     registers: int = 240
 
@@ -133,25 +124,23 @@ def _hex(x: float) -> str:
 _QUADRATIC = (0.2336861, -0.6941326, 1.4569834)
 
 
-def _weights_asm(polynomials: tuple[bool, ...], with_sums: bool) -> str:
-    """Four exponents to their weights in e4m3, packed, and with sums also as floats."""
+def _weights_asm(polynomials: tuple[bool, ...]) -> str:
+    """Four exponents at a time to their weights in e4m3, packed, and as floats."""
     count = len(polynomials)
     words = count // 4
     declared = (
         f".reg .f32 p<{count}>, t<{count}>, g<{count}>; .reg .b32 n<{count}>, w<{count}>; .reg .b16 h<{count}>;\n"
     )
-    outputs = words + (count if with_sums else 0)
     body = ""
     for i, polynomial in enumerate(polynomials):
         a, b, c = (_hex(x) for x in _QUADRATIC)
         template = _POLYNOMIAL if polynomial else _APPROXIMATE
-        body += template.format(i=i, a=a, b=b, c=c).replace("$X", f"${outputs + i}")
+        body += template.format(i=i, a=a, b=b, c=c).replace("$X", f"${words + count + i}")
     for i in range(count // 2):
         body += f"cvt.rn.satfinite.e4m3x2.f32 h{i}, p{2 * i + 1}, p{2 * i};\n"
     for i in range(words):
         body += f"mov.b32 ${i}, {{h{2 * i}, h{2 * i + 1}}};\n"
-    if with_sums:
-        body += "".join(f"mov.b32 ${words + i}, p{i};\n" for i in range(count))
+    body += "".join(f"mov.b32 ${words + i}, p{i};\n" for i in range(count))
     return "{" + declared + body + "}"
 
 
@@ -161,10 +150,8 @@ def _spread(polynomials: int) -> tuple[bool, ...]:
 
 
 # By the number of polynomials among 16 exponentials.
-_ASM = gl.constexpr(tuple(_weights_asm(_spread(count), with_sums=False) for count in range(17)))
-_ASM_WITH_SUMS = gl.constexpr(tuple(_weights_asm(_spread(count), with_sums=True) for count in range(17)))
-_CONSTRAINTS = gl.constexpr(",".join(["=r"] * 4 + ["f"] * 16))
-_CONSTRAINTS_WITH_SUMS = gl.constexpr(",".join(["=r"] * 4 + ["=f"] * 16 + ["f"] * 16))
+_ASM = gl.constexpr(tuple(_weights_asm(_spread(count)) for count in range(17)))
+_CONSTRAINTS = gl.constexpr(",".join(["=r"] * 4 + ["=f"] * 16 + ["f"] * 16))
 
 
 @gluon.jit
@@ -196,24 +183,18 @@ def _masked(exponents, exists):
 
 
 @gluon.jit
-def _weights(exponents, layout: gl.constexpr, POLYNOMIAL: gl.constexpr, SUMS: gl.constexpr):
-    """(weights as the second product's left operand, their sums in each thread with SUMS)."""
+def _weights(exponents, layout: gl.constexpr, POLYNOMIAL: gl.constexpr):
+    """(weights as the second product's left operand, their sums in each thread)."""
     rows: gl.constexpr = exponents.shape[0]
     keys: gl.constexpr = exponents.shape[1]
     x = exponents.reshape([rows, keys // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([rows, keys])
     x = gl.convert_layout(x, layout, assert_trivial=True)
-    if SUMS:
-        asm: gl.constexpr = _ASM_WITH_SUMS[POLYNOMIAL]
-        p, exact = gl.inline_asm_elementwise(
-            asm, _CONSTRAINTS_WITH_SUMS, [x], dtype=(gl.float8e4nv, gl.float32), is_pure=True, pack=16
-        )
-        # One sum of a row in each thread: with four, the maximum has too few registers to take two rows at a time.
-        exact = exact.reshape([rows, keys // 16, 4, 4]).permute((0, 2, 1, 3)).reshape([rows, 4, keys // 4])
-        return p, gl.sum(exact, 2)
-    else:
-        asm: gl.constexpr = _ASM[POLYNOMIAL]
-        p = gl.inline_asm_elementwise(asm, _CONSTRAINTS, [x], dtype=gl.float8e4nv, is_pure=True, pack=16)
-        return p, x  # which nobody reads
+    p, exact = gl.inline_asm_elementwise(
+        _ASM[POLYNOMIAL], _CONSTRAINTS, [x], dtype=(gl.float8e4nv, gl.float32), is_pure=True, pack=16
+    )
+    # One sum of a row in each thread: with four, the maximum has too few registers to take two rows at a time.
+    exact = exact.reshape([rows, keys // 16, 4, 4]).permute((0, 2, 1, 3)).reshape([rows, 4, keys // 4])
+    return p, gl.sum(exact, 2)
 
 
 @gluon.jit
@@ -231,16 +212,39 @@ def _product(p, v, layout: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr):
     return warpgroup_mma(p, values, gl.zeros([_ROWS, D], gl.float32, layout), use_acc=False, is_async=True)
 
 
+# Named barriers of both consumers. The assembler moves exponentials across a barrier, but not across a loop; this one is
+# left at once, for no arithmetic gives this NaN.
+_TAKE = """{{
+.reg .pred again; .reg .b32 x;
+TAKE:
+barrier.sync {barrier}, 256;
+mov.b32 x, $2;
+setp.eq.u32 again, x, 0x7F800001;
+@again bra TAKE;
+mov.b32 $0, $2; mov.b32 $1, $3;
+}}"""
+_GIVE = """{{
+.reg .pred again; .reg .b32 x;
+GIVE:
+barrier.arrive {barrier}, 256;
+mov.b32 x, $2;
+setp.eq.u32 again, x, 0x7F800001;
+@again bra GIVE;
+mov.b32 $0, $2; mov.b32 $1, $3;
+}}"""
+_TAKE_0, _TAKE_1 = (gl.constexpr(_TAKE.format(barrier=barrier)) for barrier in (10, 11))
+_GIVE_0, _GIVE_1 = (gl.constexpr(_GIVE.format(barrier=barrier)) for barrier in (10, 11))
+
+
+@gluon.constexpr_function
+def _two_in_each_thread():
+    """A layout of 64 numbers, of which each thread of a warpgroup holds two."""
+    return gl.SliceLayout(1, gl.BlockedLayout([2, 1], [8, 4], [4, 1], [1, 0]))
+
+
 @gluon.jit
-def _wait_at(barrier: gl.constexpr):
-    nothing = gl.full([1], 0, gl.int32, _one(gl.num_warps()))
-    gl.inline_asm_elementwise(barrier, "=r,r", [nothing], dtype=gl.int32, is_pure=False, pack=1)
-
-
-_TAKE_0 = gl.constexpr("barrier.sync 10, 256; mov.b32 $0, $1;")
-_TAKE_1 = gl.constexpr("barrier.sync 11, 256; mov.b32 $0, $1;")
-_GIVE_0 = gl.constexpr("barrier.arrive 10, 256; mov.b32 $0, $1;")
-_GIVE_1 = gl.constexpr("barrier.arrive 11, 256; mov.b32 $0, $1;")
+def _at_barrier(barrier: gl.constexpr, x):
+    return gl.inline_asm_elementwise(barrier, "=f,=f,f,f", [x], dtype=gl.float32, is_pure=False, pack=2)
 
 
 # More parameters that wait in shared memory, see `hopper_parts`.
@@ -264,16 +268,18 @@ def _park_scales(scales, q_scales, k_scales, v_scales, means_of_scores, padded_q
 
 
 @gluon.jit
-def _take_turn(consumer: gl.constexpr, PING_PONG: gl.constexpr):
-    """Wait until the other consumer has issued its products."""
+def _take_turn(x, consumer: gl.constexpr, PING_PONG: gl.constexpr):
+    """Wait until the other consumer has computed its exponentials. Returns x, two numbers in each thread."""
     if PING_PONG:
-        _wait_at(_TAKE_0 if consumer == 0 else _TAKE_1)
+        x = _at_barrier(_TAKE_0 if consumer == 0 else _TAKE_1, x)
+    return x
 
 
 @gluon.jit
-def _give_turn(consumer: gl.constexpr, PING_PONG: gl.constexpr):
+def _give_turn(x, consumer: gl.constexpr, PING_PONG: gl.constexpr):
     if PING_PONG:
-        _wait_at(_GIVE_1 if consumer == 0 else _GIVE_0)
+        x = _at_barrier(_GIVE_1 if consumer == 0 else _GIVE_0, x)
+    return x
 
 
 @gluon.jit
@@ -330,171 +336,15 @@ def _added(acc, alpha, product):
 
 
 @gluon.jit
-def _in_place(acc, alpha):
-    return acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout)), 1)
-
-
-@gluon.jit
-def _sums_of_ones(p, ones, layout: gl.constexpr, KEYS: gl.constexpr):
-    """The weights' sums in each of 8 columns, in flight."""
-    start = gl.zeros([_ROWS, 8], gl.float32, layout)
-    return warpgroup_mma(p, ones.permute((1, 0)), start, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _attend_ahead(
-    q, keys, values, ones, barriers, turn, kv_len, q_factor, k_scales, KEYS: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr, POLYNOMIAL: gl.constexpr, BY_PRODUCT: gl.constexpr, FRESH: gl.constexpr,
+def _attend(
+    q, keys, values, barriers, turn, kv_len, q_factor, k_scales, consumer: gl.constexpr, KEYS: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, POLYNOMIAL: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
     """A consumer's 64 rows over all keys: (accumulator, m_i, l_i by rows, the next turn).
 
-    The scores of the next block are computed under this one's softmax. After the last block the same keys are taken
-    once more for nothing, which is cheaper than a branch. `q_factor` is the rows' scale times that of softmax, for
-    exponents of two; `k_scales` points to the head's.
-    """
-    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 32])
-    OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 32])
-    L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 8, 32])
-    P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=4)
-    last = (kv_len - 1) // KEYS
-    _wait_full(barriers, turn, STAGES)
-    k_scale = gl.load(k_scales + last * KEYS // _K_BLOCK)
-    s = warpgroup_mma_wait(0, deps=(_scores(q, keys.index(turn % STAGES), S, KEYS, D),))
-    m_i = gl.full([_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
-    acc = gl.zeros([_ROWS, D], gl.float32, OUT)
-
-    # The last block, masked.
-    following = gl.where(last > 0, turn + 1, turn)
-    _wait_full(barriers, following, STAGES)
-    second = _scores(q, keys.index(following % STAGES), S, KEYS, D)
-    exists = _exists(kv_len, S, KEYS)
-    factor = q_factor * k_scale
-    k_scale = gl.load(k_scales)
-    m_i = _maximum(gl.where(exists, s, _LOWEST_SCORE), m_i, factor)
-    p, l_i = _weights(_masked(_exponents(s, m_i, factor), exists), P, 0, not BY_PRODUCT)
-    first = _product(p, values.index(turn % STAGES), OUT, KEYS, D)
-    if BY_PRODUCT:
-        first_sums = _sums_of_ones(p, ones, L, KEYS)
-        s, acc, l_i = warpgroup_mma_wait(0, deps=(second, first, first_sums))
-    else:
-        s, acc = warpgroup_mma_wait(0, deps=(second, first))
-    _release(barriers, turn, STAGES)
-
-    for block in range(last):
-        turn += 1
-        following = gl.where(block + 1 < last, turn + 1, turn)
-        _wait_full(barriers, following, STAGES)
-        s_next = _scores(q, keys.index(following % STAGES), S, KEYS, D)
-        factor = q_factor * k_scale
-        k_scale = gl.load(k_scales + gl.minimum(block + 1, last) * KEYS // _K_BLOCK)
-        m_new = _maximum(s, m_i, factor)
-        alpha = gl.exp2(m_i - m_new)
-        m_i = m_new
-        p, sums = _weights(_exponents(s, m_i, factor), P, POLYNOMIAL, not BY_PRODUCT)
-        if not BY_PRODUCT:
-            l_i = _added(l_i, alpha, sums)
-        if FRESH:
-            product = _product(p, values.index(turn % STAGES), OUT, KEYS, D)
-        else:
-            v = values.index(turn % STAGES).reshape([D, KEYS]).permute((1, 0))
-            product = warpgroup_mma(p, v, _in_place(acc, alpha), is_async=True)
-        if BY_PRODUCT:
-            block_sums = _sums_of_ones(p, ones, L, KEYS)
-            s, done, done_sums = warpgroup_mma_wait(0, deps=(s_next, product, block_sums))
-            l_i = _added(l_i, alpha, done_sums)
-        else:
-            s, done = warpgroup_mma_wait(0, deps=(s_next, product))
-        _release(barriers, turn, STAGES)
-        acc = _added(acc, alpha, done) if FRESH else done
-    l_i = gl.max(l_i, 1) if BY_PRODUCT else gl.sum(l_i, 1)
-    return acc, m_i, gl.convert_layout(l_i, gl.SliceLayout(1, S)), turn + 1
-
-
-@gluon.jit
-def _attend_in_turn(
-    q, keys, values, ones, barriers, turn, kv_len, q_factor, k_scales, consumer: gl.constexpr, KEYS: gl.constexpr,
-    D: gl.constexpr, STAGES: gl.constexpr, POLYNOMIAL: gl.constexpr, BY_PRODUCT: gl.constexpr, FRESH: gl.constexpr,
-    PING_PONG: gl.constexpr,
-):  # fmt: skip
-    """As `_attend_ahead`, one thing after the other: what overlaps is the work of different consumers. With PING_PONG
-    the second product of a block and the first of the next one follow each other, in the consumer's turn."""
-    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 32])
-    OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 32])
-    L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 8, 32])
-    P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=4)
-    last = (kv_len - 1) // KEYS
-    factor = q_factor * gl.load(k_scales + last * KEYS // _K_BLOCK)
-    k_scale = gl.load(k_scales)
-    _wait_full(barriers, turn, STAGES)
-    s = warpgroup_mma_wait(0, deps=(_scores(q, keys.index(turn % STAGES), S, KEYS, D),))
-    exists = _exists(kv_len, S, KEYS)
-    lowest = gl.full([_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
-    m_i = _maximum(gl.where(exists, s, _LOWEST_SCORE), lowest, factor)
-    p, l_i = _weights(_masked(_exponents(s, m_i, factor), exists), P, 0, not BY_PRODUCT)
-    first = _product(p, values.index(turn % STAGES), OUT, KEYS, D)
-    if BY_PRODUCT:
-        acc, l_i = warpgroup_mma_wait(0, deps=(first, _sums_of_ones(p, ones, L, KEYS)))
-    else:
-        acc = warpgroup_mma_wait(0, deps=(first,))
-    _release(barriers, turn, STAGES)
-    _take_turn(consumer, PING_PONG)
-    for block in range(last):
-        turn += 1
-        factor = q_factor * k_scale
-        k_scale = gl.load(k_scales + gl.minimum(block + 1, last) * KEYS // _K_BLOCK)
-        _wait_full(barriers, turn, STAGES)
-        s_next = _scores(q, keys.index(turn % STAGES), S, KEYS, D)
-        _give_turn(consumer, PING_PONG)
-        s = warpgroup_mma_wait(0, deps=(s_next,))
-        m_new = _maximum(s, m_i, factor)
-        alpha = gl.exp2(m_i - m_new)
-        m_i = m_new
-        p, sums = _weights(_exponents(s, m_i, factor), P, POLYNOMIAL, not BY_PRODUCT)
-        if not BY_PRODUCT:
-            l_i = _added(l_i, alpha, sums)
-        _take_turn(consumer, PING_PONG)
-        if FRESH:
-            product = _product(p, values.index(turn % STAGES), OUT, KEYS, D)
-        else:
-            v = values.index(turn % STAGES).reshape([D, KEYS]).permute((1, 0))
-            product = warpgroup_mma(p, v, _in_place(acc, alpha), is_async=True)
-        if BY_PRODUCT:
-            block_sums = _sums_of_ones(p, ones, L, KEYS)
-            done, done_sums = warpgroup_mma_wait(0, deps=(product, block_sums))
-            l_i = _added(l_i, alpha, done_sums)
-        else:
-            done = warpgroup_mma_wait(0, deps=(product,))
-        _release(barriers, turn, STAGES)
-        acc = _added(acc, alpha, done) if FRESH else done
-    _give_turn(consumer, PING_PONG)
-    l_i = gl.max(l_i, 1) if BY_PRODUCT else gl.sum(l_i, 1)
-    return acc, m_i, gl.convert_layout(l_i, gl.SliceLayout(1, S)), turn + 1
-
-
-@gluon.jit
-def _issue(
-    q, p, acc, keys, values, turn, following, consumer: gl.constexpr, S: gl.constexpr, OUT: gl.constexpr,
-    KEYS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, FRESH: gl.constexpr, PING_PONG: gl.constexpr,
-):  # fmt: skip
-    """The products of the next block's scores and of this one's weights, both in flight; the latter on top of `acc`
-    without FRESH."""
-    _take_turn(consumer, PING_PONG)
-    scores = _scores(q, keys.index(following % STAGES), S, KEYS, D)
-    if FRESH:
-        product = _product(p, values.index(turn % STAGES), OUT, KEYS, D)
-    else:
-        product = warpgroup_mma(p, values.index(turn % STAGES).reshape([D, KEYS]).permute((1, 0)), acc, is_async=True)
-    _give_turn(consumer, PING_PONG)
-    return scores, product
-
-
-@gluon.jit
-def _attend_late(
-    q, keys, values, barriers, turn, kv_len, q_factor, k_scales, consumer: gl.constexpr, KEYS: gl.constexpr,
-    D: gl.constexpr, STAGES: gl.constexpr, POLYNOMIAL: gl.constexpr, FRESH: gl.constexpr, PING_PONG: gl.constexpr,
-):  # fmt: skip
-    """As `_attend_ahead`, in another order: the products of the next block's scores and of this one's weights are
-    issued together; the second of them runs under the next block's maximum.
+    The product of the next block's scores runs under this block's exponentials, and that of this one's weights under
+    the next one's maximum. After the last block the same keys are taken once more for nothing, which is cheaper than a
+    branch. `q_factor` is the rows' scale times that of softmax, for exponents of two; `k_scales` points to the head's.
 
     Nothing is in flight from one iteration to the next: the assembler would wait for it before anything else. Nor is
     what has arrived added up before the next iteration: it would wait for that before it takes the maximum.
@@ -503,45 +353,39 @@ def _attend_late(
     OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 32])
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=4)
     last = (kv_len - 1) // KEYS
+    end = turn + last
     factor = q_factor * gl.load(k_scales + last * KEYS // _K_BLOCK)
     k_scale = gl.load(k_scales)
     _wait_full(barriers, turn, STAGES)
     s = warpgroup_mma_wait(0, deps=(_scores(q, keys.index(turn % STAGES), S, KEYS, D),))
+    _wait_full(barriers, gl.minimum(turn + 1, end), STAGES)
+    scores = _scores(q, keys.index(gl.minimum(turn + 1, end) % STAGES), S, KEYS, D)
     exists = _exists(kv_len, S, KEYS)
     lowest = gl.full([_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
     m_i = _maximum(gl.where(exists, s, _LOWEST_SCORE), lowest, factor)
-    p, l_i = _weights(_masked(_exponents(s, m_i, factor), exists), P, 0, True)
-    end = turn + last
-    following = gl.minimum(turn + 1, end)
-    _wait_full(barriers, following, STAGES)
-    acc = gl.zeros([_ROWS, D], gl.float32, OUT)
-    second, first = _issue(
-        q, p, acc, keys, values, turn, following, consumer, S, OUT, KEYS, D, STAGES, FRESH, PING_PONG
-    )  # fmt: skip
-    s = warpgroup_mma_wait(1, deps=(second,))
+    p, l_i = _weights(_masked(_exponents(s, m_i, factor), exists), P, 0)
+    product = _product(p, values.index(turn % STAGES), OUT, KEYS, D)
+    s = warpgroup_mma_wait(1, deps=(scores,))
     factor = q_factor * k_scale
     m_next = _maximum(s, m_i, factor)
     _wait_full(barriers, gl.minimum(turn + 2, end), STAGES)
-    done, m_next = warpgroup_mma_wait(0, deps=(first, m_next))
+    done, m_next = warpgroup_mma_wait(0, deps=(product, m_next))
     _release(barriers, turn, STAGES)
+    acc = gl.zeros([_ROWS, D], gl.float32, OUT)
     alpha = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, S))
 
     for block in range(last):
-        if FRESH:
-            acc = _added(acc, alpha, done)
+        acc = _added(acc, alpha, done)
         k_scale = gl.load(k_scales + gl.minimum(block + 1, last) * KEYS // _K_BLOCK)
-        alpha = gl.exp2(m_i - m_next)
-        m_i = m_next
-        p, sums = _weights(_exponents(s, m_i, factor), P, POLYNOMIAL, True)
-        l_i = _added(l_i, alpha, sums)
-        if not FRESH:
-            acc = _in_place(done, alpha)
         turn += 1
-        following = gl.minimum(turn + 1, end)
-        s_next, product = _issue(
-            q, p, acc, keys, values, turn, following, consumer, S, OUT, KEYS, D, STAGES, FRESH, PING_PONG
-        )  # fmt: skip
-        s = warpgroup_mma_wait(1, deps=(s_next,))
+        x = _exponents(s, m_next, factor)
+        scores = _scores(q, keys.index(gl.minimum(turn + 1, end) % STAGES), S, KEYS, D)
+        alpha = gl.exp2(m_i - m_next)
+        m_i = _take_turn(m_next, consumer, PING_PONG)
+        p, sums = _weights(x, P, POLYNOMIAL)
+        l_i = _give_turn(_added(l_i, alpha, sums), consumer, PING_PONG)
+        product = _product(p, values.index(turn % STAGES), OUT, KEYS, D)
+        s = warpgroup_mma_wait(1, deps=(scores,))
         factor = q_factor * k_scale
         m_next = _maximum(s, m_i, factor)
         # The wait for the next keys stands here since the assembler moves the wait for the product up to the last
@@ -549,56 +393,8 @@ def _attend_late(
         _wait_full(barriers, gl.minimum(turn + 2, end), STAGES)
         done, m_next = warpgroup_mma_wait(0, deps=(product, m_next))
         _release(barriers, turn, STAGES)
-    acc = _added(acc, alpha, done) if FRESH else done
+    acc = _added(acc, alpha, done)
     return acc, m_i, gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, S)), turn + 1
-
-
-@gluon.jit
-def _attend_early(
-    q, keys, values, barriers, turn, kv_len, q_factor, k_scales, consumer: gl.constexpr, KEYS: gl.constexpr,
-    D: gl.constexpr, STAGES: gl.constexpr, POLYNOMIAL: gl.constexpr, PING_PONG: gl.constexpr,
-):  # fmt: skip
-    """As `_attend_ahead`, in another order: this block's scores have become exponents before the next block's are
-    issued, so that the exponentials have the first product beside them, and the maximum and the exponents the second.
-    """
-    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 32])
-    OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 32])
-    P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=4)
-    last = (kv_len - 1) // KEYS
-    end = turn + last
-    factor = q_factor * gl.load(k_scales + last * KEYS // _K_BLOCK)
-    _wait_full(barriers, turn, STAGES)
-    s = warpgroup_mma_wait(0, deps=(_scores(q, keys.index(turn % STAGES), S, KEYS, D),))
-    exists = _exists(kv_len, S, KEYS)
-    m_i = gl.full([_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
-    m_next = _maximum(gl.where(exists, s, _LOWEST_SCORE), m_i, factor)
-    x = _masked(_exponents(s, m_next, factor), exists)
-    acc = gl.zeros([_ROWS, D], gl.float32, OUT)
-    sums_layout: gl.constexpr = _weights(x, P, 0, True)[1].type.layout
-    l_i = gl.zeros([_ROWS, 4], gl.float32, sums_layout)
-    _wait_full(barriers, gl.minimum(turn + 1, end), STAGES)
-    for block in range(last + 1):
-        _take_turn(consumer, PING_PONG)
-        scores = _scores(q, keys.index(gl.minimum(turn + 1, end) % STAGES), S, KEYS, D)
-        k_scale = gl.load(k_scales + gl.minimum(block, last) * KEYS // _K_BLOCK)
-        alpha = gl.exp2(m_i - m_next)
-        m_i = m_next
-        acc = _in_place(acc, alpha)
-        p, sums = _weights(x, P, POLYNOMIAL, True)
-        l_i = _added(l_i, alpha, sums)
-        v = values.index(turn % STAGES).reshape([D, KEYS]).permute((1, 0))
-        product = warpgroup_mma(p, v, acc, is_async=True)
-        _give_turn(consumer, PING_PONG)
-        s = warpgroup_mma_wait(1, deps=(scores,))
-        factor = q_factor * k_scale
-        m_next = _maximum(s, m_i, factor)
-        x = _exponents(s, m_next, factor)
-        # A branch, before which the assembler does not move the wait for the product.
-        _wait_full(barriers, gl.minimum(turn + 2, end), STAGES)
-        acc, x = warpgroup_mma_wait(0, deps=(product, x))
-        _release(barriers, turn, STAGES)
-        turn += 1
-    return acc, m_i, gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, S)), turn
 
 
 @gluon.jit
@@ -618,13 +414,12 @@ def _rescaled(acc, m_i, l_i, scales, at_q, at_k, row, alive_rows, D: gl.constexp
 
 @gluon.jit
 def _consumer(
-    queries, keys, values, ones, stages, barriers, parameters, scales, scale_log2, consumer: gl.constexpr,
+    queries, keys, values, stages, barriers, parameters, scales, scale_log2, consumer: gl.constexpr,
     CONSUMERS: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
-    ORDER: gl.constexpr, POLYNOMIAL: gl.constexpr, BY_PRODUCT: gl.constexpr, FRESH: gl.constexpr,
-    PING_PONG: gl.constexpr,
+    POLYNOMIAL: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
     if consumer == 1:
-        _give_turn(consumer, PING_PONG)
+        _give_turn(gl.zeros([_ROWS], gl.float32, _two_in_each_thread()), consumer, PING_PONG)
     turn = gl.to_tensor(0)
     for i in range(_turns(parameters)):
         first_m, head, sample = _place(parameters, i, CONSUMERS)
@@ -645,26 +440,10 @@ def _consumer(
             q_scales = _pointer(scales, _Q_SCALES, gl.float32) + at_q.to(gl.int64) * padded_q
             q_factor = gl.load(q_scales + own, mask=own < padded_q, other=0.0) * scale_log2
             of_head = _pointer(scales, _K_SCALES, gl.float32) + at_k * (_integer(scales, _PADDED_K) // _K_BLOCK)
-            if ORDER == "in turn":
-                acc, m_i, l_i, turn = _attend_in_turn(
-                    q, keys, values, ones, barriers, turn, kv_len, q_factor, of_head, consumer, KEYS, D, STAGES,
-                    POLYNOMIAL, BY_PRODUCT, FRESH, PING_PONG,
-                )  # fmt: skip
-            elif ORDER == "early":
-                acc, m_i, l_i, turn = _attend_early(
-                    q, keys, values, barriers, turn, kv_len, q_factor, of_head, consumer, KEYS, D, STAGES, POLYNOMIAL,
-                    PING_PONG,
-                )  # fmt: skip
-            elif ORDER == "late":
-                acc, m_i, l_i, turn = _attend_late(
-                    q, keys, values, barriers, turn, kv_len, q_factor, of_head, consumer, KEYS, D, STAGES, POLYNOMIAL,
-                    FRESH, PING_PONG,
-                )  # fmt: skip
-            else:
-                acc, m_i, l_i, turn = _attend_ahead(
-                    q, keys, values, ones, barriers, turn, kv_len, q_factor, of_head, KEYS, D, STAGES, POLYNOMIAL,
-                    BY_PRODUCT, FRESH,
-                )  # fmt: skip
+            acc, m_i, l_i, turn = _attend(
+                q, keys, values, barriers, turn, kv_len, q_factor, of_head, consumer, KEYS, D, STAGES, POLYNOMIAL,
+                PING_PONG,
+            )  # fmt: skip
             mbarrier.arrive(_queries_empty(barriers, i, STAGES, Q_STAGES))
             alive = q_len - row
             acc, m_i = _rescaled(acc, m_i, l_i, scales, at_q, at_k, row, alive, D)
@@ -689,8 +468,7 @@ def _hopper_attention_int8(
     q, k, v, q_scales, k_scales, v_scales, means_of_scores, out, lse, q_lens, kv_lens, scale_log2, heads_per_kv,
     rows_q, rows_k, flags, heads, blocks, tiles, padded_q, padded_k,
     CONSUMERS: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
-    ORDER: gl.constexpr, POLYNOMIAL: gl.constexpr, BY_PRODUCT: gl.constexpr, FRESH: gl.constexpr,
-    PING_PONG: gl.constexpr, REGISTERS: gl.constexpr,
+    POLYNOMIAL: gl.constexpr, PING_PONG: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """q, k, v: descriptors of int8 (B, H, S, D) and e4m3 (B, H, D, S), in blocks of 64 rows and of KEYS keys; `lens`
     pointers are read where `flags` says so. `tiles` = samples x heads x blocks of CONSUMERS x 64 queries."""
@@ -699,8 +477,6 @@ def _hopper_attention_int8(
     values = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, D, KEYS], v.layout)
     stage_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_ROWS, D], out.dtype.element_ty)
     stages = gl.allocate_shared_memory(out.dtype.element_ty, [CONSUMERS, _ROWS, D], stage_layout)
-    ones_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, KEYS], gl.float8e4nv)
-    ones = gl.allocate_shared_memory(gl.float8e4nv, [8, KEYS], ones_layout)
     barriers = gl.allocate_shared_memory(gl.int64, [2 * (STAGES + Q_STAGES), 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(barriers.index(i), count=1)
@@ -708,10 +484,6 @@ def _hopper_attention_int8(
     for i in gl.static_range(Q_STAGES):
         mbarrier.init(barriers.index(2 * STAGES + i), count=CONSUMERS)
         mbarrier.init(barriers.index(2 * STAGES + Q_STAGES + i), count=CONSUMERS)
-    if BY_PRODUCT:
-        in_registers: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [gl.num_warps(), 1], [1, 0])
-        ones.store(gl.full([8, KEYS], 1.0, gl.float32, in_registers).to(gl.float8e4nv))
-        fence_async_shared()
     parameters = gl.allocate_shared_memory(gl.int64, [_PARAMETERS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     _park(
         parameters, out, lse, q_lens, kv_lens, heads_per_kv, rows_q, rows_k, flags, heads, blocks, tiles,
@@ -725,16 +497,16 @@ def _hopper_attention_int8(
             [
                 (_producer, (q, k, v, queries, keys, values, barriers, parameters, CONSUMERS, KEYS, STAGES, Q_STAGES)),
                 (_consumer, (
-                    queries, keys, values, ones, stages, barriers, parameters, scales, scale_log2, 0, CONSUMERS, KEYS,
-                    D, STAGES, Q_STAGES, ORDER, POLYNOMIAL, BY_PRODUCT, FRESH, PING_PONG,
+                    queries, keys, values, stages, barriers, parameters, scales, scale_log2, 0, CONSUMERS, KEYS,
+                    D, STAGES, Q_STAGES, POLYNOMIAL, PING_PONG,
                 )),
                 (_consumer, (
-                    queries, keys, values, ones, stages, barriers, parameters, scales, scale_log2, 1, CONSUMERS, KEYS,
-                    D, STAGES, Q_STAGES, ORDER, POLYNOMIAL, BY_PRODUCT, FRESH, PING_PONG,
+                    queries, keys, values, stages, barriers, parameters, scales, scale_log2, 1, CONSUMERS, KEYS,
+                    D, STAGES, Q_STAGES, POLYNOMIAL, PING_PONG,
                 )),
                 (_consumer, (
-                    queries, keys, values, ones, stages, barriers, parameters, scales, scale_log2, 2, CONSUMERS, KEYS,
-                    D, STAGES, Q_STAGES, ORDER, POLYNOMIAL, BY_PRODUCT, FRESH, PING_PONG,
+                    queries, keys, values, stages, barriers, parameters, scales, scale_log2, 2, CONSUMERS, KEYS,
+                    D, STAGES, Q_STAGES, POLYNOMIAL, PING_PONG,
                 )),
             ],
             [4, 4, 4],
@@ -745,12 +517,12 @@ def _hopper_attention_int8(
             [
                 (_producer, (q, k, v, queries, keys, values, barriers, parameters, CONSUMERS, KEYS, STAGES, Q_STAGES)),
                 (_consumer, (
-                    queries, keys, values, ones, stages, barriers, parameters, scales, scale_log2, 0, CONSUMERS, KEYS,
-                    D, STAGES, Q_STAGES, ORDER, POLYNOMIAL, BY_PRODUCT, FRESH, PING_PONG,
+                    queries, keys, values, stages, barriers, parameters, scales, scale_log2, 0, CONSUMERS, KEYS,
+                    D, STAGES, Q_STAGES, POLYNOMIAL, PING_PONG,
                 )),
                 (_consumer, (
-                    queries, keys, values, ones, stages, barriers, parameters, scales, scale_log2, 1, CONSUMERS, KEYS,
-                    D, STAGES, Q_STAGES, ORDER, POLYNOMIAL, BY_PRODUCT, FRESH, PING_PONG,
+                    queries, keys, values, stages, barriers, parameters, scales, scale_log2, 1, CONSUMERS, KEYS,
+                    D, STAGES, Q_STAGES, POLYNOMIAL, PING_PONG,
                 )),
             ],
             [4, 4],
@@ -762,29 +534,18 @@ def constants(variant: Int8Variant, head_dim: int) -> dict[str, object]:
     """The kernel's compile-time constants."""
     return {
         "CONSUMERS": variant.consumers, "KEYS": variant.keys, "D": head_dim, "STAGES": variant.stages, "Q_STAGES": 2,
-        "ORDER": variant.order, "POLYNOMIAL": variant.polynomial, "BY_PRODUCT": variant.sum_by_product,
-        "FRESH": variant.fresh, "PING_PONG": variant.ping_pong, "REGISTERS": variant.registers,
+        "POLYNOMIAL": variant.polynomial, "PING_PONG": variant.ping_pong, "REGISTERS": variant.registers,
     }  # fmt: skip
 
 
 # Those that compile without spills and with their products in flight, for `python -m benchmarks.int8_report` to time.
 CANDIDATES: dict[str, Int8Variant] = {
-    "early": Int8Variant(order="early", fresh=False),
-    "early, 1 polynomial": Int8Variant(order="early", fresh=False, polynomial=1),
-    "early, 2 polynomials": Int8Variant(order="early", fresh=False, polynomial=2),
-    "early, 4 polynomials": Int8Variant(order="early", fresh=False, polynomial=4),
-    "early, ping-pong": Int8Variant(order="early", fresh=False, ping_pong=True),
-    "early, ping-pong, 2 polynomials": Int8Variant(order="early", fresh=False, ping_pong=True, polynomial=2),
-    "early, 3 consumers, 64 keys": Int8Variant(
-        consumers=3, keys=64, stages=6, order="early", fresh=False, registers=160
-    ),
-    "in turn, 3 consumers, in place": Int8Variant(
-        consumers=3, stages=3, order="in turn", fresh=False, registers=160
-    ),
-    "late": Int8Variant(order="late"),
-    "late, 1 polynomial": Int8Variant(order="late", polynomial=1),
-    "late, in place": Int8Variant(order="late", fresh=False),
-    "late, in place, ping-pong": Int8Variant(order="late", fresh=False, ping_pong=True),
+    "late": Int8Variant(),
+    "late, 1 polynomial": Int8Variant(polynomial=1),
+    "late, 2 polynomials": Int8Variant(polynomial=2),
+    "late, ping-pong": Int8Variant(ping_pong=True),
+    "late, ping-pong, 1 polynomial": Int8Variant(ping_pong=True, polynomial=1),
+    "late, ping-pong, 2 polynomials": Int8Variant(ping_pong=True, polynomial=2),
 }
 # What runs, by head dim. docs/kernels/int8.md has what the others measured.
 VARIANTS = dict.fromkeys((64, 128), CANDIDATES["late"])
