@@ -94,6 +94,7 @@ class Int8Variant:
     keys: int = 128
     stages: int = 4
     polynomial: int = 0
+    inside: bool = True
     ping_pong: bool = False
     registers: int = 240
 
@@ -338,7 +339,7 @@ def _added(acc, alpha, product):
 @gluon.jit
 def _attend(
     q, keys, values, barriers, turn, kv_len, q_factor, k_scales, consumer: gl.constexpr, KEYS: gl.constexpr,
-    D: gl.constexpr, STAGES: gl.constexpr, POLYNOMIAL: gl.constexpr, PING_PONG: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, POLYNOMIAL: gl.constexpr, INSIDE: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
     """A consumer's 64 rows over all keys: (accumulator, m_i, l_i by rows, the next turn).
 
@@ -375,15 +376,16 @@ def _attend(
     alpha = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, S))
 
     for block in range(last):
-        acc = _added(acc, alpha, done)
-        k_scale = gl.load(k_scales + gl.minimum(block + 1, last) * KEYS // _K_BLOCK)
-        turn += 1
-        x = _exponents(s, m_next, factor)
-        scores = _scores(q, keys.index(gl.minimum(turn + 1, end) % STAGES), S, KEYS, D)
-        alpha = gl.exp2(m_i - m_next)
+        x = s if INSIDE else _exponents(s, m_next, factor)
+        m_i_before = m_i
         m_i = _take_turn(m_next, consumer, PING_PONG)
-        p, sums = _weights(x, P, POLYNOMIAL)
+        acc = _added(acc, alpha, done)
+        p, sums = _weights(_exponents(s, m_i, factor) if INSIDE else x, P, POLYNOMIAL)
+        alpha = gl.exp2(m_i_before - m_i)
         l_i = _give_turn(_added(l_i, alpha, sums), consumer, PING_PONG)
+        turn += 1
+        k_scale = gl.load(k_scales + gl.minimum(block + 1, last) * KEYS // _K_BLOCK)
+        scores = _scores(q, keys.index(gl.minimum(turn + 1, end) % STAGES), S, KEYS, D)
         product = _product(p, values.index(turn % STAGES), OUT, KEYS, D)
         s = warpgroup_mma_wait(1, deps=(scores,))
         factor = q_factor * k_scale
@@ -416,7 +418,7 @@ def _rescaled(acc, m_i, l_i, scales, at_q, at_k, row, alive_rows, D: gl.constexp
 def _consumer(
     queries, keys, values, stages, barriers, parameters, scales, scale_log2, consumer: gl.constexpr,
     CONSUMERS: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
-    POLYNOMIAL: gl.constexpr, PING_PONG: gl.constexpr,
+    POLYNOMIAL: gl.constexpr, INSIDE: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
     if consumer == 1:
         _give_turn(gl.zeros([_ROWS], gl.float32, _two_in_each_thread()), consumer, PING_PONG)
@@ -442,7 +444,7 @@ def _consumer(
             of_head = _pointer(scales, _K_SCALES, gl.float32) + at_k * (_integer(scales, _PADDED_K) // _K_BLOCK)
             acc, m_i, l_i, turn = _attend(
                 q, keys, values, barriers, turn, kv_len, q_factor, of_head, consumer, KEYS, D, STAGES, POLYNOMIAL,
-                PING_PONG,
+                INSIDE, PING_PONG,
             )  # fmt: skip
             mbarrier.arrive(_queries_empty(barriers, i, STAGES, Q_STAGES))
             alive = q_len - row
@@ -468,7 +470,7 @@ def _hopper_attention_int8(
     q, k, v, q_scales, k_scales, v_scales, means_of_scores, out, lse, q_lens, kv_lens, scale_log2, heads_per_kv,
     rows_q, rows_k, flags, heads, blocks, tiles, padded_q, padded_k,
     CONSUMERS: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
-    POLYNOMIAL: gl.constexpr, PING_PONG: gl.constexpr, REGISTERS: gl.constexpr,
+    POLYNOMIAL: gl.constexpr, INSIDE: gl.constexpr, PING_PONG: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """q, k, v: descriptors of int8 (B, H, S, D) and e4m3 (B, H, D, S), in blocks of 64 rows and of KEYS keys; `lens`
     pointers are read where `flags` says so. `tiles` = samples x heads x blocks of CONSUMERS x 64 queries."""
@@ -498,15 +500,15 @@ def _hopper_attention_int8(
                 (_producer, (q, k, v, queries, keys, values, barriers, parameters, CONSUMERS, KEYS, STAGES, Q_STAGES)),
                 (_consumer, (
                     queries, keys, values, stages, barriers, parameters, scales, scale_log2, 0, CONSUMERS, KEYS,
-                    D, STAGES, Q_STAGES, POLYNOMIAL, PING_PONG,
+                    D, STAGES, Q_STAGES, POLYNOMIAL, INSIDE, PING_PONG,
                 )),
                 (_consumer, (
                     queries, keys, values, stages, barriers, parameters, scales, scale_log2, 1, CONSUMERS, KEYS,
-                    D, STAGES, Q_STAGES, POLYNOMIAL, PING_PONG,
+                    D, STAGES, Q_STAGES, POLYNOMIAL, INSIDE, PING_PONG,
                 )),
                 (_consumer, (
                     queries, keys, values, stages, barriers, parameters, scales, scale_log2, 2, CONSUMERS, KEYS,
-                    D, STAGES, Q_STAGES, POLYNOMIAL, PING_PONG,
+                    D, STAGES, Q_STAGES, POLYNOMIAL, INSIDE, PING_PONG,
                 )),
             ],
             [4, 4, 4],
@@ -518,11 +520,11 @@ def _hopper_attention_int8(
                 (_producer, (q, k, v, queries, keys, values, barriers, parameters, CONSUMERS, KEYS, STAGES, Q_STAGES)),
                 (_consumer, (
                     queries, keys, values, stages, barriers, parameters, scales, scale_log2, 0, CONSUMERS, KEYS,
-                    D, STAGES, Q_STAGES, POLYNOMIAL, PING_PONG,
+                    D, STAGES, Q_STAGES, POLYNOMIAL, INSIDE, PING_PONG,
                 )),
                 (_consumer, (
                     queries, keys, values, stages, barriers, parameters, scales, scale_log2, 1, CONSUMERS, KEYS,
-                    D, STAGES, Q_STAGES, POLYNOMIAL, PING_PONG,
+                    D, STAGES, Q_STAGES, POLYNOMIAL, INSIDE, PING_PONG,
                 )),
             ],
             [4, 4],
@@ -534,21 +536,22 @@ def constants(variant: Int8Variant, head_dim: int) -> dict[str, object]:
     """The kernel's compile-time constants."""
     return {
         "CONSUMERS": variant.consumers, "KEYS": variant.keys, "D": head_dim, "STAGES": variant.stages, "Q_STAGES": 2,
-        "POLYNOMIAL": variant.polynomial, "PING_PONG": variant.ping_pong, "REGISTERS": variant.registers,
+        "POLYNOMIAL": variant.polynomial, "INSIDE": variant.inside, "PING_PONG": variant.ping_pong, "REGISTERS": variant.registers,
     }  # fmt: skip
 
 
 # Those that compile without spills and with their products in flight, for `python -m benchmarks.int8_report` to time.
 CANDIDATES: dict[str, Int8Variant] = {
-    "late": Int8Variant(),
-    "late, 1 polynomial": Int8Variant(polynomial=1),
-    "late, 2 polynomials": Int8Variant(polynomial=2),
-    "late, ping-pong": Int8Variant(ping_pong=True),
-    "late, ping-pong, 1 polynomial": Int8Variant(ping_pong=True, polynomial=1),
-    "late, ping-pong, 2 polynomials": Int8Variant(ping_pong=True, polynomial=2),
+    "late": Int8Variant(inside=False),
+    "late, inside": Int8Variant(),
+    "turns": Int8Variant(inside=False, ping_pong=True),
+    "turns, 1 polynomial": Int8Variant(inside=False, ping_pong=True, polynomial=1),
+    "turns, inside": Int8Variant(ping_pong=True),
+    "turns, inside, 1 polynomial": Int8Variant(ping_pong=True, polynomial=1),
+    "turns, inside, 2 polynomials": Int8Variant(ping_pong=True, polynomial=2),
 }
 # What runs, by head dim. docs/kernels/int8.md has what the others measured.
-VARIANTS = dict.fromkeys((64, 128), CANDIDATES["late"])
+VARIANTS = dict.fromkeys((64, 128), CANDIDATES["turns, inside"])
 _OUT_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
