@@ -1,10 +1,11 @@
-"""8-bit attention on one GPU: whether every variant of the kernel is right, and how fast beside 16 bits.
+"""8-bit attention on one GPU: whether the kernels are right, and how fast beside 16 bits.
 
     python -m benchmarks.int8_report --out /tmp/int8
 
-Compiles the variants side by side, compares each with float64 (a variant that fails is not timed), times them at 16,384
-tokens against this package's bfloat16 kernel and FlashAttention-3 in bfloat16 and fp8, times the fastest ones and the
-quantisation at 119,056 tokens too, and writes JSON records to --out. Without CUDA it runs small, on the CPU's code.
+Compiles the kernels side by side, compares each with float64 (one that fails is not timed), shows the fp8 of
+FlashAttention-3 on the same data, times them and the quantisation at 16,384 and 119,056 tokens against this package's
+bfloat16 kernel and FlashAttention-3 in bfloat16 and fp8, and writes JSON records to --out. Without CUDA it runs small,
+on the CPU's code.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ from .timing import medians_ms
 HEADS, HEAD_DIM = 24, 128
 LENGTHS = (16384, 119056)
 SMALL_LENGTHS = (130, 200)
-FASTEST = 3  # so many variants are timed at the second length
 SECONDS_OF_POWER = 2.0
 COMPILE_SECONDS = 200  # then what is not done is left out
 REFERENCE = "reference"
-PORTABLE = "portable"
+HOPPER = "Hopper kernel"
+PORTABLE = "portable kernel"
 BFLOAT16 = "bfloat16"
 SHIPPED = "flash_attention_int8"
 QUANTISATION = "quantisation"
@@ -83,7 +84,7 @@ class Case:
 
 
 def _cases(full: bool) -> dict[str, Case]:
-    """For every variant, or the ones that show what the variants differ in."""
+    """All of them, or those that show what kernels differ in."""
     cases = {
         "offset of keys": Case(1000, 2048, k_offset=8.0),
         "lengths": Case(700, 999, heads=4, lens=True),
@@ -107,47 +108,45 @@ def _cases(full: bool) -> dict[str, Case]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the JSON records")
-    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants of the kernel instead of all")
-    parser.add_argument("--time-all", action="store_true", help="also variants whose error is too large")
+    parser.add_argument("--only", nargs="+", metavar="KERNEL", help="these instead of all")
+    parser.add_argument("--time-all", action="store_true", help="also those whose error is too large")
     options = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    variants = variants_for(device, options.only)
+    kernels = kernels_for(device, options.only)
     if device.type == "cuda":
-        ran = compile_side_by_side(list(variants), device)
-        variants = {name: variants[name] for name in ran}
+        ran = compile_side_by_side(list(kernels), device)
+        kernels = {name: kernels[name] for name in ran}
     torch.manual_seed(0)
     with torch.no_grad():
-        checked, good = checks(variants, device)
-        write_records("int8-checks", checked, options.out)
-        timed = list(variants) if options.time_all else good
-        records = speed({name: variants[name] for name in timed}, device)
+        checked, good = checks(kernels, device)
+        write_records("int8-checks", checked + peer_errors(device), options.out)
+        timed = list(kernels) if options.time_all else good
+        records = speed({name: kernels[name] for name in timed}, device)
     if records:
         write_records("int8-speed", records, options.out)
     return int(any(not check.passed for check in checked))
 
 
-# --- variants ---------------------------------------------------------------------------------------------------------
+# --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-def variants_for(device: torch.device, only: list[str] | None = None) -> dict[str, Attend]:
-    """Every variant that this device runs, by name. The last one is what `flash_attention_int8` takes.
+def kernels_for(device: torch.device, only: list[str] | None = None) -> dict[str, Attend]:
+    """Every kernel that this device runs, by name. The last one is what `flash_attention_int8` takes.
 
     Raises:
         ValueError: for a name that there is not.
     """
-    variants: dict[str, Attend] = {}
+    kernels: dict[str, Attend] = {}
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) == (9, 0):
-            from para_kernels.triton_kernels.hopper_attention_int8 import CANDIDATES
-
-            variants |= {name: functools.partial(_hopper, name) for name in CANDIDATES}
-        variants[PORTABLE] = _portable
-        variants[SHIPPED] = _shipped
+            kernels[HOPPER] = _hopper
+        kernels[PORTABLE] = _portable
+        kernels[SHIPPED] = _shipped
     else:
-        variants[REFERENCE] = _shipped
-    if unknown := set(only or ()) - set(variants):
-        raise ValueError(f"--only: got {sorted(unknown)}, allowed are {list(variants)}")
-    return {name: attend for name, attend in variants.items() if only is None or name in only}
+        kernels[REFERENCE] = _shipped
+    if unknown := set(only or ()) - set(kernels):
+        raise ValueError(f"--only: got {sorted(unknown)}, allowed are {list(kernels)}")
+    return {name: attend for name, attend in kernels.items() if only is None or name in only}
 
 
 def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,14 +155,14 @@ def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _hopper(
-    name: str, q: Tensor, k: Tensor, v: Tensor, q_lens: Lens, kv_lens: Lens, scale: float, quantised: Any = None
+    q: Tensor, k: Tensor, v: Tensor, q_lens: Lens, kv_lens: Lens, scale: float, quantised: Any = None
 ) -> tuple[Tensor, Tensor]:
-    """One variant of the Hopper kernel, on what is quantised already where that is given."""
-    from para_kernels.triton_kernels.hopper_attention_int8 import CANDIDATES, hopper_attention_int8_forward
+    """The Hopper kernel, on what is quantised already where that is given."""
+    from para_kernels.triton_kernels.hopper_attention_int8 import hopper_attention_int8_forward
 
     x = _quantised(True, q, k, v, q_lens, kv_lens, scale) if quantised is None else quantised
     out, lse = _outputs(q)
-    hopper_attention_int8_forward(*x, k.shape[1], out, lse, q_lens, kv_lens, scale, CANDIDATES[name])
+    hopper_attention_int8_forward(*x, k.shape[1], out, lse, q_lens, kv_lens, scale)
     return out, lse
 
 
@@ -195,7 +194,7 @@ def _quantised(
 
 
 def compile_side_by_side(names: list[str], device: torch.device) -> list[str]:
-    """Compile and run every variant in a process of its own; this one then loads what they leave on the disk.
+    """Compile and run every kernel in a process of its own; this one then loads what they leave on the disk.
 
     Returns the names of those that ran to the end: a kernel that never ends goes with its process.
     """
@@ -223,9 +222,9 @@ _KINDS = ((torch.bfloat16, HEAD_DIM), (torch.bfloat16, 64), (torch.float16, HEAD
 
 
 def _compile(name: str, dtype: torch.dtype, head_dim: int, index: int) -> None:
-    """Run a variant once, without lengths and with them."""
+    """Run a kernel once, without lengths and with them."""
     device = torch.device("cuda", index)
-    attend = variants_for(device)[name]
+    attend = kernels_for(device)[name]
     for lens in (None, lens_tensor([128], device)):
         attend(*attention_inputs(1, 300, 2, head_dim, dtype, device), lens, lens, 1.0)
     torch.cuda.synchronize(device)
@@ -234,14 +233,14 @@ def _compile(name: str, dtype: torch.dtype, head_dim: int, index: int) -> None:
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def checks(variants: Mapping[str, Attend], device: torch.device) -> tuple[list[Check], list[str]]:
-    """Every variant against float64; and the names of those that passed."""
+def checks(kernels: Mapping[str, Attend], device: torch.device) -> tuple[list[Check], list[str]]:
+    """Every kernel against float64; and the names of those that passed."""
     results, good = [], []
-    for name, attend in variants.items():
+    for name, attend in kernels.items():
         full = name in (SHIPPED, REFERENCE)
-        of_variant = [_check(name, what, case, attend, device) for what, case in _cases(full).items()]
-        results += of_variant
-        if all(check.passed for check in of_variant):
+        of_kernel = [_check(name, what, case, attend, device) for what, case in _cases(full).items()]
+        results += of_kernel
+        if all(check.passed for check in of_kernel):
             good.append(name)
     return results, good
 
@@ -259,6 +258,26 @@ def _check(name: str, what: str, case: Case, attend: Attend, device: torch.devic
     finite = worst if worst < float("inf") else None
     notes = {"kernel": name, "lse": lse if lse < float("inf") else None, "lse_allowed": case.lse_allowed}
     return Check(f"8-bit attention, {what}", 1, int(failed), dtype_name(case.dtype), finite, case.allowed, notes)
+
+
+def peer_errors(device: torch.device) -> list[Check]:
+    """FlashAttention-3's fp8 on the same data, where it takes it: shown, not held to anything."""
+    try:
+        fa3 = fa3_fp8(device)
+    except PeerUnavailableError as reason:
+        print(f"  {reason}", flush=True)
+        return []
+    shown = []
+    for what, case in _cases(True).items():
+        if case.lens or case.head_dim != HEAD_DIM or case.dtype != torch.bfloat16:
+            continue
+        q, k, v = _tensors(case, device)
+        out = fa3(*(x.to(torch.float8_e4m3fn) for x in (q, k, v)))
+        error = _number(relative_error(out, attention_float64(q, k, v)[0]))
+        print(f"  {FA3_FP8}: {what}: {error:.2e}", flush=True)
+        notes = {"kernel": FA3_FP8, "lse": None}
+        shown.append(Check(f"8-bit attention, {what}", 1, 0, dtype_name(case.dtype), error, None, notes))
+    return shown
 
 
 def _smaller(case: Case) -> Case:
@@ -312,14 +331,14 @@ def _tensors(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 # --- speed ------------------------------------------------------------------------------------------------------------
 
 
-def speed(variants: Mapping[str, Attend], device: torch.device) -> list[Record]:
-    """All variants at the first length, the fastest at the second, against 16 bits and the peers, in turns."""
+def speed(kernels: Mapping[str, Attend], device: torch.device) -> list[Record]:
+    """All kernels at every length, against 16 bits and the peers, in turns."""
     records: list[Record] = []
     for i, length in enumerate(LENGTHS if device.type == "cuda" else SMALL_LENGTHS):
         heads = HEADS if device.type == "cuda" else 2
         q, k, v = attention_inputs(1, length, heads, HEAD_DIM, torch.bfloat16, device)
-        candidates = _candidates(variants, q, k, v)
-        ours = [name for name in candidates if name in variants or name == QUANTISATION]
+        candidates = _candidates(kernels, q, k, v)
+        ours = [name for name in candidates if name in kernels or name == QUANTISATION]
         peers = [name for name in candidates if name not in ours]
         times = medians_ms(candidates, device, rounds=12 if i == 0 else 4, seconds=4.0 if i == 0 else 6.0)
         flops = attention_flops([length], [length], heads, HEAD_DIM)
@@ -332,10 +351,8 @@ def speed(variants: Mapping[str, Attend], device: torch.device) -> list[Record]:
                 records.append(record)
         for peer in peers:
             print(f"  {length}: {peer}: {times[peer]:.3f} ms, {flops / times[peer] / 1e9:.0f} TFLOP/s", flush=True)
-        kernels = sorted((name for name in variants if name != SHIPPED), key=times.__getitem__)
         if i == 1 and device.type == "cuda":
-            records += _power(candidates, times, shape, [*kernels[:FASTEST], SHIPPED, BFLOAT16, FA3_FP8], device)
-        variants = {name: variants[name] for name in variants if name in kernels[:FASTEST] or name == SHIPPED}
+            records += _power(candidates, times, shape, [SHIPPED, BFLOAT16, FA3_FP8], device)
     return records
 
 
@@ -363,12 +380,12 @@ def _rates(flops: float, times: Mapping[str, float], name: str, peers: list[str]
 
 
 def _candidates(
-    variants: Mapping[str, Attend], q: Tensor, k: Tensor, v: Tensor
+    kernels: Mapping[str, Attend], q: Tensor, k: Tensor, v: Tensor
 ) -> dict[str, Callable[[], object]]:  # fmt: skip
     """The kernels alone, on what is quantised already; `flash_attention_int8` with its quantisation; and the peers."""
     scale = q.shape[3] ** -0.5
     candidates: dict[str, Callable[[], object]] = {}
-    for name, attend in variants.items():
+    for name, attend in kernels.items():
         arguments = (q, k, v, None, None, scale)
         if name in (SHIPPED, REFERENCE):
             candidates[name] = functools.partial(attend, *arguments)

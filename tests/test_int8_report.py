@@ -35,13 +35,13 @@ def test_rows_past_the_queries_must_be_zero() -> None:
     assert not int8_report._check("careless", "lengths", CASE, careless, CPU).passed
 
 
-def test_only_known_variants_can_be_asked_for() -> None:
+def test_only_known_kernels_can_be_asked_for() -> None:
     with pytest.raises(ValueError, match=r"--only: got \['late'\], allowed are \['reference'\]"):
-        int8_report.variants_for(CPU, ["late"])
+        int8_report.kernels_for(CPU, ["late"])
 
 
 def test_records_make_the_tables(tmp_path: Path) -> None:
-    speed = int8_report.speed(int8_report.variants_for(CPU), CPU)
+    speed = int8_report.speed(int8_report.kernels_for(CPU), CPU)
     record.write_records("int8-speed", speed, tmp_path)
     record.write_records("int8-checks", [int8_report._check("x", "lengths", CASE, wrong, CPU)], tmp_path)
     text = "".join(f"<!-- table: {name} -->\n<!-- /table -->\n" for name in ("int8-speed", "int8-checks"))

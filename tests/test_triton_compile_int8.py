@@ -13,7 +13,6 @@ from test_triton_compile import POINTER_TYPES, SHARED_MEMORY, Usage, compile_ker
 from triton.experimental.gluon import language as gl
 
 from para_kernels.triton_kernels import attention_int8, hopper_attention_int8, quantize_int8
-from para_kernels.triton_kernels.hopper_attention_int8 import Int8Variant
 
 VALUE_TYPES = {torch.float8_e4m3fn: "fp8e4nv", torch.float16: "fp16"}
 SCALES = ("q_scales", "k_scales", "v_scales", "means_of_scores")
@@ -91,38 +90,31 @@ def test_quantisation(capability: tuple[int, int]) -> None:
         assert "ld.global.v4.b32" in usage.ptx, "16-byte loads"
 
 
-def compile_hopper_attention(variant: Int8Variant, head_dim: int, dtype: torch.dtype) -> Usage:
+def compile_hopper_attention(head_dim: int, dtype: torch.dtype) -> Usage:
     def descriptor(kind: str, rows: int, columns: int, element: gl.dtype) -> str:
         block = [1, 1, rows, columns]
         return f"tensordesc<{kind}{block},{gl.NVMMASharedLayout.get_default_for(block, element)!r}>"
 
     signature = {
         "q": descriptor("i8", 64, head_dim, gl.int8),
-        "k": descriptor("i8", variant.keys, head_dim, gl.int8),
-        "v": descriptor("fp8e4nv", head_dim, variant.keys, gl.float8e4nv),
+        "k": descriptor("i8", quantize_int8.K_BLOCK, head_dim, gl.int8),
+        "v": descriptor("fp8e4nv", head_dim, quantize_int8.K_BLOCK, gl.float8e4nv),
     }
     signature |= dict.fromkeys((*SCALES, "lse"), "*fp32") | {"scale_log2": "fp32"}
     signature |= {"out": f"*{POINTER_TYPES[dtype]}", "q_lens": "*i32", "kv_lens": "*i32"}
-    constants = hopper_attention_int8.constants(variant, head_dim)
+    constants = hopper_attention_int8.constants(head_dim)
     return compile_kernel(hopper_attention_int8._hopper_attention_int8, signature, constants, (9, 0), num_warps=4)
 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), [(128, torch.bfloat16), (64, torch.float16)], ids=str)
 def test_hopper_attention(head_dim: int, dtype: torch.dtype) -> None:
     """Nothing spills, nothing serialises the products (`assemble` looks), and P reaches them without rearranging."""
-    variant = hopper_attention_int8.VARIANTS[head_dim]
-    usage = compile_hopper_attention(variant, head_dim, dtype)
+    usage = compile_hopper_attention(head_dim, dtype)
     assert usage.spilled_bytes == 0
     assert usage.shared <= SHARED_MEMORY[9, 0]
-    assert usage.registers * 128 * (variant.consumers + 1) <= 65536
+    assert usage.registers * 128 * (hopper_attention_int8.CONSUMERS + 1) <= 65536
     assert re.search(r"wgmma\S*\.s32\.s8\.s8", usage.ptx)
     assert re.search(r"wgmma\S*\.f32\.e4m3\.e4m3", usage.ptx)
     assert "cvt.rn.satfinite.e4m3x2.f32" in usage.ptx
     assert "prmt" not in usage.ptx, "weights are packed as they are converted"
     assert "cp.async.bulk.tensor.4d" in usage.ptx
-
-
-def test_every_candidate_has_a_name_of_its_own() -> None:
-    candidates = hopper_attention_int8.CANDIDATES
-    assert len(set(candidates.values())) == len(candidates)
-    assert set(hopper_attention_int8.VARIANTS.values()) <= set(candidates.values())

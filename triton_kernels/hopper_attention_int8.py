@@ -13,7 +13,7 @@ ring of tiles of keys and values in shared memory (TMA, two mbarriers per slot).
   the multiply-add that rescales it anyway.
 - The keys' last block, which is masked, comes first; the loop over the others has no mask.
 
-`Int8Variant` names what differs between variants; docs/kernels/int8.md has what they were made for.
+docs/kernels/int8.md has the other orders of this work that were tried, and what they measured.
 """
 
 # Gluon's annotations are of what the compiler holds, not of what Python sees.
@@ -23,8 +23,6 @@ ring of tiles of keys and values in shared memory (TMA, two mbarriers per slot).
 from __future__ import annotations
 
 import functools
-import struct
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -66,6 +64,10 @@ from .hopper_parts import (
 from .launch import Launcher, MakeDescriptor
 from .quantize_int8 import K_BLOCK, Keys8, Queries8
 
+CONSUMERS = 2  # warpgroups of ROWS query rows each
+STAGES = 4  # slots of the ring of keys and values
+REGISTERS = 240  # of the second consumer's threads; the first one has what is left, as many
+
 _ROWS = gl.constexpr(ROWS)
 _K_BLOCK = gl.constexpr(K_BLOCK)
 _BITS_OF_OFFSET = gl.constexpr(0x4B400000)
@@ -76,82 +78,16 @@ _CHAINS = gl.constexpr(4)
 _FLOAT_LOG2_E = gl.constexpr(_LOG2_E)
 
 
-@dataclass(frozen=True)
-class Int8Variant:
-    """One compiled variant of the kernel.
-
-    Attributes:
-        consumers: warpgroups of 64 query rows each.
-        keys: rows of a block of keys.
-        stages: slots of the ring of keys and values.
-        polynomial: how many exponentials of each 16 are a polynomial on the multiply-add units instead of an
-            instruction of the special function units.
-        ping_pong: barriers let the two consumers compute their exponentials in turns.
-        registers: of a consumer's threads.
-    """
-
-    consumers: int = 2
-    keys: int = 128
-    stages: int = 4
-    polynomial: int = 0
-    inside: bool = True
-    ping_pong: bool = False
-    registers: int = 240
+def _weights_asm() -> str:
+    """16 exponents to their weights in e4m3, four to a register, and as floats."""
+    body = "".join(f"ex2.approx.ftz.f32 p{i}, ${20 + i};\n" for i in range(16))
+    body += "".join(f"cvt.rn.satfinite.e4m3x2.f32 h{i}, p{2 * i + 1}, p{2 * i};\n" for i in range(8))
+    body += "".join(f"mov.b32 ${i}, {{h{2 * i}, h{2 * i + 1}}};\n" for i in range(4))
+    body += "".join(f"mov.b32 ${4 + i}, p{i};\n" for i in range(16))
+    return "{.reg .f32 p<16>; .reg .b16 h<8>;\n" + body + "}"
 
 
-# exp2 by its exponent's and its fraction's bits (Schraudolph 1999, Neural Computation 11(4), 853-862), times a
-# quadratic in 1 + fraction that mends the linear interpolation. The relative error is at most 3.5e-3; that of e4m3 is
-# 6e-2.
-_POLYNOMIAL = """
-add.f32 t{i}, $X, 0f43400000;
-max.f32 t{i}, t{i}, 0f43040000;
-mov.b32 n{i}, t{i};
-mad.lo.u32 n{i}, n{i}, 128, 0x9F800000;
-lop3.b32 w{i}, n{i}, 0x007FFFFF, 0x3F800000, 0xEA;
-mov.b32 t{i}, w{i};
-fma.rn.f32 g{i}, t{i}, 0f{a}, 0f{b};
-fma.rn.f32 g{i}, t{i}, g{i}, 0f{c};
-mov.b32 t{i}, n{i};
-mul.f32 p{i}, t{i}, g{i};
-"""
-_APPROXIMATE = "ex2.approx.ftz.f32 p{i}, $X;\n"
-
-
-def _hex(x: float) -> str:
-    return struct.pack(">f", x).hex().upper()
-
-
-# Of 2^(w - 1) / w on 1 ... 2, highest power first; the largest error is as small as it can be.
-_QUADRATIC = (0.2336861, -0.6941326, 1.4569834)
-
-
-def _weights_asm(polynomials: tuple[bool, ...]) -> str:
-    """Four exponents at a time to their weights in e4m3, packed, and as floats."""
-    count = len(polynomials)
-    words = count // 4
-    declared = (
-        f".reg .f32 p<{count}>, t<{count}>, g<{count}>; .reg .b32 n<{count}>, w<{count}>; .reg .b16 h<{count}>;\n"
-    )
-    body = ""
-    for i, polynomial in enumerate(polynomials):
-        a, b, c = (_hex(x) for x in _QUADRATIC)
-        template = _POLYNOMIAL if polynomial else _APPROXIMATE
-        body += template.format(i=i, a=a, b=b, c=c).replace("$X", f"${words + count + i}")
-    for i in range(count // 2):
-        body += f"cvt.rn.satfinite.e4m3x2.f32 h{i}, p{2 * i + 1}, p{2 * i};\n"
-    for i in range(words):
-        body += f"mov.b32 ${i}, {{h{2 * i}, h{2 * i + 1}}};\n"
-    body += "".join(f"mov.b32 ${words + i}, p{i};\n" for i in range(count))
-    return "{" + declared + body + "}"
-
-
-def _spread(polynomials: int) -> tuple[bool, ...]:
-    """Which of 16 exponentials are polynomials: so many, evenly spread."""
-    return tuple((i * polynomials) // 16 != ((i + 1) * polynomials) // 16 for i in range(16))
-
-
-# By the number of polynomials among 16 exponentials.
-_ASM = gl.constexpr(tuple(_weights_asm(_spread(count)) for count in range(17)))
+_ASM = gl.constexpr(_weights_asm())
 _CONSTRAINTS = gl.constexpr(",".join(["=r"] * 4 + ["=f"] * 16 + ["f"] * 16))
 
 
@@ -184,14 +120,14 @@ def _masked(exponents, exists):
 
 
 @gluon.jit
-def _weights(exponents, layout: gl.constexpr, POLYNOMIAL: gl.constexpr):
+def _weights(exponents, layout: gl.constexpr):
     """(weights as the second product's left operand, their sums in each thread)."""
     rows: gl.constexpr = exponents.shape[0]
     keys: gl.constexpr = exponents.shape[1]
     x = exponents.reshape([rows, keys // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([rows, keys])
     x = gl.convert_layout(x, layout, assert_trivial=True)
     p, exact = gl.inline_asm_elementwise(
-        _ASM[POLYNOMIAL], _CONSTRAINTS, [x], dtype=(gl.float8e4nv, gl.float32), is_pure=True, pack=16
+        _ASM, _CONSTRAINTS, [x], dtype=(gl.float8e4nv, gl.float32), is_pure=True, pack=16
     )
     # One sum of a row in each thread: with four, the maximum has too few registers to take two rows at a time.
     exact = exact.reshape([rows, keys // 16, 4, 4]).permute((0, 2, 1, 3)).reshape([rows, 4, keys // 4])
@@ -213,41 +149,6 @@ def _product(p, v, layout: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr):
     return warpgroup_mma(p, values, gl.zeros([_ROWS, D], gl.float32, layout), use_acc=False, is_async=True)
 
 
-# Named barriers of both consumers. The assembler moves exponentials across a barrier, but not across a loop; this one is
-# left at once, for no arithmetic gives this NaN.
-_TAKE = """{{
-.reg .pred again; .reg .b32 x;
-TAKE:
-barrier.sync {barrier}, 256;
-mov.b32 x, $2;
-setp.eq.u32 again, x, 0x7F800001;
-@again bra TAKE;
-mov.b32 $0, $2; mov.b32 $1, $3;
-}}"""
-_GIVE = """{{
-.reg .pred again; .reg .b32 x;
-GIVE:
-barrier.arrive {barrier}, 256;
-mov.b32 x, $2;
-setp.eq.u32 again, x, 0x7F800001;
-@again bra GIVE;
-mov.b32 $0, $2; mov.b32 $1, $3;
-}}"""
-_TAKE_0, _TAKE_1 = (gl.constexpr(_TAKE.format(barrier=barrier)) for barrier in (10, 11))
-_GIVE_0, _GIVE_1 = (gl.constexpr(_GIVE.format(barrier=barrier)) for barrier in (10, 11))
-
-
-@gluon.constexpr_function
-def _two_in_each_thread():
-    """A layout of 64 numbers, of which each thread of a warpgroup holds two."""
-    return gl.SliceLayout(1, gl.BlockedLayout([2, 1], [8, 4], [4, 1], [1, 0]))
-
-
-@gluon.jit
-def _at_barrier(barrier: gl.constexpr, x):
-    return gl.inline_asm_elementwise(barrier, "=f,=f,f,f", [x], dtype=gl.float32, is_pure=False, pack=2)
-
-
 # More parameters that wait in shared memory, see `hopper_parts`.
 _Q_SCALES = gl.constexpr(0)
 _K_SCALES = gl.constexpr(1)
@@ -266,21 +167,6 @@ def _park_scales(scales, q_scales, k_scales, v_scales, means_of_scores, padded_q
     values = gl.where(index == _V_SCALES, v_scales.to(gl.int64), values)
     values = gl.where(index == _MEANS_OF_SCORES, means_of_scores.to(gl.int64), values)
     scales.store(gl.where(index == _PADDED_Q, padded_q.to(gl.int64), values))
-
-
-@gluon.jit
-def _take_turn(x, consumer: gl.constexpr, PING_PONG: gl.constexpr):
-    """Wait until the other consumer has computed its exponentials. Returns x, two numbers in each thread."""
-    if PING_PONG:
-        x = _at_barrier(_TAKE_0 if consumer == 0 else _TAKE_1, x)
-    return x
-
-
-@gluon.jit
-def _give_turn(x, consumer: gl.constexpr, PING_PONG: gl.constexpr):
-    if PING_PONG:
-        x = _at_barrier(_GIVE_1 if consumer == 0 else _GIVE_0, x)
-    return x
 
 
 @gluon.jit
@@ -338,8 +224,8 @@ def _added(acc, alpha, product):
 
 @gluon.jit
 def _attend(
-    q, keys, values, barriers, turn, kv_len, q_factor, k_scales, consumer: gl.constexpr, KEYS: gl.constexpr,
-    D: gl.constexpr, STAGES: gl.constexpr, POLYNOMIAL: gl.constexpr, INSIDE: gl.constexpr, PING_PONG: gl.constexpr,
+    q, keys, values, barriers, turn, kv_len, q_factor, k_scales, KEYS: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """A consumer's 64 rows over all keys: (accumulator, m_i, l_i by rows, the next turn).
 
@@ -364,7 +250,7 @@ def _attend(
     exists = _exists(kv_len, S, KEYS)
     lowest = gl.full([_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
     m_i = _maximum(gl.where(exists, s, _LOWEST_SCORE), lowest, factor)
-    p, l_i = _weights(_masked(_exponents(s, m_i, factor), exists), P, 0)
+    p, l_i = _weights(_masked(_exponents(s, m_i, factor), exists), P)
     product = _product(p, values.index(turn % STAGES), OUT, KEYS, D)
     s = warpgroup_mma_wait(1, deps=(scores,))
     factor = q_factor * k_scale
@@ -376,15 +262,13 @@ def _attend(
     alpha = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, S))
 
     for block in range(last):
-        x = s if INSIDE else _exponents(s, m_next, factor)
-        m_i_before = m_i
-        m_i = _take_turn(m_next, consumer, PING_PONG)
         acc = _added(acc, alpha, done)
-        p, sums = _weights(_exponents(s, m_i, factor) if INSIDE else x, P, POLYNOMIAL)
-        alpha = gl.exp2(m_i_before - m_i)
-        l_i = _give_turn(_added(l_i, alpha, sums), consumer, PING_PONG)
-        turn += 1
         k_scale = gl.load(k_scales + gl.minimum(block + 1, last) * KEYS // _K_BLOCK)
+        alpha = gl.exp2(m_i - m_next)
+        m_i = m_next
+        p, sums = _weights(_exponents(s, m_i, factor), P)
+        l_i = _added(l_i, alpha, sums)
+        turn += 1
         scores = _scores(q, keys.index(gl.minimum(turn + 1, end) % STAGES), S, KEYS, D)
         product = _product(p, values.index(turn % STAGES), OUT, KEYS, D)
         s = warpgroup_mma_wait(1, deps=(scores,))
@@ -418,10 +302,7 @@ def _rescaled(acc, m_i, l_i, scales, at_q, at_k, row, alive_rows, D: gl.constexp
 def _consumer(
     queries, keys, values, stages, barriers, parameters, scales, scale_log2, consumer: gl.constexpr,
     CONSUMERS: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
-    POLYNOMIAL: gl.constexpr, INSIDE: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
-    if consumer == 1:
-        _give_turn(gl.zeros([_ROWS], gl.float32, _two_in_each_thread()), consumer, PING_PONG)
     turn = gl.to_tensor(0)
     for i in range(_turns(parameters)):
         first_m, head, sample = _place(parameters, i, CONSUMERS)
@@ -429,7 +310,7 @@ def _consumer(
         _await_queries(barriers, i, STAGES, Q_STAGES)
         row = first_m + consumer * _ROWS
         stored = _integer(parameters, _ROWS_Q) - row
-        if (kv_len > 0) & ((row < q_len) | PING_PONG):
+        if (kv_len > 0) & (row < q_len):
             heads = _integer(parameters, _HEADS)
             at_q = sample * heads + head
             at_k = at_q // _integer(parameters, _HEADS_PER_KV)
@@ -443,8 +324,7 @@ def _consumer(
             q_factor = gl.load(q_scales + own, mask=own < padded_q, other=0.0) * scale_log2
             of_head = _pointer(scales, _K_SCALES, gl.float32) + at_k * (_integer(scales, _PADDED_K) // _K_BLOCK)
             acc, m_i, l_i, turn = _attend(
-                q, keys, values, barriers, turn, kv_len, q_factor, of_head, consumer, KEYS, D, STAGES, POLYNOMIAL,
-                INSIDE, PING_PONG,
+                q, keys, values, barriers, turn, kv_len, q_factor, of_head, KEYS, D, STAGES,
             )  # fmt: skip
             mbarrier.arrive(_queries_empty(barriers, i, STAGES, Q_STAGES))
             alive = q_len - row
@@ -470,7 +350,7 @@ def _hopper_attention_int8(
     q, k, v, q_scales, k_scales, v_scales, means_of_scores, out, lse, q_lens, kv_lens, scale_log2, heads_per_kv,
     rows_q, rows_k, flags, heads, blocks, tiles, padded_q, padded_k,
     CONSUMERS: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
-    POLYNOMIAL: gl.constexpr, INSIDE: gl.constexpr, PING_PONG: gl.constexpr, REGISTERS: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """q, k, v: descriptors of int8 (B, H, S, D) and e4m3 (B, H, D, S), in blocks of 64 rows and of KEYS keys; `lens`
     pointers are read where `flags` says so. `tiles` = samples x heads x blocks of CONSUMERS x 64 queries."""
@@ -494,70 +374,37 @@ def _hopper_attention_int8(
     scales = gl.allocate_shared_memory(gl.int64, [_SCALES], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     _park_scales(scales, q_scales, k_scales, v_scales, means_of_scores, padded_q, padded_k)
     _thread_barrier()
-    if CONSUMERS == 3:
-        gl.warp_specialize(
-            [
-                (_producer, (q, k, v, queries, keys, values, barriers, parameters, CONSUMERS, KEYS, STAGES, Q_STAGES)),
-                (_consumer, (
-                    queries, keys, values, stages, barriers, parameters, scales, scale_log2, 0, CONSUMERS, KEYS,
-                    D, STAGES, Q_STAGES, POLYNOMIAL, INSIDE, PING_PONG,
-                )),
-                (_consumer, (
-                    queries, keys, values, stages, barriers, parameters, scales, scale_log2, 1, CONSUMERS, KEYS,
-                    D, STAGES, Q_STAGES, POLYNOMIAL, INSIDE, PING_PONG,
-                )),
-                (_consumer, (
-                    queries, keys, values, stages, barriers, parameters, scales, scale_log2, 2, CONSUMERS, KEYS,
-                    D, STAGES, Q_STAGES, POLYNOMIAL, INSIDE, PING_PONG,
-                )),
-            ],
-            [4, 4, 4],
-            [REGISTERS, REGISTERS, REGISTERS],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (_producer, (q, k, v, queries, keys, values, barriers, parameters, CONSUMERS, KEYS, STAGES, Q_STAGES)),
-                (_consumer, (
-                    queries, keys, values, stages, barriers, parameters, scales, scale_log2, 0, CONSUMERS, KEYS,
-                    D, STAGES, Q_STAGES, POLYNOMIAL, INSIDE, PING_PONG,
-                )),
-                (_consumer, (
-                    queries, keys, values, stages, barriers, parameters, scales, scale_log2, 1, CONSUMERS, KEYS,
-                    D, STAGES, Q_STAGES, POLYNOMIAL, INSIDE, PING_PONG,
-                )),
-            ],
-            [4, 4],
-            [REGISTERS, REGISTERS],
-        )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_consumer, (
+                queries, keys, values, stages, barriers, parameters, scales, scale_log2, 0, CONSUMERS, KEYS, D, STAGES,
+                Q_STAGES,
+            )),
+            (_consumer, (
+                queries, keys, values, stages, barriers, parameters, scales, scale_log2, 1, CONSUMERS, KEYS, D, STAGES,
+                Q_STAGES,
+            )),
+            (_producer, (q, k, v, queries, keys, values, barriers, parameters, CONSUMERS, KEYS, STAGES, Q_STAGES)),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )  # fmt: skip
 
 
-def constants(variant: Int8Variant, head_dim: int) -> dict[str, object]:
+def constants(head_dim: int) -> dict[str, object]:
     """The kernel's compile-time constants."""
     return {
-        "CONSUMERS": variant.consumers, "KEYS": variant.keys, "D": head_dim, "STAGES": variant.stages, "Q_STAGES": 2,
-        "POLYNOMIAL": variant.polynomial, "INSIDE": variant.inside, "PING_PONG": variant.ping_pong, "REGISTERS": variant.registers,
+        "CONSUMERS": CONSUMERS, "KEYS": K_BLOCK, "D": head_dim, "STAGES": STAGES, "Q_STAGES": 2, "REGISTERS": REGISTERS
     }  # fmt: skip
 
 
-# Those that compile without spills and with their products in flight, for `python -m benchmarks.int8_report` to time.
-CANDIDATES: dict[str, Int8Variant] = {
-    "late": Int8Variant(inside=False),
-    "late, inside": Int8Variant(),
-    "turns": Int8Variant(inside=False, ping_pong=True),
-    "turns, 1 polynomial": Int8Variant(inside=False, ping_pong=True, polynomial=1),
-    "turns, inside": Int8Variant(ping_pong=True),
-    "turns, inside, 1 polynomial": Int8Variant(ping_pong=True, polynomial=1),
-    "turns, inside, 2 polynomials": Int8Variant(ping_pong=True, polynomial=2),
-}
-# What runs, by head dim. docs/kernels/int8.md has what the others measured.
-VARIANTS = dict.fromkeys((64, 128), CANDIDATES["turns, inside"])
+_HEAD_DIMS = (64, 128)
 _OUT_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 def takes(dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the kernel exists for this type and head dim."""
-    return dtype in _OUT_TYPES and head_dim in VARIANTS
+    return dtype in _OUT_TYPES and head_dim in _HEAD_DIMS
 
 
 def _make_descriptor(rows: int, columns: int, dtype: gl.dtype) -> MakeDescriptor:
@@ -567,16 +414,16 @@ def _make_descriptor(rows: int, columns: int, dtype: gl.dtype) -> MakeDescriptor
 
 
 @functools.cache
-def _launcher(device: torch.device, dtype: torch.dtype, head_dim: int, variant: Int8Variant) -> Launcher:
+def _launcher(device: torch.device, dtype: torch.dtype, head_dim: int) -> Launcher:
     """`dtype` is the output's: one for each, since a launcher follows its last compiled variant."""
     return Launcher(
         _hopper_attention_int8, device,
         {
             "q": _make_descriptor(ROWS, head_dim, gl.int8),
-            "k": _make_descriptor(variant.keys, head_dim, gl.int8),
-            "v": _make_descriptor(head_dim, variant.keys, gl.float8e4nv),
+            "k": _make_descriptor(K_BLOCK, head_dim, gl.int8),
+            "v": _make_descriptor(head_dim, K_BLOCK, gl.float8e4nv),
         },
-        **constants(variant, head_dim), num_warps=4,
+        **constants(head_dim), num_warps=4,
     )  # fmt: skip
 
 
@@ -595,15 +442,13 @@ _BLOCKS_OF_A_PROGRAM = 512
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(
-    q_shape: tuple[int, ...], rows_k: int, dtype: torch.dtype, device: torch.device, variant: Int8Variant
-) -> _Plan:
+def _plan(q_shape: tuple[int, ...], rows_k: int, dtype: torch.dtype, device: torch.device) -> _Plan:
     batch, rows_q, heads, head_dim = q_shape
-    blocks = -(-rows_q // (variant.consumers * ROWS))
+    blocks = -(-rows_q // (CONSUMERS * ROWS))
     tiles = blocks * heads * batch
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     stays = rows_k < _BLOCKS_OF_A_PROGRAM * ROWS
-    launcher = _launcher(device, dtype, head_dim, variant)
+    launcher = _launcher(device, dtype, head_dim)
     return _Plan(launcher, min(tiles, processors) if stays else tiles, blocks, tiles)
 
 
@@ -616,15 +461,12 @@ def hopper_attention_int8_forward(
     q_lens: torch.Tensor | None,
     kv_lens: torch.Tensor | None,
     scale: float,
-    variant: Int8Variant | None = None,
 ) -> None:
     """Launch the kernel; writes `out` (B, Sq, H, D) and `lse` (B, H, Sq) float32, both contiguous.
 
-    `rows_k` is Sk; the values' keys are permuted; D is 64 or 128, and `out` bfloat16 or float16. Without a `variant`,
-    it is that of `VARIANTS`.
+    `rows_k` is Sk; the values' keys are permuted; D is 64 or 128, and `out` bfloat16 or float16.
     """
-    head_dim = out.shape[3]
-    plan = _plan(out.shape, rows_k, out.dtype, out.device, variant or VARIANTS[head_dim])
+    plan = _plan(out.shape, rows_k, out.dtype, out.device)
     flags = (q_lens is not None) * _HAS_Q_LENS.value | (kv_lens is not None) * _HAS_KV_LENS.value
     # A pointer that is not followed stands in for lengths that are not given: None would be another compiled variant.
     unused = out.view(torch.int32) if q_lens is None or kv_lens is None else None

@@ -1,9 +1,10 @@
 """From attention's input to 8 bits, in two passes over keys and values and one over queries.
 
 The first pass takes, for each head and channel, the keys' and values' means and the values' range; the second writes
-int8 and e4m3, after which the values' means take up what rounding has changed in them. Formats and scales are those of `para_kernels.ops8`, from whose expressions these kernels differ by the
-order of float32 sums. Rows are padded with zeros to whole blocks, and the head dim to a power of two, so that what
-reads them needs no mask for memory; what lies past a sample's lengths is not read.
+int8 and e4m3, after which the values' means take up what rounding has changed in them. Formats and scales are those of
+`para_kernels.ops8`, from whose expressions these kernels differ by the order of float32 sums. Rows are padded with
+zeros to whole blocks, and the head dim to a power of two, so that what reads them needs no mask for memory; what lies
+past a sample's lengths is not read.
 """
 
 from __future__ import annotations
