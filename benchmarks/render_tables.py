@@ -197,6 +197,19 @@ def _int8_power(rows: Sequence[Row]) -> str:
     return _markdown(["kernel, without pause", "ms per call", "MHz", "W"], body, rows)
 
 
+def _int8_clocks(rows: Sequence[Row]) -> str:
+    """By Nsight Compute."""
+    body = [
+        [
+            row["kernel"],
+            f"{row['notes']['clocks_per_block']:,}",
+            _rounded(row["notes"]["issue_busy_percent"], 0),
+        ]
+        for row in rows
+    ]
+    return _markdown(["variant", "clocks per block of 128 x 128 scores", "% of issue slots"], body, rows)
+
+
 def _int8_checks(rows: Sequence[Row]) -> str:
     body = [
         [
@@ -361,18 +374,19 @@ def _first_calls(rows: Sequence[Row]) -> str:
 
 
 def _where(rows: Sequence[Row]) -> str:
-    """Where every second of a step goes."""
+    """Where the time of a step goes."""
+    categories = [row for row in rows if row["op"] == "step_category"]
+    in_seconds = sum(row["median_ms"] for row in categories) >= 1e3
     body = [
         [
             row["notes"]["name"],
-            f"{row['median_ms'] / 1e3:.2f}",
+            f"{row['median_ms'] / 1e3:.2f}" if in_seconds else f"{row['median_ms']:.1f}",
             f"{row['notes']['share']:.1%}",
             f"{row['notes']['launches']:,}",
         ]
-        for row in rows
-        if row["op"] == "step_category"
+        for row in categories
     ]
-    return _markdown(["work", "s", "share", "kernels"], body, rows)
+    return _markdown(["work", "s" if in_seconds else "ms", "share", "kernels"], body, rows)
 
 
 def _kernels(rows: Sequence[Row]) -> str:
@@ -425,6 +439,25 @@ def _step(rows: Sequence[Row]) -> str:
     return _markdown(["video", "attention", "s per step", "speed-up", "peak GiB", "relative difference"], body, rows)
 
 
+def _settings(rows: Sequence[Row]) -> str:
+    """A step, or the steps of a picture, under every setting."""
+    steps = rows[0]["shape"]["steps"]
+    body = [
+        [
+            row["kernel"],
+            f"{row['median_ms'] / 1e3:.2f}",
+            f"{row['ratio']:.2f}x",
+            f"{row['notes']['peak_gib']:.1f}",
+            f"{row['notes']['reused']} of {steps}",
+            "" if row["kernel"] == row["peer"] else f"{row['notes']['difference']:.1e}",
+        ]
+        for row in rows
+    ]
+    seconds = "s per step" if steps == 1 else f"s per {steps} steps"
+    head = ["setting", seconds, "speed-up", "peak GiB", "steps reused", "difference of the last output"]
+    return _markdown(head, body, rows)
+
+
 def _vae(rows: Sequence[Row]) -> str:
     body = []
     for row in rows:
@@ -452,7 +485,8 @@ def _ranks_of_steps(rows: Sequence[Row]) -> str:
 
 
 def _ring(rows: Sequence[Row]) -> str:
-    """One row for each length and way."""
+    """One row for each length and way; what was only checked stands elsewhere."""
+    rows = [row for row in rows if "op" in row]
     body = []
     for group in _by(rows, "shape"):
         shape = group[0]["shape"]
@@ -461,7 +495,7 @@ def _ring(rows: Sequence[Row]) -> str:
         body += [
             [row["kernel"], tokens, f"{row['median_ms']:.2f}", f"{row['ratio']:.2f}x"]
             for row in group
-            if "one GPU" not in row["kernel"]
+            if row["kernel"] != row["peer"] and "portable" not in row["kernel"]
         ]
     ranks = rows[0]["shape"]["ranks"]
     return _markdown([f"way, {ranks} GPUs", "tokens in all", "ms per layer", "against one GPU"], body, rows)
@@ -714,10 +748,14 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Row]], str]]] = {
     "prepare-speed": (("prepare-speed",), _prepare_speed),
     "memory-bound": (("gpu-residual_diff", "gpu-merge_states"), _memory_bound),
     "step": (("hunyuan_step",), _step),
+    "step-settings": (("hunyuan_step_settings",), _settings),
+    "flux-settings": (("flux_step_settings",), _settings),
+    "flux-ranks-profile": (("flux_step_ranks_profile",), _where),
     "flux-ranks": (("flux_step_ranks",), _ranks_of_steps),
     "cogvideox-ranks": (("cogvideox_step_ranks",), _ranks_of_steps),
     "vae": (("vae_parallel",), _vae),
     "ring": (("ring-speed",), _ring),
+    "ring-int8": (("ring-int8",), _ring),
     "ring-without-p2p": (("ring-without_p2p",), _ring),
     "ring-checks": (("ring-correctness", "ring-stress"), _checks),
     "step-parallel": (("hunyuan_step_parallel",), _step_parallel),
@@ -729,6 +767,9 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Row]], str]]] = {
     "quality-cache": (("toy_quality_cache-cpu",), _quality_cache),
     "int8-checks": (("int8-checks",), _int8_checks),
     "int8-speed": (("int8-speed",), _int8),
+    "int8-first": (("int8-speed-first",), _int8),
+    "int8-turns": (("int8-speed-turns",), _int8),
+    "int8-clocks": (("int8-clocks",), _int8_clocks),
     "int8-power": (("int8-speed",), _int8_power),
     "policies": (("policies-cpu",), _policies),
     "policies-compared": (("policies-cpu",), _policies_compared),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from para_kernels import flash_attention
 from para_kernels.attention8 import flash_attention_int8
-from para_kernels.integrations.diffusers import accelerate, apply_cache_on_pipe
+from para_kernels.integrations.diffusers import accelerate, apply_cache_on_pipe, attention, summary
 from para_kernels.integrations.diffusers.generate import Acceleration
 from para_kernels.integrations.diffusers.toy import TOY_PIPELINE
 
@@ -69,6 +69,17 @@ def test_changes_the_output_slightly_and_is_taken_off() -> None:
     accelerate(pipe, attention="int8")
     handle.remove()
     assert torch.equal(generate(pipe), stock)
+
+
+def test_few_keys_stay_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_pipeline()
+    handle = accelerate(pipe)
+    exact = generate(pipe)
+    for module in (attention, summary):
+        monkeypatch.setattr(module, "least_keys_int8", lambda device: 10**6)
+    accelerate(pipe, attention="int8")
+    assert torch.equal(generate(pipe), exact)
+    assert "exact below 1,000,000 keys" in handle.summary()
 
 
 def test_over_ranks() -> None:

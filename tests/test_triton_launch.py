@@ -40,7 +40,7 @@ from para_kernels.triton_kernels.launch import Launcher, declared_sizes  # noqa:
 
 CPU = torch.device("cpu")
 OTHER_CONTEXT = 0x5000
-PROPERTIES = SimpleNamespace(multi_processor_count=132, L2_cache_size=60 * 2**20)
+PROPERTIES = SimpleNamespace(multi_processor_count=132)
 # Its name up to Triton 3.7, and the one since.
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 

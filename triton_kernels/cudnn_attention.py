@@ -44,4 +44,4 @@ def _is_planned(
         return False
     samples, queries, heads, head_dim = q_shape
     of = torch.cuda.get_device_properties(device)
-    return is_cudnn_faster(head_dim, queries, k_shape[1], heads, samples, of.multi_processor_count, of.L2_cache_size)
+    return is_cudnn_faster(head_dim, queries, k_shape[1], heads, samples, of.multi_processor_count)

@@ -116,27 +116,23 @@ class _CudnnRow(NamedTuple):
 
     keys: tuple[int, int]
     rounds: tuple[float, float]
-    l2_bytes: float
 
 
-# With few keys a tile's start and end outweigh its blocks. The first row is an H100's alone, of slower memory than an
-# H200's (and a smaller L2): four samples of 512 tokens take 33.2 us there, 31.0 by cuDNN; on an H200 29.9 and
-# 30.7. Of the second row, on an H200: 4,096 queries on 128 keys 27.2 us and 24.1, 8,192 queries 47.6 and 41.1; with 256
-# keys it is the other way round. 24 heads of 128, inputs out of the L2: benchmarks/results/gpu-tune_cudnn.json.
+# With few keys a tile's start and end outweigh its blocks. The first row is four samples of 512 tokens: 33.2 us and
+# 31.0 by cuDNN on an H100; on an H200, in three runs, 29.9 and 30.7, 31.0 and 30.9, 30.9 and 29.9. Of the second row,
+# on an H200: 4,096 queries on 128 keys 27.2 us and 24.1, 8,192 queries 47.6 and 41.1; with 256 keys and four samples it
+# is the other way round. 24 heads of 128, inputs out of the L2: benchmarks/results/gpu-tune_cudnn.json.
 _CUDNN = (
-    _CudnnRow(keys=(448, 512), rounds=(2.8, 3.0), l2_bytes=55e6),
-    _CudnnRow(keys=(64, 128), rounds=(5.0, float("inf")), l2_bytes=float("inf")),
+    _CudnnRow(keys=(448, 512), rounds=(2.8, 3.0)),
+    _CudnnRow(keys=(64, 128), rounds=(5.0, float("inf"))),
 )
 
 
-def is_cudnn_faster(
-    head_dim: int, max_q: int, keys: int, heads: int, samples: int, processors: int, l2_bytes: int
-) -> bool:
+def is_cudnn_faster(head_dim: int, max_q: int, keys: int, heads: int, samples: int, processors: int) -> bool:
     """Whether cuDNN takes less time than the best choice, for samples of one length."""
     rounds = Choice(CONFIGS[head_dim], 2, True).tiles(max_q, heads, samples) / processors
     return head_dim == 128 and any(
-        row.keys[0] < keys <= row.keys[1] and row.rounds[0] < rounds <= row.rounds[1] and l2_bytes <= row.l2_bytes
-        for row in _CUDNN
+        row.keys[0] < keys <= row.keys[1] and row.rounds[0] < rounds <= row.rounds[1] for row in _CUDNN
     )
 
 

@@ -7,7 +7,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from para_kernels.attention import selected_kernel
-from para_kernels.attention8 import selected_kernel_int8
+from para_kernels.attention8 import least_keys_int8, selected_kernel_int8
 from para_kernels.cache import StepRecord
 
 from .compiled import kinds
@@ -65,8 +65,11 @@ def _attention(handle: Handle) -> str:
 def _kernel(handle: Handle) -> str:
     device, dtype = handle.device, handle.transformer.dtype
     head_dim = getattr(handle.transformer.config, handle.family.head_dim)
-    selected = selected_kernel_int8 if handle.settings.attention == "int8" else selected_kernel
-    return f"{selected(device, dtype, head_dim)} ({device}, {dtype}, head dim {head_dim})"
+    in_8_bits = handle.settings.attention == "int8"
+    selected = selected_kernel_int8 if in_8_bits else selected_kernel
+    least = least_keys_int8(device) if in_8_bits else 0
+    below = f"; exact below {least:,} keys" if least else ""
+    return f"{selected(device, dtype, head_dim)} ({device}, {dtype}, head dim {head_dim}){below}"
 
 
 def _cache(handle: Handle) -> str:
