@@ -893,15 +893,24 @@ def test_the_profile_as_records_and_tables(tmp_path: Path) -> None:
     found = step_profile.Profile(launches, span=8e-3, idle=1e-3)
     records = step_profile.records(found, {"S": 8}, "bfloat16", OURS)
     record.write_records("hunyuan_step_profile", records, tmp_path)
-    assert rows_of("step-profile", tmp_path)[2:] == [
-        "| linear | 0.01 | 75.0% | 2 |",
-        "| activation | 0.00 | 12.5% | 1 |",
-        "| gaps between kernels | 0.00 | 12.5% | 0 |",
+    assert rows_of("step-profile", tmp_path) == [
+        "| work | ms | share | kernels |",
+        "| --- | ---: | ---: | ---: |",
+        "| linear | 6.0 | 75.0% | 2 |",
+        "| activation | 1.0 | 12.5% | 1 |",
+        "| gaps between kernels | 1.0 | 12.5% | 0 |",
     ]
     assert rows_of("step-kernels", tmp_path)[2:] == [
         "| `gemm` | linear | Linear | 6.0 | 75.0% | 2 |",
         "| `exp` | activation | GELU | 1.0 | 12.5% | 1 |",
     ]
+
+
+def test_a_profile_of_seconds_is_in_seconds(tmp_path: Path) -> None:
+    found = step_profile.Profile([Launch("gemm", "aten::addmm", "Linear", 2e6)], span=2.5, idle=0.5)
+    record.write_records("hunyuan_step_profile", step_profile.records(found, {"S": 8}, "bfloat16", OURS), tmp_path)
+    assert rows_of("step-profile", tmp_path)[0] == "| work | s | share | kernels |"
+    assert rows_of("step-profile", tmp_path)[2] == "| linear | 2.00 | 80.0% | 1 |"
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
