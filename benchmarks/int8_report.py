@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import multiprocessing
 import sys
 import time
@@ -119,9 +120,12 @@ def main() -> int:
     torch.manual_seed(0)
     with torch.no_grad():
         checked, good = checks(kernels, device)
-        write_records("int8-checks", checked + peer_errors(device), options.out)
+        write_records("int8-checks", checked, options.out)
         timed = list(kernels) if options.time_all else good
         records = speed({name: kernels[name] for name in timed}, device)
+        beside = peer_errors(device)
+    if beside:
+        write_records("int8-checks", checked + beside, options.out)
     if records:
         write_records("int8-speed", records, options.out)
     return int(any(not check.passed for check in checked))
@@ -272,11 +276,16 @@ def peer_errors(device: torch.device) -> list[Check]:
         if case.lens or case.head_dim != HEAD_DIM or case.dtype != torch.bfloat16:
             continue
         q, k, v = _tensors(case, device)
-        out = fa3(*(x.to(torch.float8_e4m3fn) for x in (q, k, v)))
-        error = _number(relative_error(out, attention_float64(q, k, v)[0]))
+        try:
+            out = fa3(*(x.to(torch.float8_e4m3fn) for x in (q, k, v)))
+        except RuntimeError as refused:
+            print(f"  {FA3_FP8}: {what}: {refused}", flush=True)
+            continue
+        error = relative_error(out[0], attention_float64(q[0], k[0], v[0])[0])
         print(f"  {FA3_FP8}: {what}: {error:.2e}", flush=True)
         notes = {"kernel": FA3_FP8, "lse": None}
-        shown.append(Check(f"8-bit attention, {what}", 1, 0, dtype_name(case.dtype), error, None, notes))
+        finite = error if math.isfinite(error) else None
+        shown.append(Check(f"8-bit attention, {what}", 1, 0, dtype_name(case.dtype), finite, None, notes))
     return shown
 
 

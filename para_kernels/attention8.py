@@ -50,9 +50,10 @@ def flash_attention_int8(
 
     Method: SageAttention2 (Zhang et al. 2024, arXiv 2411.10958): keys lose their mean over the sequence; queries and
     keys become int8 with a scale per row and per 128 keys; values lose their mean and become e4m3 with a scale per
-    channel; weights become e4m3. Nothing is calibrated. Lengths stay on the device, as in `flash_attention`.
+    channel, and what that takes from them on average is added to the mean; weights become e4m3. Nothing is calibrated.
+    Lengths stay on the device, as in `flash_attention`.
 
-    The error is that of the formats and depends on the values: about 4 % of the output's norm where it is a sum of
+    The error is that of the formats and depends on the values: about 3.5 % of the output's norm where it is a sum of
     random signs, and well below where attention finds something. docs/kernels/int8.md has the figures.
 
     Args:
@@ -79,15 +80,20 @@ def flash_attention_int8(
     return (out, lse) if return_lse else out
 
 
-# Keys from which on 8 bits, the rounding included, take less time than 16, by compute capability. An H200: 0.98x at
-# 8,192 keys, 1.09x at 16,384, 24 heads of 128. Where nothing was measured they are always taken.
-_LEAST_KEYS = {(9, 0): 10240}
+# Keys from which on 8 bits, the rounding included, took less time than 16, by compute capability and head dim; 24 heads
+# on an H200: 0.98x at 8,192 keys, 1.09x at 16,384 (benchmarks/results/ring-int8.json, int8-speed.json).
+_FASTER_FROM = {((9, 0), 128): 10240}
 
 
-@torch.compiler.assume_constant_result
-def least_keys_int8(device: torch.device) -> int:
-    """From how many keys on `flash_attention_int8` is the faster one on this device: what a model should ask first."""
-    return _LEAST_KEYS.get(torch.cuda.get_device_capability(device), 0) if device.type == "cuda" else 0
+def int8_faster_from(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> int | None:
+    """From about how many keys on `flash_attention_int8` was measured to be faster than `flash_attention`.
+
+    None where that was not measured.
+    """
+    device = torch.device(device)
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    return _FASTER_FROM.get((torch.cuda.get_device_capability(device), head_dim))
 
 
 def selected_kernel_int8(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str:

@@ -6,8 +6,8 @@ What is quantised, and how (SageAttention2, Zhang et al. 2024, arXiv 2411.10958,
 - queries become int8 with a scale per row;
 - values lose their mean, which is added to the output again, and become e4m3 with a scale per channel; what rounding
   changes in the mean is added too;
-- weights, `exp(score - maximum)` times 256, become e4m3. Their sum is taken of the rounded ones; the
-  kernels', but for one variant, of those before rounding.
+- weights, `exp(score - maximum)` times 256, become e4m3. Their sum is taken of the rounded ones here, and in the
+  kernels of those before rounding.
 
 The CPU's implementation is that arithmetic written out in torch, for tests and small models; it saves no time there.
 """

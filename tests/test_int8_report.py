@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,32 @@ def test_records_make_the_tables(tmp_path: Path) -> None:
     assert "against bfloat16" in tables
     assert "| x | lengths | bfloat16 |" in tables
     assert "**no**" in tables
+
+
+def test_a_peer_is_shown_and_its_failures_cost_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """FlashAttention-3 in fp8: right here, not finite there, and refusing elsewhere."""
+    calls = 0
+
+    def peer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise RuntimeError("no kernel image")
+        q, k, v = (x.float() for x in (q, k, v))
+        out = torch.einsum(
+            "bhqk,bkhd->bqhd", (torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[3] ** -0.5).softmax(-1), v
+        )
+        return out * float("nan") if calls == 3 else out
+
+    cases = {name: dataclasses.replace(CASE, lens=False, head_dim=128) for name in ("right", "refused", "not finite")}
+    monkeypatch.setattr(int8_report, "fa3_fp8", lambda device: peer)
+    monkeypatch.setattr(int8_report, "_cases", lambda full: cases | {"with lengths": CASE})
+    shown = int8_report.peer_errors(CPU)
+    assert [(check.check, check.passed) for check in shown] == [
+        ("8-bit attention, right", True), ("8-bit attention, not finite", True)
+    ]  # fmt: skip
+    assert 1e-3 < (shown[0].worst or 0) < 0.2
+    assert shown[1].worst is None
+    record.write_records("int8-checks", shown, tmp_path)
+    table = render_tables.render("<!-- table: int8-checks -->\n<!-- /table -->\n", tmp_path)
+    assert "| FlashAttention-3 fp8 | not finite | bfloat16 |  |  |  |" in table

@@ -240,12 +240,13 @@ def test_opcheck(name: str) -> None:
     )
 
 
-def test_compiles_without_breaks_and_once_for_any_length() -> None:
+@pytest.mark.parametrize("angles", ["D", "D/2", "H, D/2"])
+def test_compiles_without_breaks_and_once_for_any_length(angles: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(prepare_attention, fullgraph=True, backend="aot_eager", dynamic=True)
 
     def check_compiled(tokens: tuple[int, int]) -> None:
-        streams = Case(tokens=tokens).streams()
+        streams = Case(tokens=tokens, angles=angles).streams()
         for out, reference in zip(compiled(streams), prepare_attention(streams), strict=True):
             assert torch.equal(out, reference)
             assert out.stride() == reference.stride()

@@ -54,10 +54,12 @@ def test_portable_attention(capability: tuple[int, int], block_d: int) -> None:
         assert re.search(rf"mma\.sync\S*\.f32\.{weights}\.f32", usage.ptx)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("capability", SHARED_MEMORY, ids=lambda c: f"sm{c[0]}{c[1]}")
-def test_quantisation(capability: tuple[int, int]) -> None:
+def test_quantisation(capability: tuple[int, int], head_dim: int) -> None:
+    """D = 256, whose blocks of 128 keys do not fit the registers, spills as the attention does."""
     values = VALUE_TYPES[attention_int8.value_type(capability)]
-    shape: dict[str, object] = {"D": 128, "BLOCK_D": 128, "VEC": 8}
+    shape: dict[str, object] = {"D": head_dim, "BLOCK_D": head_dim, "VEC": 8}
     lens = dict.fromkeys(("q_lens", "kv_lens"), "*i32")
     sources = dict.fromkeys(("q", "k", "v"), "*bf16")
     sums = compile_kernel(
@@ -65,7 +67,7 @@ def test_quantisation(capability: tuple[int, int]) -> None:
     )
     finish = compile_kernel(
         quantize_int8._finish, dict.fromkeys(("partial", "k_means", "v_scales"), "*fp32") | lens,
-        {"BLOCK_D": 128, "MOST_CHUNKS": quantize_int8._MOST_CHUNKS}, capability, quantize_int8._WARPS,
+        {"BLOCK_D": head_dim, "MOST_CHUNKS": quantize_int8._MOST_CHUNKS}, capability, quantize_int8._WARPS,
     )  # fmt: skip
     outputs = {
         "q_out": "*i8",
@@ -81,7 +83,7 @@ def test_quantisation(capability: tuple[int, int]) -> None:
     queries = compile_kernel(quantize_int8._quantise_queries, types, shape, capability, quantize_int8._WARPS)
     mend = compile_kernel(
         quantize_int8._mend_means, {"v_errors": "*fp32", "v_scales": "*fp32"} | lens,
-        {"BLOCK_D": 128, "COLUMNS": quantize_int8._MENDED_COLUMNS, "BLOCKS": quantize_int8._MENDED_BLOCKS}, capability,
+        {"BLOCK_D": head_dim, "COLUMNS": quantize_int8._MENDED_COLUMNS, "BLOCKS": quantize_int8._MENDED_BLOCKS}, capability,
         quantize_int8._WARPS,
     )  # fmt: skip
     for usage in (sums, finish, keys, mend, queries):

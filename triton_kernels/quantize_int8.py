@@ -288,8 +288,8 @@ def _mend_means(
 ):  # fmt: skip
     """Add a head's `v_errors` to the values' means: some of its columns.
 
-    16-bit values are few numbers, so that rounding errs for thousands of keys alike and does not average out. An
-    output over 119,056 keys of normal data had an error of 8.2e-2; with the errors' mean in the values' it has 3.7e-2.
+    16-bit values are few numbers, so that rounding errs for thousands of keys alike and does not average out. Outputs
+    over 119,056 keys of normal data had errors of 5.7e-2 to 8.8e-2; with the errors' mean in the values' 3.5e-2.
     """
     of_head = tl.program_id(0)
     kv_len = _length(kv_lens, of_head // kv_heads, rows_k)

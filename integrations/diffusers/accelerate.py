@@ -53,7 +53,7 @@ def accelerate(
             pipe. Not given: as it is, that is none on a pipe that has not
             been accelerated.
         attention: `"exact"`; or `"int8"`, `flash_attention_int8` for the joint sequence of video and text, which
-            changes the output; sequences too short for 8 bits to pay on the GPU (10,240 rows on Hopper) stay exact. On
+            changes the output, and takes longer where sequences are short: `summary()` says from where on it pays. On
             several ranks keys and values travel round the ring in 8 bits.
         parallel: spreads the work over the ranks of the running `torch.distributed` world, see `parallelize_pipe`; None
             for no spreading. Not given: as it is.

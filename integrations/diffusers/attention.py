@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from para_kernels import flash_attention
-from para_kernels.attention8 import flash_attention_int8, least_keys_int8
+from para_kernels.attention8 import flash_attention_int8
 from para_kernels.integrations.diffusers.norms import left_to_norm
 from para_kernels.integrations.diffusers.outside import Attend
 from para_kernels.preparation import Rotary, Stream, prepare_attention
@@ -42,9 +42,7 @@ def attend_here(query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None) 
 
 
 def attend_in_8_bits(query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None) -> Tensor:
-    """As `attend_here`, within a few percent of it; with few keys, where 8 bits only take longer, the same."""
-    if key.shape[1] < least_keys_int8(key.device):
-        return attend_here(query, key, value, lens)
+    """As `attend_here`, within a few percent of it."""
     return flash_attention_int8(query, key, value, kv_lens=lens, q_lens=lens)
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from para_kernels.attention8 import least_keys_int8
 from para_kernels.parallel.attention import context_parallel_attention
 from para_kernels.parallel.collective import gather_rows
 from para_kernels.parallel.failure import deadline, raise_on_failure, set_layer
@@ -257,7 +256,6 @@ class Spread:
         if forward.place.pieces == 1:
             return ATTEND[self.attention](query, key, value, lens)
         wanted = self.places.wanted.transport
-        few = sum(shards.sizes) < least_keys_int8(query.device)
         out = context_parallel_attention(
             query,
             key,
@@ -267,7 +265,7 @@ class Spread:
             kv_lens=lens,
             q_lens=lens,
             transport=wanted,
-            attention="exact" if few else self.attention,
+            attention=self.attention,
         )
         if self.transport == NOT_YET:
             self.transport = forward.place.transport(query.device, wanted)

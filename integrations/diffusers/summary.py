@@ -7,7 +7,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from para_kernels.attention import selected_kernel
-from para_kernels.attention8 import least_keys_int8, selected_kernel_int8
+from para_kernels.attention8 import int8_faster_from, selected_kernel_int8
 from para_kernels.cache import StepRecord
 
 from .compiled import kinds
@@ -67,9 +67,9 @@ def _kernel(handle: Handle) -> str:
     head_dim = getattr(handle.transformer.config, handle.family.head_dim)
     in_8_bits = handle.settings.attention == "int8"
     selected = selected_kernel_int8 if in_8_bits else selected_kernel
-    least = least_keys_int8(device) if in_8_bits else 0
-    below = f"; exact below {least:,} keys" if least else ""
-    return f"{selected(device, dtype, head_dim)} ({device}, {dtype}, head dim {head_dim}){below}"
+    faster_from = int8_faster_from(device, dtype, head_dim) if in_8_bits else None
+    pays = "" if faster_from is None else f"; faster than exact from about {faster_from:,} keys on"
+    return f"{selected(device, dtype, head_dim)} ({device}, {dtype}, head dim {head_dim}){pays}"
 
 
 def _cache(handle: Handle) -> str:
