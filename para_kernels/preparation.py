@@ -260,16 +260,14 @@ def _check_rotary(name: str, rotary: Rotary | None, x: Tensor) -> None:
     _, tokens, heads, head_dim = x.shape
     if head_dim % 2:
         raise ValueError(f"{name}: allowed for an even head dimension only, got {head_dim}")
-    whole, half, of_heads = (tokens, head_dim), (tokens, head_dim // 2), (tokens, heads, head_dim // 2)
+    allowed = ((tokens, head_dim), (tokens, head_dim // 2), (tokens, heads, head_dim // 2))
     for part, angle in zip(("cos", "sin"), rotary, strict=True):
         check_dtype(f"{name}.{part}", angle, (torch.float32,))
         check_device(f"{name}.{part}", angle, x.device)
-        # Compared with one of them: of `shape in (...)` torch 2.11's compiler says no where a length is a symbol.
-        expected = of_heads if angle.dim() == 3 else whole if angle.shape[-1:] == (head_dim,) else half
-        if tuple(angle.shape) != expected:
+        if tuple(angle.shape) not in allowed:
             raise ValueError(
-                f"{name}.{part}: got shape {tuple(angle.shape)}, allowed are {whole}, {half}, {of_heads}"
-                " = (S, D), (S, D / 2), (S, H, D / 2)"
+                f"{name}.{part}: got shape {tuple(angle.shape)}, allowed are"
+                f" {', '.join(map(str, allowed))} = (S, D), (S, D / 2), (S, H, D / 2)"
             )
         check_contiguous_last(f"{name}.{part}", angle)
     if rotary[0].shape != rotary[1].shape or rotary[0].stride() != rotary[1].stride():

@@ -190,7 +190,9 @@ class SeveralTextsProcessor(ParaAttnProcessor):
 
 
 def rotary_rows(rotary: Rotary, rows: slice) -> Rotary:
-    if rows == ALL_ROWS:
+    # Not `rows == ALL_ROWS`: torch 2.11 would compile the numbers that it compares, and with them the lengths, into the
+    # block.
+    if rows.start is None:
         return rotary
     cos, sin = rotary
     return cos[rows], sin[rows]
