@@ -192,7 +192,7 @@ class SeveralTextsProcessor(ParaAttnProcessor):
 def rotary_rows(rotary: Rotary, rows: slice) -> Rotary:
     # Not `rows == ALL_ROWS`: torch 2.11 would compile the numbers that it compares, and with them the lengths, into the
     # block.
-    if rows.start is None:
+    if rows.start is None and rows.stop is None:
         return rotary
     cos, sin = rotary
     return cos[rows], sin[rows]
