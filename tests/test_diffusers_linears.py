@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from para_kernels import FirstBlockCache
 from para_kernels.integrations.diffusers import Fp8Linears, Handle, accelerate, apply_cache_on_pipe, linears
-from para_kernels.integrations.diffusers.linears import is_quantised
+from para_kernels.integrations.diffusers.linears import cpu_multiplies_rows, is_quantised
 from para_kernels.integrations.diffusers.models import HUNYUAN_VIDEO
 
 ranks.preload("linears_ranks")
 pytestmark = pytest.mark.usefixtures("one_thread")
-needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
+needs_torchao = pytest.mark.skipif(
+    importlib.util.find_spec("torchao") is None or not cpu_multiplies_rows(), reason="needs torchao, and FP8 on the CPU"
+)
 
 FP8_MAX = 448.0
 KEPT = Fp8Linears(keep_originals=True)
@@ -310,6 +312,17 @@ def test_without_torchao_it_says_how_to_get_it(pipe: HunyuanVideoPipeline, monke
 
 
 @needs_torchao
+def test_a_cpu_without_such_products_is_told_apart(pipe: HunyuanVideoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = generate(pipe)
+    monkeypatch.setattr(linears, "cpu_multiplies_rows", lambda: False)
+    with pytest.raises(
+        ValueError, match=r"linears: torch \S+ multiplies FP8 with a scale per row on GPUs alone; .*weight"
+    ):
+        accelerate(pipe, linears="fp8")
+    assert torch.equal(generate(pipe), expected)
+    accelerate(pipe, linears=Fp8Linears(weight_only=True, keep_originals=True)).remove()
+
+
 @pytest.mark.parametrize(
     ("capability", "dtype", "message"),
     [

@@ -10,6 +10,7 @@ torch.compile for the whole process, leaves a method behind on every module, and
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -279,7 +280,23 @@ def _is_done(linear: nn.Linear) -> bool:
     return is_quantised(stored_weight(linear))
 
 
+@functools.cache
+def cpu_multiplies_rows() -> bool:
+    """Whether this torch has FP8 products with a scale per row on the CPU; 2.11 has not."""
+    rows, scales = torch.zeros(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(rows, rows.T, scale_a=scales, scale_b=scales.T, out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
+
+
 def _check_device(device: torch.device, dtype: torch.dtype) -> None:
+    if device.type == "cpu" and not cpu_multiplies_rows():
+        raise ValueError(
+            f"linears: torch {torch.__version__} multiplies FP8 with a scale per row on GPUs alone;"
+            ' linears="fp8-weight-only" works on any device'
+        )
     if device.type != "cuda":
         return
     capability = torch.cuda.get_device_capability(device)
