@@ -64,6 +64,18 @@ def test_rounding_errors_of_many_keys_average_out(device: str) -> None:
     assert error(flash_attention_int8(q, k, v), attention_batch(q, k, v)[0]) <= NORMAL
 
 
+def test_the_scale_of_values_is_the_best_within_an_octave() -> None:
+    torch.manual_seed(0)
+    v = torch.randint(-5, 6, (900, 2, 16)).float() * torch.rand(1, 2, 16)
+    values = ops8.round_values(v)
+    least = (v - v.mean(0)).abs().amax(0) / ops8.HIGHEST_E4M3
+    assert ((values.scale >= least) & (values.scale < 2 * least)).all()
+    centred = v - v.mean(0)
+    plain = ops8.to_e4m3(centred / least) * least
+    chosen = values.rows * values.scale
+    assert (chosen - centred).norm() < 0.8 * (plain - centred).norm()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_heavy_tails(device: str) -> None:
     """Student's t of three degrees: one outlier takes its row's int8 range, or that of its block of keys."""

@@ -21,9 +21,8 @@ ranks.preload("int8_ranks")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Of all blocks over four steps, measured on the CPU (float32): mean 1.4e-2, worst 2.1e-2, least cosine 0.99978. The mean
-# is what 2e-2 is asked of; the worst is a little above.
-MEAN_ERROR, WORST_ERROR, LEAST_COSINE = 2e-2, 2.4e-2, 0.9995
+# Of all blocks over four steps, measured on the CPU (float32): mean 1.3e-2, worst 1.93e-2, least cosine 0.99981.
+WORST_ERROR, LEAST_COSINE = 2e-2, 0.9995
 
 
 def test_error_on_a_trained_models_inputs() -> None:
@@ -46,7 +45,6 @@ def test_error_on_a_trained_models_inputs() -> None:
         output_type="latent", generator=noise,
     )  # fmt: skip
     assert len(errors) >= 30
-    assert sum(errors) / len(errors) <= MEAN_ERROR
     assert max(errors) <= WORST_ERROR
     assert min(cosines) >= LEAST_COSINE
     assert min(errors) >= 1e-3, "not the exact attention under another name"

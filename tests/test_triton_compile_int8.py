@@ -86,6 +86,14 @@ def test_quantisation(capability: tuple[int, int], head_dim: int) -> None:
         {"BLOCK_D": head_dim, "COLUMNS": quantize_int8._MENDED_COLUMNS, "BLOCKS": quantize_int8._MENDED_BLOCKS}, capability,
         quantize_int8._WARPS,
     )  # fmt: skip
+    if values == "fp8e4nv":
+        sizes = {"COLUMNS": quantize_int8._CHOSEN_COLUMNS, "ROWS": quantize_int8._CHOSEN_ROWS}
+        tried = {"SAMPLE": quantize_int8.SCALES_FROM, "TRIED": quantize_int8.SCALES_TRIED}
+        choose = compile_kernel(
+            quantize_int8._choose_scales, {"v": "*bf16", "v_scales": "*fp32"} | lens, shape | sizes | tried, capability,
+            quantize_int8._CHOSEN_WARPS,
+        )  # fmt: skip
+        assert choose.spilled_bytes == 0
     for usage in (sums, finish, keys, mend, queries):
         assert usage.spilled_bytes == 0
     for usage in (sums, keys, queries):

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from reference import attention_batch, error, lse_error
 
 from para_kernels import ops8
 from para_kernels.parallel.parts import Parts
 from para_kernels.parallel.ring8 import laid_out
 from para_kernels.parallel.sharding import Shards
-from para_kernels.triton_kernels import dispatch8
+from para_kernels.triton_kernels import dispatch8, quantize_int8
 from para_kernels.triton_kernels.dispatch8 import attention_int8_forward
 from para_kernels.triton_kernels.quantize_int8 import new_keys, quantise_keys, quantise_queries
 
@@ -91,6 +93,48 @@ def test_rounding_does_not_change_the_values_mean(dtype: torch.dtype, lens: list
         scale, mean = keys.v_scales[b, :, 0].double(), keys.v_scales[b, :, 1].double()
         back = keys.v[b, ..., :blocks].double().sum(2) / length * scale + mean
         torch.testing.assert_close(back[:, :40], v[b, :length].double().mean(0), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("lens", [None, [700, 0, 33]], ids=["whole", "lengths"])
+def test_scales_of_values_are_those_that_err_least(lens: list[int] | None) -> None:
+    torch.manual_seed(5)
+    v = torch.randn(3, 700, 2, 40)
+    v[:, :, 1, 4] = v[:, :, 1, 4].sign() + 1e-3 * v[:, :, 1, 5]  # one scale is right for this one, and others are not
+    v[:, :, 0, 3] = 2.0  # a channel without any range
+    keys = new_keys(v, torch.float8_e4m3fn)
+    quantise_keys(torch.randn_like(v), v, lens_of(lens), keys, permuted=False)
+    float16 = new_keys(v, torch.float16)
+    quantise_keys(torch.randn_like(v), v, lens_of(lens), float16, permuted=False)
+    tried = 2.0 ** (torch.arange(quantize_int8.SCALES_TRIED) / quantize_int8.SCALES_TRIED)
+    for b, length in enumerate(lens or [700] * 3):
+        least, chosen = float16.v_scales[b, :, 0, :40], keys.v_scales[b, :, 0, :40]
+        if not length:
+            assert torch.equal(chosen, least)
+            continue
+        centred = v[b, :length] - v[b, :length].mean(0)
+        count = min(length, quantize_int8.SCALES_FROM)
+        sample = centred[torch.arange(count) * length // count]
+        errors = torch.stack([(sample - in_e4m3(sample / (least * x)) * least * x).square().sum(0) for x in tried])
+        at = (chosen / least).log2().mul(quantize_int8.SCALES_TRIED).round().long()
+        assert (at >= 0).all() and (at < quantize_int8.SCALES_TRIED).all()  # noqa: PT018
+        got = errors.gather(0, at[None])[0]
+        assert (got <= errors.amin(0) * 1.02 + 1e-9).all()
+        assert got[1, 4] < 0.2 * errors[:, 1, 4].amax(), "a choice that matters"
+        assert at[0, 3] == 0
+
+
+@triton.jit
+def _to_e4m3(x, out, SIZE: tl.constexpr):
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(out + at, tl.load(x + at).to(tl.float8e4nv).to(tl.float32))
+
+
+def in_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """As the interpreter has it, whose rounding up forgets the carry."""
+    padded = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % 1024))
+    out = torch.empty_like(padded)
+    _to_e4m3[(padded.numel() // 1024,)](padded, out, 1024)
+    return out[: x.numel()].reshape(x.shape)
 
 
 def test_keys_of_values_are_permuted_in_sixteens() -> None:
