@@ -399,7 +399,7 @@ def _candidates(
         if name in (SHIPPED, REFERENCE):
             candidates[name] = functools.partial(attend, *arguments)
         else:
-            x = _shared_quantised(candidates, name != PORTABLE, arguments)
+            x = _quantised(name != PORTABLE, *arguments)
             candidates[name] = functools.partial(attend, *arguments, quantised=x)
     if q.device.type == "cuda":
         candidates[QUANTISATION] = lambda: _quantised(True, q, k, v, None, None, scale)
@@ -413,17 +413,6 @@ def _candidates(
     except PeerUnavailableError as reason:
         print(f"  {reason}", flush=True)
     return candidates
-
-
-def _shared_quantised(
-    candidates: Mapping[str, Callable[[], object]], permuted: bool, arguments: tuple[Any, ...]
-) -> Any:  # fmt: skip
-    """What an earlier candidate reads, or else newly quantised."""
-    for candidate in candidates.values():
-        x = candidate.keywords.get("quantised") if isinstance(candidate, functools.partial) else None
-        if x is not None and permuted:
-            return x
-    return _quantised(permuted, *arguments)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -177,7 +178,7 @@ def _command() -> str:
     else:
         module = program.name
     arguments = [Path(text).name if text.startswith("/") else text for text in sys.argv[1:]]
-    return " ".join(["python -m", module, *arguments])
+    return shlex.join(["python", "-m", module, *arguments])
 
 
 def _output(command: list[str]) -> str:

@@ -83,6 +83,8 @@ def test_a_record_holds_nobodys_folders(tmp_path: Path, monkeypatch: pytest.Monk
     script = record.REPOSITORY / "benchmarks" / "gpu_report.py"
     monkeypatch.setattr(sys, "argv", [str(script), "--out", str(tmp_path / "here"), "--only", "varlen"])
     assert record.environment()["command"] == "python -m benchmarks.gpu_report --out here --only varlen"
+    monkeypatch.setattr(sys, "argv", [str(script), "--only", "exact compiled", "a, b"])
+    assert record.environment()["command"] == "python -m benchmarks.gpu_report --only 'exact compiled' 'a, b'"
     monkeypatch.setattr(sys, "argv", ["/usr/lib/python3/pytest/__main__.py", "benchmarks/bench_attention.py"])
     assert record.environment()["command"] == "python -m pytest benchmarks/bench_attention.py"
 

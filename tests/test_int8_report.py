@@ -1,4 +1,4 @@
-"""The 8-bit report, small and on the CPU: a wrong variant is found and not timed, records make the tables."""
+"""The 8-bit report, small and on the CPU: a wrong kernel is found and not timed, records make the tables."""
 
 from __future__ import annotations
 

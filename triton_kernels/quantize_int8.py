@@ -427,21 +427,11 @@ def _launchers_of_keys(
     """The launches of one compiled variant of each kernel."""
     block_d = padded_head_dim(head_dim)
     shape = {"D": head_dim, "BLOCK_D": block_d, "VEC": vec, "num_warps": _WARPS}
+    tiles = {"COLUMNS": _CHOSEN_COLUMNS, "ROWS": _CHOSEN_ROWS, "SAMPLE": SCALES_FROM, "TRIED": SCALES_TRIED}
     return (
         Launcher(_sums, device, **shape),
         Launcher(_finish, device, BLOCK_D=block_d, MOST_CHUNKS=_MOST_CHUNKS, num_warps=_WARPS),
-        Launcher(
-            _choose_scales,
-            device,
-            D=head_dim,
-            BLOCK_D=block_d,
-            VEC=vec,
-            COLUMNS=_CHOSEN_COLUMNS,
-            ROWS=_CHOSEN_ROWS,
-            SAMPLE=SCALES_FROM,
-            TRIED=SCALES_TRIED,
-            num_warps=_CHOSEN_WARPS,
-        ),
+        Launcher(_choose_scales, device, **tiles, **shape | {"num_warps": _CHOSEN_WARPS}),
         Launcher(_quantise_keys, device, PERMUTED=permuted, **shape),
         Launcher(
             _mend_means, device, BLOCK_D=block_d, COLUMNS=_MENDED_COLUMNS, BLOCKS=_MENDED_BLOCKS, num_warps=_WARPS

@@ -44,6 +44,14 @@ def quantised(permuted: bool, *tensors: torch.Tensor, lens: list[int] | None = N
     return SimpleNamespace(**keys._asdict(), **quantise_queries(q, keys.k_means, None, 0.5)._asdict())
 
 
+def test_the_formats_are_those_of_the_cpu() -> None:
+    """The kernels, which stand below the operators, have their numbers a second time."""
+    for name in ("K_BLOCK", "SCALES_TRIED", "SCALES_FROM"):
+        assert getattr(quantize_int8, name) == getattr(ops8, name)
+    assert quantize_int8._HIGHEST_INT8.value == ops8.HIGHEST_INT8
+    assert quantize_int8._HIGHEST_VALUE.value == ops8.HIGHEST_E4M3
+
+
 def test_queries_and_keys_are_rounded_as_on_the_cpu() -> None:
     torch.manual_seed(0)
     q, k, v = inputs(150, 300, offset=8.0)
