@@ -8,8 +8,9 @@ own context parallelism where that has a plan for the model (FLUX).
 Every way runs the same steps in rounds, after two to warm up; of each round the slowest rank counts, of the rounds the
 median. Python collects no garbage meanwhile: once in a while that takes as long as two steps of FLUX, in one process
 and not in the other. Each rank compares its output with its own on one GPU. With --compile also with compiled blocks,
-on one GPU and on all. diffusers' ways use cuDNN's attention, the fastest that its context parallelism takes. A way that
-fails is reported and does not stop the others; the exit code is then 1.
+with --graphs also as CUDA graphs, on one GPU and on all; with both also with both. diffusers' ways use cuDNN's
+attention, the fastest that its context parallelism takes. A way that fails is reported and does not stop the others;
+the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import argparse
 import gc
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ from .reference import relative_error
 from .step_settings import MODELS, Model, forward
 
 ALONE, STOCK_ALONE = "one GPU", "diffusers on one GPU"
-ALONE_COMPILED, COMPILED = "one GPU, compiled", "auto, compiled"
+AUTO = "auto"
 WARM_UP = 2
 CUDNN_BACKEND = "_native_cudnn"
 
@@ -64,7 +65,7 @@ def main() -> int:
         measured: dict[str, Measured] = {}
         failed = [
             name
-            for name, way in ways(model, options.compile).items()
+            for name, way in ways(model, options.compile, options.graphs).items()
             if not _measured(model, name, way, measured, device, options.rounds)
         ]
         found = _records(model, measured, dtype)
@@ -81,18 +82,18 @@ Way = Callable[[], Entered]
 """Gives, while it is entered, the transformer to call and what tells afterwards where the work was."""
 
 
-def ways(model: Model, compiled: bool) -> dict[str, Way]:
+def ways(model: Model, compiled: bool, graphs: bool) -> dict[str, Way]:
     world = dist.get_world_size()
     ours = {
         ALONE: None,
-        "auto": ContextParallel("auto"),
+        AUTO: ContextParallel("auto"),
         "ring": ContextParallel(ring=world),
         "ulysses": ContextParallel(ulysses=world),
     }
     found: dict[str, Way] = {name: _ours(model, parallel) for name, parallel in ours.items()}
-    if compiled:
-        found[ALONE_COMPILED] = _ours(model, None, compiled=True)
-        found[COMPILED] = _ours(model, ContextParallel("auto"), compiled=True)
+    for how in _hows(compiled, graphs):
+        for name in (ALONE, AUTO):
+            found[", ".join([name, *how])] = _ours(model, ours[name], how)
     found[STOCK_ALONE] = _stock(model, None)
     if getattr(model.transformer, "_cp_plan", None) and next(model.transformer.parameters()).is_cuda:
         found["diffusers ring"] = _stock(model, {"ring_degree": world})
@@ -100,10 +101,20 @@ def ways(model: Model, compiled: bool) -> dict[str, Way]:
     return found
 
 
-def _ours(model: Model, parallel: ContextParallel | None, *, compiled: bool = False) -> Way:
+_COMPILED, _GRAPHS = "compiled", "graphs"
+
+
+def _hows(compiled: bool, graphs: bool) -> list[tuple[str, ...]]:
+    """What is asked for, each alone and both together."""
+    hows = [(_COMPILED,)] * compiled + [(_GRAPHS,)] * graphs
+    return [*hows, (_COMPILED, _GRAPHS)] if compiled and graphs else hows
+
+
+def _ours(model: Model, parallel: ContextParallel | None, how: Sequence[str] = ()) -> Way:
     @contextmanager
     def entered() -> Iterator[tuple[Any, Callable[[], str]]]:
-        handle = accelerate(model.pipe, cache=None, parallel=parallel, compile=compiled)
+        settings = {"compile": _COMPILED in how, "graphs": _GRAPHS in how}
+        handle = accelerate(model.pipe, cache=None, parallel=parallel, **settings)
         try:
             yield model.transformer, lambda: "" if handle.spread is None else str(handle.spread.last_place)
         finally:
@@ -172,7 +183,7 @@ def _no_garbage_collected() -> Iterator[None]:
 
 def _base(name: str, measured: dict[str, Measured]) -> str | None:
     """The way that a way is compared with; None where that has failed."""
-    base = ALONE_COMPILED if name == COMPILED else ALONE
+    base = ALONE + name.removeprefix(AUTO) if name.startswith(AUTO) else ALONE
     return base if base in measured else None
 
 
@@ -224,6 +235,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, metavar="N", help="timed together (default: 4)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of these steps (default: 5)")
     parser.add_argument("--compile", action="store_true", help="with compiled blocks too")
+    parser.add_argument("--graphs", action="store_true", help="as CUDA graphs too")
     parser.add_argument("--profile", action="store_true", help="then where the time of a step on all GPUs goes")
     options = parser.parse_args()
     if options.steps < 1 or options.rounds < 1:

@@ -39,9 +39,10 @@ def accelerate(
     parallel: ContextParallel | Keep | None = Keep.AS_IS,
     compile: bool | str | Keep | None = Keep.AS_IS,  # noqa: A002
     linears: Fp8Linears | str | Keep | None = Keep.AS_IS,
+    graphs: bool | Keep = Keep.AS_IS,
 ) -> Handle:
-    """Put this package's attention, and if asked for a cache of steps, context parallelism, compiled blocks and FP8
-    linears, under a diffusers pipeline.
+    """Put this package's attention, and if asked for a cache of steps, context parallelism, compiled blocks, FP8
+    linears and CUDA graphs, under a diffusers pipeline.
 
     Works on this pipeline's transformer alone (on both of Wan 2.2's), and on its instance: pipelines that share the
     transformer share the installation, others are not touched. Called again it re-tunes what is there.
@@ -66,6 +67,10 @@ def accelerate(
             or an `Fp8Linears`. The original weights are dropped, which is what frees their memory, unless it says
             `keep_originals=True`: only then can the installation be removed. None for linears as they were. Not given:
             as it is.
+        graphs: True to record the transformer's forward as CUDA graphs, at the second step of every new size: a GPU
+            that is done sooner than Python no longer waits for it. They take the memory of a forward once more. Not
+            with a cache; without effect on a CPU. Hooks on blocks, of other packages, do not run in a replay. Not
+            given: as it is.
 
     Returns:
         The handle of the installation: `summary()`, `records`, `remove()`. The same one every time until it is removed.
@@ -81,8 +86,11 @@ def accelerate(
     wanted = handle.settings.linears if isinstance(linears, Keep) else resolve_linears(linears)
     _check_linears(wanted, handle, transformers, pipe)
     backend = handle.settings.compile if isinstance(compile, Keep) else _backend(compile)
+    recorded = handle.settings.graphs if isinstance(graphs, Keep) else graphs
+    if not isinstance(recorded, bool):
+        raise ValueError(f"graphs: got {graphs!r}, allowed is True or False")
     places = handle.settings.parallel if isinstance(parallel, Keep) else _places(parallel, handle)
-    return _configured(handle, pipe, transformers, Settings(attention, policy, places, backend, wanted))
+    return _configured(handle, pipe, transformers, Settings(attention, policy, places, backend, wanted, recorded))
 
 
 def apply_cache_on_pipe(

@@ -60,6 +60,7 @@ class AttentionLengths:
     hands to attention, once per mask object: all blocks of a forward are given the same one.
 
     Attributes:
+        of_text: lengths of the text, None where it has no padding.
         shard: while the blocks see a part of the joint sequence only, which part it is.
         attend: attention of the joint sequence where all of it is here.
     """
@@ -67,18 +68,22 @@ class AttentionLengths:
     def __init__(self) -> None:
         self.shard: Shard | None = None
         self.attend: Attend = attend_here
-        self._text: Tensor | None = None
+        self.of_text: Tensor | None = None
         self._joint: tuple[int, Tensor] | None = None
         self._mask: tuple[weakref.ref[Tensor], Tensor] | None = None
 
     def begin(self, text_mask: Tensor | None) -> None:
         """Start a forward whose text has the key mask (B, T), of any dtype, ones before zeros; None: no padding."""
-        self._text = None if text_mask is None else text_mask.sum(dim=1, dtype=torch.int32)
+        self.of_text = None if text_mask is None else text_mask.sum(dim=1, dtype=torch.int32)
         self._joint = None
+
+    def replace(self, of_text: Tensor | None) -> None:
+        """Go on with the same lengths in other memory."""
+        self.of_text, self._joint = of_text, None
 
     def end(self) -> None:
         """The forward is over: what is called from here on belongs to another one."""
-        self._text = self._joint = self.shard = None
+        self.of_text = self._joint = self.shard = None
 
     def here(self, video_tokens: int) -> Shard:
         """Which rows are here: all of them, with so many of video, where nothing is spread over ranks."""
@@ -86,16 +91,16 @@ class AttentionLengths:
 
     def text(self, mask: Tensor | None) -> Tensor | None:
         """Lengths of the text alone. None: every token is real."""
-        return self._from_mask(mask) if self._text is None else self._text
+        return self._from_mask(mask) if self.of_text is None else self.of_text
 
     def joint(self, video_tokens: int, mask: Tensor | None) -> Tensor | None:
         """Lengths of the video with the text behind it. None: every token is real."""
-        if self._text is None:
+        if self.of_text is None:
             return self._from_mask(mask)
         if torch.compiler.is_compiling():  # What a graph keeps here it would want to find here the next time.
-            return self._text + video_tokens
+            return self.of_text + video_tokens
         if self._joint is None or self._joint[0] != video_tokens:
-            self._joint = (video_tokens, self._text + video_tokens)
+            self._joint = (video_tokens, self.of_text + video_tokens)
         return self._joint[1]
 
     def behind(self, video_tokens: int, text_mask: Tensor) -> Tensor:

@@ -227,6 +227,9 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         "--compile", action="store_true", help="compile the transformer's blocks, once for every size of video"
     )
     parser.add_argument(
+        "--graphs", action="store_true", help="record forwards as CUDA graphs: a GPU does not wait for Python"
+    )
+    parser.add_argument(
         "--linears",
         choices=("fp8", "fp8-weight-only"),
         help="linears in FP8, for speed and memory or for memory alone; needs torchao (default: the model's own dtype)",
@@ -417,6 +420,7 @@ def _generate(options: argparse.Namespace) -> None:
                 parallel_vae=not options.no_parallel_vae,
                 compile=options.compile,
                 linears=options.linears,
+                graphs=options.graphs,
             ),
             batched=not options.one_by_one,
             output=options.output,

@@ -1,16 +1,15 @@
 """Compiled blocks: `torch.compile(fullgraph=True)` of each kind of block, once for all blocks of the kind.
 
-What is compiled stands below every hook, of whatever origin, and in whatever order all of them came: it takes the place
-of the class's own forward, where a hook would otherwise call that. So the hooks stay in Python. Which blocks a cache
+What is compiled stands below every hook: it takes the place of the class's own forward (own_forward.py), where a hook
+would otherwise call that. So the hooks stay in Python. Which blocks a cache
 skips and how a sequence is cut is decided between the blocks, and no graph knows of it.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from types import FunctionType
 from typing import Any
@@ -19,11 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from .attention import AttentionLengths
-from .hooks import Argument, drop_plain_forward
+from .hooks import Argument
+from .own_forward import Forward, has_own_forward, replace_own_forward
 
 DEFAULT_BACKEND = "inductor"
-
-Forward = Callable[..., Any]
 
 
 class CompiledBlocks:
@@ -59,17 +57,13 @@ class CompiledBlocks:
         again.
         """
         for block in blocks:
-            original = type(block).forward.__get__(block)
-            forward = CompiledForward(original, block, self)
-            undo.callback(drop_plain_forward, block)
-            undo.callback(_replace, block, lambda found, ours=forward: found is ours, original)
-            _replace(block, functools.partial(_is_own, block), forward)
+            replace_own_forward(undo, block, functools.partial(CompiledForward, block, self))
 
 
 class CompiledForward:
     """In the place of one block's own forward, `original`."""
 
-    def __init__(self, original: Forward, block: nn.Module, compiled: CompiledBlocks) -> None:
+    def __init__(self, block: nn.Module, compiled: CompiledBlocks, original: Forward) -> None:
         functools.update_wrapper(self, original)  # hooks ask a forward for its signature
         self._block = block
         self._compiled = compiled
@@ -130,7 +124,7 @@ def check_compilable(blocks: Sequence[nn.Module], backend: str, installed: bool)
             raise ValueError(
                 f"compile: a {type(block).__name__} is compiled already, hooks included; allowed is one that is not"
             )
-        if not any(_is_own(block, getattr(holder, name)) for holder, name in _forwards(block)):
+        if not has_own_forward(block):
             raise ValueError(
                 f"compile: the forward of a {type(block).__name__} has been replaced, allowed is that of its class"
             )
@@ -160,29 +154,3 @@ def _hook(module: nn.Module) -> object | None:
 def kinds(blocks: Sequence[nn.Module]) -> str:
     """As in "20 x DualBlock, 40 x SingleBlock"."""
     return ", ".join(f"{count} x {name}" for name, count in Counter(type(block).__name__ for block in blocks).items())
-
-
-# --- where a block's own forward is held ------------------------------------------------------------------------------
-
-
-def _forwards(block: nn.Module) -> Iterator[tuple[object, str]]:
-    """Every place, as object and attribute, in which a forward of the block is kept: by the block itself, and below
-    hooks of accelerate's and of diffusers'.
-    """
-    yield block, "forward"
-    if "_old_forward" in block.__dict__:
-        yield block, "_old_forward"
-    for reference in getattr(getattr(block, "_diffusers_hook", None), "_fn_refs", ()):
-        yield reference, "forward"
-        yield reference, "original_forward"
-
-
-def _is_own(block: nn.Module, forward: object) -> bool:
-    """Whether it is the forward of the block's class, bound to the block."""
-    return inspect.ismethod(forward) and forward.__self__ is block and forward.__func__ is type(block).forward
-
-
-def _replace(block: nn.Module, is_meant: Callable[[object], bool], forward: Forward) -> None:
-    for holder, name in _forwards(block):
-        if is_meant(getattr(holder, name)):
-            setattr(holder, name, forward)

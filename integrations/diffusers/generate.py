@@ -77,6 +77,7 @@ class Acceleration:
         parallel_vae: with `parallel`, whether the ranks share out the VAE's tiles too. Turns tiling on.
         compile: whether the transformer's blocks are compiled.
         linears: ``fp8`` or ``fp8-weight-only`` for linears in FP8, None for none.
+        graphs: whether forwards are recorded as CUDA graphs; not with a cache.
     """
 
     attention: str = "exact"
@@ -87,6 +88,7 @@ class Acceleration:
     parallel_vae: bool = True
     compile: bool = False
     linears: str | None = None
+    graphs: bool = False
 
     def check(self) -> None:
         """Raise a ValueError that names the first bad field, before a model is loaded."""
@@ -96,6 +98,10 @@ class Acceleration:
             raise ValueError(f"attention: {self.attention!r}; must be exact or int8 on several ranks")
         if self.compile and self.attention == "stock":
             raise ValueError(f"attention: {self.attention!r}; must be exact or int8 with compile")
+        if self.graphs and self.attention == "stock":
+            raise ValueError(f"attention: {self.attention!r}; must be exact or int8 with graphs")
+        if self.graphs and self.cache is not None:
+            raise ValueError(f"graphs, cache: True, {self.cache!r}; allowed is one of them")
         if self.linears is not None:
             self._check_linears()
         # True stands for a threshold that only the model's family knows; any valid one lets the others be checked.
@@ -117,6 +123,7 @@ class Acceleration:
                 parallel=self.parallel,
                 compile=self.compile,
                 linears=self.linears,
+                graphs=self.graphs,
             )
             if self.cache is None:
                 return handle

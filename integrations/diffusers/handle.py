@@ -17,6 +17,7 @@ from .agreement import from_first, quiet_progress, share_noise
 from .cache import check_cacheable
 from .calls import Calls
 from .compiled import check_compilable, check_no_hooks_inside
+from .graphs import ForwardGraphs
 from .installation import STOCK, Installation, Settings
 from .linears import QuantisedLinears
 from .models import Family
@@ -120,6 +121,11 @@ class Handle:
         """How forwards are spread over ranks, of the first transformer that has run; None where they are not."""
         spreads = [installation.spread for installation in self._installations if installation.spread is not None]
         return next((spread for spread in spreads if spread.last_place is not None), next(iter(spreads), None))
+
+    @property
+    def graphs(self) -> list[ForwardGraphs]:
+        """Those of all transformers, where forwards are recorded."""
+        return [known.graphs for known in self._installations if known.graphs is not None]
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -244,6 +250,11 @@ class Handle:
 
 
 def _check(installation: Installation, settings: Settings) -> None:
+    if settings.graphs and settings.cache is not None:
+        raise ValueError(
+            "graphs: got True beside a cache, which decides on the host in the middle of a forward; allowed is one of"
+            " them: cache=None or graphs=False"
+        )
     if settings.cache is not None:
         has_cache = installation.cache is not None
         check_cacheable(installation.transformer, installation.family, settings.cache, installed=has_cache)
@@ -257,6 +268,7 @@ def _wanted_parts(settings: Settings) -> list[str]:
         "listeners": True,
         "attention": settings.attention != STOCK,
         "compile": settings.compile is not None,
+        "graphs": settings.graphs,
         "parallel": settings.parallel is not None,
         "cache": settings.cache is not None,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from para_kernels.cache import Policy
 from .attention import ATTEND, AttentionLengths, attend_here
 from .cache import BlockCache, add_cache_hooks, transformer_blocks
 from .compiled import CompiledBlocks
+from .graphs import ForwardGraphs
 from .hooks import Argument, BranchName, CallHook, DropArgumentHook, add_hook, forget_child_registries
 from .linears import Fp8Linears
 from .models import Family
@@ -38,6 +39,7 @@ class Settings:
         parallel: where forwards run, None in one process; not with `"stock"`.
         compile: the backend of `torch.compile` for the blocks, None where they are not compiled.
         linears: how linears are quantised, None where they are not.
+        graphs: whether forwards are recorded as CUDA graphs; not with a cache.
     """
 
     attention: str = STOCK
@@ -45,22 +47,23 @@ class Settings:
     parallel: Places | None = None
     compile: str | None = None
     linears: Fp8Linears | None = None
+    graphs: bool = False
 
 
 class Installation:
     """The installation on one transformer; a `Handle` has one for each of its pipeline's transformers.
 
-    It has five parts, each put on and taken off as a whole: the listeners (which call, which branch, what length, how
-    long), the attention processors, the compiled blocks, the spreading over ranks, the cache. What must run around the
-    transformer's forward is a hook of torch's own: those stay on the module when CPU offload unwraps and wraps
-    `forward` anew after every call, which loses any hook of diffusers' that wraps the same `forward`.
+    It has six parts, each put on and taken off as a whole: the listeners (which call, which branch, what length, how
+    long), the attention processors, the compiled blocks, the graphs, the spreading over ranks, the cache. What must
+    run around the transformer's forward is a hook of torch's own: those stay on the module when CPU offload unwraps and
+    wraps `forward` anew after every call, which loses any hook of diffusers' that wraps the same `forward`.
 
     Args:
         handle: whose it is.
         name: tells its steps from those of the handle's other transformers; "" where there is no need.
 
     Attributes:
-        cache, spread, compiled: None where there is none.
+        cache, spread, compiled, graphs: None where there is none.
         device: where the transformer ran last; None before.
     """
 
@@ -71,6 +74,7 @@ class Installation:
         self.cache: BlockCache | None = None
         self.spread: Spread | None = None
         self.compiled: CompiledBlocks | None = None
+        self.graphs: ForwardGraphs | None = None
         self._parts: dict[str, ExitStack] = {}
         passes = handle.family.passes
         self._branch = BranchName(passes.names if passes else (), of=name)
@@ -104,6 +108,7 @@ class Installation:
             "listeners": self._add_listeners,
             "attention": self._add_attention,
             "compile": self._add_compiled,
+            "graphs": self._add_graphs,
             "parallel": self._add_parallel,
             "cache": self._add_cache,
         }
@@ -131,6 +136,8 @@ class Installation:
             self.cache.spread = self.spread
         if self.compiled is not None and settings.compile is not None:
             self.compiled.retune(settings.compile)
+        if self.graphs is not None:
+            self.graphs.clear()
         if self.spread is not None and settings.parallel is not None:
             self.spread.retune(settings.parallel, settings.attention)
 
@@ -186,6 +193,18 @@ class Installation:
 
     def _forget_compiled(self) -> None:
         self.compiled = None
+
+    def _add_graphs(self, undo: ExitStack, settings: Settings) -> None:
+        undo.callback(self._forget_graphs)
+        self.graphs = ForwardGraphs(self.transformer, self._lengths, self._place)
+        self.graphs.add_to(undo)
+
+    def _forget_graphs(self) -> None:
+        self.graphs = None
+
+    def _place(self) -> Hashable:
+        """What the running forward depends on beside its arguments."""
+        return None if self.spread is None else self.spread.situation
 
     def _add_parallel(self, undo: ExitStack, settings: Settings) -> None:
         assert settings.parallel is not None

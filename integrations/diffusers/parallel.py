@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Hashable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from para_kernels.graphs import outside
 from para_kernels.parallel.attention import context_parallel_attention
 from para_kernels.parallel.collective import gather_rows
 from para_kernels.parallel.failure import deadline, raise_on_failure, set_layer
@@ -251,10 +253,18 @@ class Spread:
         """This rank's rows of attention over all that `shards` shares out, whose lengths are `lens`."""
         forward = self._forward
         assert forward is not None
-        set_layer(forward.layers)
-        forward.layers += 1
         if forward.place.pieces == 1:
             return ATTEND[self.attention](query, key, value, lens)
+        like_query = partial(torch.empty_like, query, memory_format=torch.contiguous_format)
+        return outside(partial(self._attend_over_ranks, shards), query, key, value, lens, out=like_query)
+
+    def _attend_over_ranks(
+        self, shards: Shards, query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None
+    ) -> Tensor:
+        forward = self._forward
+        assert forward is not None
+        set_layer(forward.layers)
+        forward.layers += 1
         wanted = self.places.wanted.transport
         out = context_parallel_attention(
             query,
@@ -313,8 +323,10 @@ class Spread:
         forward = self._forward
         if forward is None:
             return None
-        rows = forward.streams[self._video]
-        return gather_rows(output, rows, forward.place.sequence_group, what="what the rows have become")
+        rows, group = forward.streams[self._video], forward.place.sequence_group
+        gather = partial(gather_rows, shards=rows, group=group, what="what the rows have become")
+        shape = (output.shape[0], rows.total, *output.shape[2:])
+        return outside(gather, output, out=partial(output.new_empty, shape))
 
     # --- for the cache ----------------------------------------------------------------------------------------------
 
@@ -323,6 +335,12 @@ class Spread:
         """Where this rank's part of the video begins."""
         forward = self._forward
         return 0 if forward is None else forward.own(self._video).start
+
+    @property
+    def situation(self) -> Hashable:
+        """What tells the running forward from one with the same arguments on this rank: the ranks, and all samples."""
+        forward = self._forward
+        return None if forward is None else (id(forward.place), forward.samples.total)
 
     @property
     def whole(self) -> tuple[int, ...] | None:

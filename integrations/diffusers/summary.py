@@ -27,6 +27,7 @@ def render(handle: Handle) -> str:
         f"attention   {_attention(handle)}",
         f"cache       {_cache(handle)}",
         *_compiled(handle),
+        *_graphs(handle),
         *_linears(handle.linears),
         *_parallel(handle.spread),
     ]
@@ -80,6 +81,19 @@ def _compiled(handle: Handle) -> list[str]:
     """What is compiled, and by what: nothing where nothing is."""
     backend = handle.settings.compile
     return [] if backend is None else [f"compile     {kinds(handle.blocks)}; no graph breaks; {backend}"]
+
+
+def _graphs(handle: Handle) -> list[str]:
+    """What is recorded: nothing where nothing is to be."""
+    if not handle.settings.graphs:
+        return []
+    if obstacle := next((known.obstacle for known in handle.graphs if known.obstacle), None):
+        return [f"graphs      none: {obstacle}"]
+    recorded = [forward.recorded for known in handle.graphs for forward in known.forwards.values()]
+    if not recorded:
+        return ["graphs      none yet: a forward on a GPU is recorded when its shapes come for the second time"]
+    counts = ", ".join(f"{one.graphs} graphs and {one.calls} calls between" for one in recorded)
+    return [f"graphs      {len(recorded)} forward(s) recorded: {counts}"]
 
 
 def _linears(linears: QuantisedLinears | None) -> list[str]:

@@ -1,0 +1,64 @@
+"""What the ranks of tests/test_diffusers_graphs.py do: recorded forwards over several ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from compile_ranks import difference
+from fake_graphs import fake_capture_for
+from tiny_families import generate_family, tiny_family
+from tiny_hunyuan import PROMPTS, generate, tiny_pipeline
+
+from para_kernels import ContextParallel
+from para_kernels.integrations.diffusers import accelerate, graphs
+
+TIMEOUT = 60.0
+SIZES: dict[str, dict[str, Any]] = {"short": {}, "long": {"height": 80, "max_sequence_length": 5}}
+
+
+def run(rank: int, world: int) -> dict[str, Any]:
+    with patch.object(graphs, "capture_for", fake_capture_for):
+        return {
+            "hunyuan": {
+                name: hunyuan(ContextParallel(**split, timeout=TIMEOUT)) for name, split in ways(world).items()
+            },
+            "families": {name: family(name, world) for name in ("FLUX.1-dev", "Wan 2.1")},
+        }
+
+
+def ways(world: int) -> dict[str, dict[str, int]]:
+    found = {"ring": {"ring": world}, "ulysses": {"ulysses": world}}
+    return found | ({"batch": {"batch": world}} if world == 2 else {})
+
+
+def hunyuan(parallel: ContextParallel) -> dict[str, Any]:
+    """Two sizes in turns: the largest difference from one process, what was recorded, how often it was replayed."""
+    pipe = tiny_pipeline()
+    accelerate(pipe)
+    expected = {name: generate(pipe, PROMPTS[:2], **size) for name, size in SIZES.items()}
+    handle = accelerate(pipe, parallel=parallel, graphs=True)
+    worst = 0.0
+    for name in [*SIZES, *SIZES]:
+        worst = max(worst, difference(generate(pipe, PROMPTS[:2], **SIZES[name]), expected[name]))
+    (recorded,) = handle.graphs
+    found = {
+        "worst": worst,
+        "counts": [(one.recorded.graphs, one.recorded.calls, one.replays) for one in recorded.forwards.values()],
+        "summary": handle.summary(),
+    }
+    handle.remove()
+    return found
+
+
+@torch.no_grad()
+def family(name: str, world: int) -> float:
+    """Guided latents: the difference from one process."""
+    pipe = tiny_family(name)
+    accelerate(pipe)
+    expected = generate_family(name, pipe, guided=True)
+    handle = accelerate(pipe, parallel=ContextParallel(ring=world, timeout=TIMEOUT), graphs=True)
+    got = generate_family(name, pipe, guided=True)
+    assert all(known.forwards for known in handle.graphs)
+    return difference(got, expected)

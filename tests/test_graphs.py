@@ -1,0 +1,145 @@
+"""Functions recorded as graphs, and calls between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from fake_graphs import FakeCapture
+from torch import Tensor
+
+from para_kernels.graphs import Capture, CudaCapture, Recorded, capture_for, outside
+
+CPU = torch.device("cpu")
+
+
+class Function:
+    """y = 3 * f(x + 1) + 1, where f is outside and adds `self.added`."""
+
+    def __init__(self, device: torch.device = CPU) -> None:
+        self.x = torch.arange(4.0, device=device)
+        self.added = 10.0
+        self.runs = 0
+
+    def f(self, x: Tensor, none: Tensor | None) -> Tensor:
+        assert none is None
+        return x + self.added
+
+    def __call__(self) -> Tensor:
+        self.runs += 1
+        inner = self.x + 1
+        return 3 * outside(self.f, inner, None, out=lambda: torch.empty_like(inner)) + 1
+
+    def expected(self) -> Tensor:
+        return 3 * (self.x + 1 + self.added) + 1
+
+
+def check_replays(function: Function, capture: Capture) -> None:
+    recorded = Recorded()
+    y = recorded.record(function, capture)
+    assert torch.equal(y, function.expected())
+    for i in range(3):
+        function.x += i
+        function.added -= 1.0
+        recorded.replay()
+        assert torch.equal(y, function.expected())
+    assert (function.runs, recorded.graphs, recorded.calls) == (1, 2, 1)
+
+
+def test_a_replay_reads_the_memory_of_the_recording_and_calls_what_is_outside() -> None:
+    check_replays(Function(), FakeCapture())
+
+
+def test_outside_of_a_recording_a_call_is_just_a_call() -> None:
+    x = torch.ones(3)
+    assert outside(lambda y: y, x, out=lambda: pytest.fail("is not needed")) is x
+
+
+def test_calls_inside_of_a_call_outside_belong_to_it() -> None:
+    def inner(x: Tensor) -> Tensor:
+        return outside(lambda y: y + 1, x, out=lambda: pytest.fail("is not needed"))
+
+    x = torch.zeros(2)
+    recorded = Recorded()
+    y = recorded.record(lambda: outside(inner, x, out=lambda: torch.empty(2)), FakeCapture())
+    assert torch.equal(y, torch.ones(2))
+    assert recorded.calls == 1
+
+
+def fails_in_a_graph() -> Tensor:
+    return torch.zeros(1) + torch.ones(1).item()
+
+
+def fails_outside() -> Tensor:
+    def fail(x: Tensor) -> Tensor:
+        raise RuntimeError("operation failed")
+
+    return outside(fail, torch.ones(1), out=lambda: torch.ones(1))
+
+
+@pytest.mark.parametrize(("function", "calls"), [(fails_in_a_graph, 0), (fails_outside, 1)])
+def test_a_failure_ends_the_recording(function: Callable[[], Tensor], calls: int) -> None:
+    capture, recorded = FakeCapture(), Recorded()
+    with pytest.raises(RuntimeError, match="operation"):
+        recorded.record(function, capture)
+    assert recorded.calls == calls
+    assert torch.ones(1).item() == 1.0
+    check_replays(Function(), capture)
+
+
+def test_nothing_records_on_a_cpu() -> None:
+    assert capture_for(CPU) is None
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    device = torch.device("cuda")
+    check_replays(Function(device), CudaCapture(device))
+
+
+@pytest.mark.gpu
+def test_borrowed_memory_has_the_same_strides() -> None:
+    capture = CudaCapture(torch.device("cuda"))
+    x = torch.randn(3, 5, 7, device="cuda").transpose(0, 2)[1:, :, 1:]
+    borrowed = capture.borrowed(x)
+    assert torch.equal(borrowed, x)
+    assert (borrowed.stride(), borrowed.data_ptr()) == (x.stride(), x.data_ptr())
+    assert capture.borrowed(x[:0]).shape == x[:0].shape
+
+
+@pytest.mark.gpu
+def test_memory_that_is_let_go_of_is_used_again_in_the_same_order() -> None:
+    """Many steps, each with memory of its own size that the next ones may take, across calls outside."""
+    x = torch.randn(1 << 16, device="cuda")
+
+    def function() -> Tensor:
+        y = x
+        for i in range(20):
+            wide = torch.cat([y, y + 1])
+            y = outside(lambda z: z * 1.5, wide[: y.numel()] + wide[y.numel() :], out=lambda like=y: like.clone())
+            y = y * (0.25 if i % 2 else 0.3)
+        return y
+
+    expected = function()
+    recorded = Recorded()
+    y = recorded.record(function, CudaCapture(torch.device("cuda")))
+    for _ in range(2):
+        torch.testing.assert_close(y, expected, rtol=0, atol=0)
+        x.copy_(torch.randn_like(x))
+        expected = function()
+        recorded.replay()
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_a_failed_capture_leaves_the_device_usable() -> None:
+    device = torch.device("cuda")
+    capture = CudaCapture(device)
+    with pytest.raises(RuntimeError):
+        Recorded().record(lambda: torch.zeros(1, device=device) + torch.ones(1, device=device).item(), capture)
+    assert torch.ones(1, device=device).item() == 1.0
+    check_replays(Function(device), CudaCapture(device))
