@@ -65,7 +65,7 @@ def main() -> int:
         measured: dict[str, Measured] = {}
         failed = [
             name
-            for name, way in ways(model, options.compile, options.graphs).items()
+            for name, way in _chosen(ways(model, options.compile, options.graphs), options.only).items()
             if not _measured(model, name, way, measured, device, options.rounds)
         ]
         found = _records(model, measured, dtype)
@@ -99,6 +99,12 @@ def ways(model: Model, compiled: bool, graphs: bool) -> dict[str, Way]:
         found["diffusers ring"] = _stock(model, {"ring_degree": world})
         found["diffusers ulysses"] = _stock(model, {"ulysses_degree": world})
     return found
+
+
+def _chosen(found: dict[str, Way], only: list[str] | None) -> dict[str, Way]:
+    if unknown := set(only or ()) - set(found):
+        raise ValueError(f"--only: got {sorted(unknown)}, allowed are {list(found)}")
+    return {name: way for name, way in found.items() if only is None or name in only}
 
 
 _COMPILED, _GRAPHS = "compiled", "graphs"
@@ -235,6 +241,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, metavar="N", help="timed together (default: 4)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of these steps (default: 5)")
     parser.add_argument("--compile", action="store_true", help="with compiled blocks too")
+    parser.add_argument("--only", nargs="+", metavar="WAY", help="these instead of all")
     parser.add_argument("--graphs", action="store_true", help="as CUDA graphs too")
     parser.add_argument("--profile", action="store_true", help="then where the time of a step on all GPUs goes")
     options = parser.parse_args()

@@ -2,12 +2,12 @@
 
 What is quantised, and how (SageAttention2, Zhang et al. 2024, arXiv 2411.10958, sections 3.1 to 3.3):
 
-- keys lose their mean over the sequence, which softmax does not see, and become int8 with a scale per 128 keys;
+- queries and keys are rotated, so that no channel and no entry alone decides about a scale (`format8.rotation`);
+- keys lose the mean of some of them, which softmax does not see, and become int8 with a scale per 128 keys;
 - queries become int8 with a scale per row;
 - values lose their mean, which is added to the output again, and become e4m3 with a scale per channel, of those within
   an octave the one that errs least; what rounding changes in the mean is added too;
-- weights, `exp(score - maximum)` times 256, become e4m3. Their sum is taken of the rounded ones here, and in the
-  kernels of those before rounding.
+- weights, `exp(score - maximum)` times 256, become e4m3, once they have been summed up.
 
 The CPU's implementation is that arithmetic written out in torch, for tests and small models; it saves no time there.
 """
@@ -29,13 +29,18 @@ from para_kernels.ops import (
     _library,
     _triton,
 )
+from para_kernels.triton_kernels.format8 import (
+    HIGHEST_E4M3,
+    HIGHEST_INT8,
+    K_BLOCK,
+    K_SAMPLE,
+    SCALES_FROM,
+    SCALES_TRIED,
+    padded_head_dim,
+    rotation,
+    rotation_width,
+)
 
-K_BLOCK = 128
-HIGHEST_INT8 = 127.0
-HIGHEST_E4M3 = 448.0
-# Of a channel's values in e4m3: so many scales within an octave are tried, on so many rows.
-SCALES_TRIED = 16
-SCALES_FROM = 512
 # Weights are multiplied by 2^8: e4m3 reaches from 2^-9 to 448, and they lie in 0 ... 1.
 LOG2_OF_WEIGHTS = 8.0
 _ROWS_AT_A_TIME = 1024
@@ -88,6 +93,13 @@ def round_to_int8(x: Tensor, block: int) -> Rounded:
     return Rounded((x / scales).round().clamp(-HIGHEST_INT8, HIGHEST_INT8), scales)
 
 
+def rotated(x: Tensor) -> Tensor:
+    """(..., D) float32 to (..., D'): padded, and each part times the same orthogonal matrix."""
+    width = rotation_width(x.shape[-1])
+    padded = torch.nn.functional.pad(x, (0, padded_head_dim(x.shape[-1]) - x.shape[-1]))
+    return (padded.unflatten(-1, (-1, width)) @ rotation(width, x.dtype, x.device)).flatten(-2) * width**-0.5
+
+
 def round_values(v: Tensor) -> Values:
     """(S, H, D) float32, a mean and a scale for each head and channel.
 
@@ -138,11 +150,11 @@ def piece_tensors(k_shape: Sequence[int], device: torch.device) -> tuple[tuple, 
         return _triton().dispatch8.shapes(tuple(k_shape), _capability(device))
     batch, rows, heads, dim = k_shape
     return (
-        ((batch, rows, heads, dim), torch.int8),
+        ((batch, rows, heads, padded_head_dim(dim)), torch.int8),
         ((batch, rows, heads, dim), torch.float8_e4m3fn),
         ((batch, -(-rows // K_BLOCK), heads, 1), torch.float32),
         ((batch, 2, heads, dim), torch.float32),
-        ((batch, heads, dim), torch.float32),
+        ((batch, heads, padded_head_dim(dim)), torch.float32),
     )
 
 
@@ -188,9 +200,10 @@ def attend_piece(
 
 
 def _rounded(k: Tensor, v: Tensor) -> tuple[Rounded, Values, Tensor]:
-    """Keys without their mean, values, and that mean; k, v (S, Hk, D) float32, S > 0."""
-    mean = k.mean(0)
-    return round_to_int8(k - mean, K_BLOCK), round_values(v), mean
+    """Rotated keys without a mean, values, and that mean; k, v (S, Hk, D) float32, S > 0."""
+    sampled = torch.arange(k.shape[0], device=k.device) % K_BLOCK < K_SAMPLE
+    keys, mean = rotated(k), rotated(k[sampled].mean(0))
+    return round_to_int8(keys - mean, K_BLOCK), round_values(v), mean
 
 
 def _attend_8_bit(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
@@ -211,7 +224,7 @@ def _attend_rounded(
 ) -> None:
     """As `_attend_8_bit`, over keys and values in 8 bits, at least one."""
     groups = q.shape[1] // keys.rows.shape[1]
-    q = q.float()
+    q = rotated(q.float())
     keys = Rounded(*(x.repeat_interleave(groups, 1) for x in keys))
     values = Values(values.rows.repeat_interleave(groups, 1), *(x.repeat_interleave(groups, 0) for x in values[1:]))
     k_mean = k_mean.repeat_interleave(groups, 0)
@@ -223,8 +236,10 @@ def _attend_rounded(
         scores = torch.einsum("qhd,khd->hqk", queries.rows[rows], keys.rows)
         scores = scores * (queries.scales[rows].transpose(0, 1) * key_scales)
         largest = scores.amax(2)
-        weights = to_e4m3(torch.exp2(scores - largest[..., None] + LOG2_OF_WEIGHTS))
+        weights = torch.exp2(scores - largest[..., None] + LOG2_OF_WEIGHTS)
+        # Not of the rounded ones: over many keys those that e4m3 has no number for would be missed.
         sums = weights.sum(2)
+        weights = to_e4m3(weights)
         product = torch.einsum("hqk,khd->qhd", weights, values.rows) / sums.T[..., None]
         out[rows] = (product * values.scale + values.mean).to(out.dtype)
         left_out = torch.einsum("qhd,hd->hq", q[rows], k_mean) * scale

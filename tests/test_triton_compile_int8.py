@@ -60,14 +60,16 @@ def test_quantisation(capability: tuple[int, int], head_dim: int) -> None:
     """D = 256, whose blocks of 128 keys do not fit the registers, spills as the attention does."""
     values = VALUE_TYPES[attention_int8.value_type(capability)]
     shape: dict[str, object] = {"D": head_dim, "BLOCK_D": head_dim, "VEC": 8}
+    width = {"WIDTH": head_dim}
     lens = dict.fromkeys(("q_lens", "kv_lens"), "*i32")
-    sources = dict.fromkeys(("q", "k", "v"), "*bf16")
+    sources = dict.fromkeys(("q", "k", "v", "matrix"), "*bf16")
     sums = compile_kernel(
         quantize_int8._sums, sources | lens | {"partial": "*fp32"}, shape, capability, quantize_int8._WARPS
     )
     finish = compile_kernel(
-        quantize_int8._finish, dict.fromkeys(("partial", "k_means", "v_scales"), "*fp32") | lens,
-        {"BLOCK_D": head_dim, "MOST_CHUNKS": quantize_int8._MOST_CHUNKS}, capability, quantize_int8._WARPS,
+        quantize_int8._finish, dict.fromkeys(("partial", "k_means", "v_scales"), "*fp32") | lens | {"matrix": "*bf16"},
+        width | {"BLOCK_D": head_dim, "MOST_CHUNKS": quantize_int8._MOST_CHUNKS}, capability,
+        quantize_int8._FINISHING_WARPS,
     )  # fmt: skip
     outputs = {
         "q_out": "*i8",
@@ -79,8 +81,15 @@ def test_quantisation(capability: tuple[int, int], head_dim: int) -> None:
     }
     types = sources | lens | outputs | dict.fromkeys(SCALES, "*fp32")
     permuted = {"PERMUTED": capability == (9, 0)}
-    keys = compile_kernel(quantize_int8._quantise_keys, types, shape | permuted, capability, quantize_int8._WARPS)
-    queries = compile_kernel(quantize_int8._quantise_queries, types, shape, capability, quantize_int8._WARPS)
+    warps = quantize_int8._WARPS
+    keys, queries = (
+        compile_kernel(kernel, types, shape | width, capability, quantize_int8.rotating_warps(rows, head_dim))
+        for kernel, rows in (
+            (quantize_int8._quantise_keys, quantize_int8.K_BLOCK),
+            (quantize_int8._quantise_queries, quantize_int8.Q_BLOCK),
+        )
+    )
+    of_values = compile_kernel(quantize_int8._quantise_values, types, shape | permuted, capability, warps)
     mend = compile_kernel(
         quantize_int8._mend_means, {"v_errors": "*fp32", "v_scales": "*fp32"} | lens,
         {"BLOCK_D": head_dim, "COLUMNS": quantize_int8._MENDED_COLUMNS, "BLOCKS": quantize_int8._MENDED_BLOCKS}, capability,
@@ -94,9 +103,9 @@ def test_quantisation(capability: tuple[int, int], head_dim: int) -> None:
             quantize_int8._CHOSEN_WARPS,
         )  # fmt: skip
         assert choose.spilled_bytes == 0
-    for usage in (sums, finish, keys, mend, queries):
+    for usage in (sums, finish, keys, of_values, mend, queries):
         assert usage.spilled_bytes == 0
-    for usage in (sums, keys, queries):
+    for usage in (sums, keys, of_values, queries):
         assert "ld.global.v4.b32" in usage.ptx, "16-byte loads"
 
 

@@ -1,10 +1,10 @@
-"""From attention's input to 8 bits, in two passes over keys and values and one over queries.
+"""From attention's input to 8 bits, in two passes over values and one over queries and keys.
 
-The first pass takes, for each head and channel, the keys' and values' means and the values' range, and from a sample of
-rows the scale that rounds them best; the second writes int8 and e4m3, after which the values' means take up what
-rounding has changed in them. Formats and scales are those of `para_kernels.ops8`, from whose expressions these kernels
-differ by the order of float32 sums. Rows are padded with zeros to whole blocks, and the head dim to a power of two, so
-that what reads them needs no mask for memory; what lies past a sample's lengths is not read.
+The first pass takes, for each head and channel, the values' mean and range, and from samples of rows the keys' mean and
+the scale that rounds values best; the second rotates queries and keys and writes int8 and e4m3, after which the values'
+means take up what rounding has changed in them. Formats and scales are those of `para_kernels.ops8`, from whose
+expressions these kernels differ by the order of float32 sums. Rows are padded with zeros to whole blocks, and the head
+dim to a power of two, so that what reads them needs no mask for memory; what lies past a sample's lengths is not read.
 """
 
 from __future__ import annotations
@@ -16,17 +16,24 @@ import torch
 import triton
 import triton.language as tl
 
+from .format8 import (
+    HIGHEST_E4M3,
+    HIGHEST_INT8,
+    K_BLOCK,
+    K_SAMPLE,
+    Q_BLOCK,
+    SCALES_FROM,
+    SCALES_TRIED,
+    padded_head_dim,
+    rotation,
+    rotation_width,
+)
 from .launch import Launcher
 
-Q_BLOCK = 64
-K_BLOCK = 128
-LEAST_HEAD_DIM = 64
-# Of a channel's values in e4m3: so many scales within an octave are tried, on so many rows.
-SCALES_TRIED = 16
-SCALES_FROM = 512
 # Queries are padded to whole tiles of the kernels that read them.
 _PAD_Q = 128
 _WARPS = 4
+_FINISHING_WARPS = 8
 # Rows of a program of the first pass: at most so many partial sums of a head, which every program of `_finish` adds up.
 _MOST_CHUNKS = 64
 # Columns and rows of a program of `_choose_scales`.
@@ -39,11 +46,12 @@ _MENDED_BLOCKS = 64
 
 _ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: a float of this size has no fraction
 _ROUNDING_BITS = tl.constexpr(0x4B400000)
-_HIGHEST_INT8 = tl.constexpr(127.0)
-_HIGHEST_VALUE = tl.constexpr(448.0)
+_HIGHEST_INT8 = tl.constexpr(HIGHEST_INT8)
+_HIGHEST_VALUE = tl.constexpr(HIGHEST_E4M3)
 _Q_BLOCK = tl.constexpr(Q_BLOCK)
 _K_BLOCK = tl.constexpr(K_BLOCK)
-_SUM_ROWS = tl.constexpr(16)  # that a program of the first pass reads at a time
+_K_SAMPLE = tl.constexpr(K_SAMPLE)
+_SUM_ROWS = tl.constexpr(16)  # of values that a program of the first pass reads at a time
 _V_ROWS = tl.constexpr(32)  # that a program rounds at a time
 
 
@@ -56,7 +64,7 @@ class Keys8(NamedTuple):
         v: (B, Hk, D', Sk'), e4m3, or float16 for chips whose tensor cores have no e4m3; keys perhaps permuted.
         k_scales: float32 (B, Hk, Sk' / 128).
         v_scales: float32 (B, Hk, 2, D'): of each channel the scale, and the mean of what `scale * v` lacks.
-        k_means: float32 (B, Hk, D'), what the keys have lost.
+        k_means: float32 (B, Hk, D'), what the keys, once rotated, have lost.
     """
 
     k: torch.Tensor
@@ -70,7 +78,7 @@ class Queries8(NamedTuple):
     """Queries as the attention kernels read them, for certain keys.
 
     Attributes:
-        q: int8 (B, H, Sq', D').
+        q: int8 (B, H, Sq', D'), rotated.
         q_scales: float32 (B, H, Sq').
         means_of_scores: float32 (B, H, Sq'): softmax's scale times query times the keys' mean, which the scores lack.
     """
@@ -97,14 +105,24 @@ def _whole(stride, VEC: tl.constexpr):
 
 @triton.jit
 def _rows(source, batch, head, rows, end, stride_b, stride_s, stride_h, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """These rows of a head as float32, zeros at or past `end`."""
+    """These rows of a head, zeros at or past `end`."""
     cols = tl.arange(0, BLOCK_D)
     start = source + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
     offsets = rows.to(tl.int64)[:, None] * stride_s + cols[None, :]
     mask = (rows < end)[:, None]
     if D != BLOCK_D:
         mask = mask & (cols < D)[None, :]
-    return tl.load(start + offsets, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(start + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def _rotated(x, matrix, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows, in their own dtype, to rotated ones in float32: WIDTH channels at a time."""
+    at = tl.arange(0, WIDTH)
+    by = tl.load(matrix + at[:, None] * WIDTH + at[None, :])
+    # Products with 1 and -1, summed up in float32.
+    parts = tl.dot(x.reshape([x.shape[0] * (BLOCK_D // WIDTH), WIDTH]), by, input_precision="ieee")
+    return parts.reshape([x.shape[0], BLOCK_D]) * (WIDTH**-0.5)
 
 
 @triton.jit(
@@ -127,7 +145,7 @@ def _sums(
     stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     D: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """`partial` (B, Hk, chunks, 4, D'): of a chunk of rows the sums of keys and values, and the values' range."""
+    """`partial` (B, Hk, chunks, 4, D'): of a chunk of rows the sum of values, their range, and the sum of some keys."""
     stride_kb, stride_ks, stride_kh = _whole(stride_kb, VEC), _whole(stride_ks, VEC), _whole(stride_kh, VEC)
     stride_vb, stride_vs, stride_vh = _whole(stride_vb, VEC), _whole(stride_vs, VEC), _whole(stride_vh, VEC)
     chunk = tl.program_id(0)
@@ -135,16 +153,18 @@ def _sums(
     head = tl.program_id(1) % kv_heads
     kv_len = _length(kv_lens, batch, rows_k)
     # Rows lie beside each other until the end: a sum over a block's rows goes through shared memory.
-    k_sum = tl.zeros([_SUM_ROWS, BLOCK_D], tl.float32)
+    k_sum = tl.zeros([_K_SAMPLE, BLOCK_D], tl.float32)
     v_sum = tl.zeros([_SUM_ROWS, BLOCK_D], tl.float32)
     lowest = tl.full([_SUM_ROWS, BLOCK_D], float("inf"), tl.float32)
     highest = tl.full([_SUM_ROWS, BLOCK_D], float("-inf"), tl.float32)
     first = chunk * blocks_of_chunk * _K_BLOCK
     end = tl.minimum(first + blocks_of_chunk * _K_BLOCK, kv_len)
+    for row in range(first, end, _K_BLOCK):
+        rows = row + tl.arange(0, _K_SAMPLE)
+        k_sum += _rows(k, batch, head, rows, end, stride_kb, stride_ks, stride_kh, D, BLOCK_D).to(tl.float32)
     for row in tl.range(first, end, _SUM_ROWS, loop_unroll_factor=2):
         rows = row + tl.arange(0, _SUM_ROWS)
-        k_sum += _rows(k, batch, head, rows, end, stride_kb, stride_ks, stride_kh, D, BLOCK_D)
-        values = _rows(v, batch, head, rows, end, stride_vb, stride_vs, stride_vh, D, BLOCK_D)
+        values = _rows(v, batch, head, rows, end, stride_vb, stride_vs, stride_vh, D, BLOCK_D).to(tl.float32)
         v_sum += values
         exists = (rows < end)[:, None]
         lowest = tl.minimum(lowest, tl.where(exists, values, float("inf")))
@@ -158,22 +178,28 @@ def _sums(
 
 @triton.jit(do_not_specialize=("rows_k", "kv_heads", "chunks"), do_not_specialize_on_alignment=("kv_lens",))
 def _finish(
-    partial, k_means, v_scales, kv_lens, rows_k, kv_heads, chunks, BLOCK_D: tl.constexpr, MOST_CHUNKS: tl.constexpr
-):
-    """A head's `partial` to the keys' mean (B, Hk, D') and the values' scale and mean (B, Hk, 2, D')."""
+    partial, matrix, k_means, v_scales, kv_lens, rows_k, kv_heads, chunks, BLOCK_D: tl.constexpr,
+    WIDTH: tl.constexpr, MOST_CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """A head's `partial` to the keys' mean, rotated, (B, Hk, D') and the values' scale and mean (B, Hk, 2, D')."""
     of_head = tl.program_id(0)
-    count = tl.maximum(_length(kv_lens, of_head // kv_heads, rows_k), 1).to(tl.float32)
+    kv_len = _length(kv_lens, of_head // kv_heads, rows_k)
+    count = tl.maximum(kv_len, 1).to(tl.float32)
+    sampled = kv_len // _K_BLOCK * _K_SAMPLE + tl.minimum(kv_len % _K_BLOCK, _K_SAMPLE)
     cols = tl.arange(0, BLOCK_D)[None, :]
     chunk = tl.arange(0, MOST_CHUNKS)[:, None]
     source = partial + (of_head * chunks + chunk) * 4 * BLOCK_D + cols
     exists = chunk < chunks
-    k_mean = tl.sum(tl.load(source, mask=exists, other=0.0), 0) / count
+    k_mean = tl.sum(tl.load(source, mask=exists, other=0.0), 0) / tl.maximum(sampled, 1).to(tl.float32)
+    at = tl.arange(0, WIDTH)
+    by = tl.load(matrix + at[:, None] * WIDTH + at[None, :]).to(tl.float32)
+    rotated = tl.sum(k_mean.reshape([BLOCK_D // WIDTH, WIDTH, 1]) * by[None, :, :], 1) * (WIDTH**-0.5)
     v_mean = tl.sum(tl.load(source + BLOCK_D, mask=exists, other=0.0), 0) / count
     lowest = tl.min(tl.load(source + 2 * BLOCK_D, mask=exists, other=float("inf")), 0)
     highest = tl.max(tl.load(source + 3 * BLOCK_D, mask=exists, other=float("-inf")), 0)
     largest = tl.maximum(highest - v_mean, v_mean - lowest)
     out = tl.arange(0, BLOCK_D)
-    tl.store(k_means + of_head * BLOCK_D + out, k_mean)
+    tl.store(k_means + of_head * BLOCK_D + out, rotated.reshape([BLOCK_D]))
     tl.store(v_scales + of_head * 2 * BLOCK_D + out, tl.where(largest > 0.0, largest / _HIGHEST_VALUE, 1.0))
     tl.store(v_scales + (of_head * 2 + 1) * BLOCK_D + out, v_mean)
 
@@ -242,9 +268,9 @@ def _store_int8(x, scale, out, BLOCK_D: tl.constexpr):
     do_not_specialize_on_alignment=("q_lens",),
 )
 def _quantise_queries(
-    q, q_lens, k_means, q_out, q_scales, means_of_scores, scale, rows_q, heads, kv_heads, padded_q,
+    q, q_lens, matrix, k_means, q_out, q_scales, means_of_scores, scale, rows_q, heads, kv_heads, padded_q,
     stride_qb, stride_qs, stride_qh,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """One block of a head's queries."""
     stride_qb, stride_qs, stride_qh = _whole(stride_qb, VEC), _whole(stride_qs, VEC), _whole(stride_qh, VEC)
@@ -255,9 +281,8 @@ def _quantise_queries(
     q_len = _length(q_lens, batch, rows_q)
     if block * _Q_BLOCK < q_len:
         own = tl.arange(0, _Q_BLOCK)
-        x = _rows(
-            q, batch, head, block * _Q_BLOCK + own, q_len, stride_qb, stride_qs, stride_qh, D, BLOCK_D
-        )  # fmt: skip
+        rows = _rows(q, batch, head, block * _Q_BLOCK + own, q_len, stride_qb, stride_qs, stride_qh, D, BLOCK_D)
+        x = _rotated(rows, matrix, BLOCK_D, WIDTH)
         kv_head = batch * kv_heads + head // (heads // kv_heads)
         k_mean = tl.load(k_means + kv_head * BLOCK_D + tl.arange(0, BLOCK_D))
         at = (batch * heads + head).to(tl.int64) * padded_q + block * _Q_BLOCK
@@ -268,63 +293,74 @@ def _quantise_queries(
 
 
 @triton.jit(
-    do_not_specialize=(
-        "rows_k", "kv_heads", "padded_k", "stride_kb", "stride_ks", "stride_kh", "stride_vb", "stride_vs", "stride_vh",
-    ),
+    do_not_specialize=("rows_k", "kv_heads", "padded_k", "stride_kb", "stride_ks", "stride_kh"),
     do_not_specialize_on_alignment=("kv_lens",),
-)  # fmt: skip
+)
 def _quantise_keys(
-    k, v, kv_lens, k_means, v_scales, k_out, v_out, k_scales, v_errors, rows_k, kv_heads, padded_k,
-    stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    k, kv_lens, matrix, k_means, k_out, k_scales, rows_k, kv_heads, padded_k, stride_kb, stride_ks, stride_kh,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """One block of a head's keys."""
+    stride_kb, stride_ks, stride_kh = _whole(stride_kb, VEC), _whole(stride_ks, VEC), _whole(stride_kh, VEC)
+    batch = tl.program_id(1)
+    blocks = padded_k // _K_BLOCK
+    head = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    of_head = batch * kv_heads + head
+    kv_len = _length(kv_lens, batch, rows_k)
+    if block * _K_BLOCK < kv_len:
+        rows = block * _K_BLOCK + tl.arange(0, _K_BLOCK)
+        keys = _rows(k, batch, head, rows, kv_len, stride_kb, stride_ks, stride_kh, D, BLOCK_D)
+        k_mean = tl.load(k_means + of_head * BLOCK_D + tl.arange(0, BLOCK_D))
+        x = _rotated(keys, matrix, BLOCK_D, WIDTH) - k_mean[None, :]
+        x = tl.where((rows < kv_len)[:, None], x, 0.0)
+        at = of_head.to(tl.int64) * padded_k + block * _K_BLOCK
+        largest = _largest_of_rows(x)
+        # The sum is 0, or NaN where a row's is.
+        k_scale = _scale_of(tl.max(largest, 0) + tl.sum(largest * 0.0, 0))
+        tl.store(k_scales + of_head * blocks + block, k_scale)
+        _store_int8(x, k_scale, k_out + at * BLOCK_D, BLOCK_D)
+
+
+@triton.jit(
+    do_not_specialize=("rows_k", "kv_heads", "padded_k", "stride_vb", "stride_vs", "stride_vh"),
+    do_not_specialize_on_alignment=("kv_lens",),
+)
+def _quantise_values(
+    v, kv_lens, v_scales, v_out, v_errors, rows_k, kv_heads, padded_k, stride_vb, stride_vs, stride_vh,
     D: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr, PERMUTED: tl.constexpr,
 ):  # fmt: skip
-    """One block of a head's keys or values: first all of the keys', then the values'.
+    """One block of a head's values.
 
     `v_errors` (B, Hk, Sk' / 128, D') gets the sum of what rounding took from a block's values, in units of their scale.
     """
-    stride_kb, stride_ks, stride_kh = _whole(stride_kb, VEC), _whole(stride_ks, VEC), _whole(stride_kh, VEC)
     stride_vb, stride_vs, stride_vh = _whole(stride_vb, VEC), _whole(stride_vs, VEC), _whole(stride_vh, VEC)
     batch = tl.program_id(1)
     blocks = padded_k // _K_BLOCK
-    pid = tl.program_id(0)
-    is_value = pid >= blocks * kv_heads
-    rest = tl.where(is_value, pid - blocks * kv_heads, pid)
-    head = rest // blocks
-    block = rest % blocks
+    head = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
     of_head = batch * kv_heads + head
     kv_len = _length(kv_lens, batch, rows_k)
     cols = tl.arange(0, BLOCK_D)
     if block * _K_BLOCK < kv_len:
-        if is_value:
-            v_scale = tl.load(v_scales + of_head * 2 * BLOCK_D + cols)
-            v_mean = tl.load(v_scales + (of_head * 2 + 1) * BLOCK_D + cols)
-            errors = tl.zeros([BLOCK_D], tl.float32)
-            # A whole block would spill.
-            for first in range(block * _K_BLOCK, (block + 1) * _K_BLOCK, _V_ROWS):
-                own = tl.arange(0, _V_ROWS)
-                if PERMUTED:  # in each 16: 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15
-                    own = own // 16 * 16 + own // 2 % 2 * 8 + own % 16 // 4 * 2 + own % 2
-                rows = first + own
-                x = _rows(v, batch, head, rows, kv_len, stride_vb, stride_vs, stride_vh, D, BLOCK_D)
-                x = (x - v_mean[None, :]) * (1.0 / v_scale)[None, :]
-                x = tl.where((rows < kv_len)[:, None], tl.clamp(x, -_HIGHEST_VALUE, _HIGHEST_VALUE), 0.0)
-                rounded = x.to(v_out.dtype.element_ty)
-                errors += tl.sum(x - rounded.to(tl.float32), 0)
-                out = v_out + of_head.to(tl.int64) * BLOCK_D * padded_k + first
-                offsets = cols.to(tl.int64)[:, None] * padded_k + tl.arange(0, _V_ROWS)[None, :]
-                tl.store(out + offsets, tl.trans(rounded))
-            tl.store(v_errors + (of_head * blocks + block) * BLOCK_D + cols, errors)
-        else:
-            rows = block * _K_BLOCK + tl.arange(0, _K_BLOCK)
-            x = _rows(k, batch, head, rows, kv_len, stride_kb, stride_ks, stride_kh, D, BLOCK_D)
-            k_mean = tl.load(k_means + of_head * BLOCK_D + cols)
-            x = tl.where((rows < kv_len)[:, None], x - k_mean[None, :], 0.0)
-            at = of_head.to(tl.int64) * padded_k + block * _K_BLOCK
-            largest = _largest_of_rows(x)
-            # The sum is 0, or NaN where a row's is.
-            k_scale = _scale_of(tl.max(largest, 0) + tl.sum(largest * 0.0, 0))
-            tl.store(k_scales + of_head * blocks + block, k_scale)
-            _store_int8(x, k_scale, k_out + at * BLOCK_D, BLOCK_D)
+        v_scale = tl.load(v_scales + of_head * 2 * BLOCK_D + cols)
+        v_mean = tl.load(v_scales + (of_head * 2 + 1) * BLOCK_D + cols)
+        errors = tl.zeros([BLOCK_D], tl.float32)
+        # A whole block would spill.
+        for first in range(block * _K_BLOCK, (block + 1) * _K_BLOCK, _V_ROWS):
+            own = tl.arange(0, _V_ROWS)
+            if PERMUTED:  # in each 16: 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15
+                own = own // 16 * 16 + own // 2 % 2 * 8 + own % 16 // 4 * 2 + own % 2
+            rows = first + own
+            x = _rows(v, batch, head, rows, kv_len, stride_vb, stride_vs, stride_vh, D, BLOCK_D).to(tl.float32)
+            x = (x - v_mean[None, :]) * (1.0 / v_scale)[None, :]
+            x = tl.where((rows < kv_len)[:, None], tl.clamp(x, -_HIGHEST_VALUE, _HIGHEST_VALUE), 0.0)
+            rounded = x.to(v_out.dtype.element_ty)
+            errors += tl.sum(x - rounded.to(tl.float32), 0)
+            out = v_out + of_head.to(tl.int64) * BLOCK_D * padded_k + first
+            offsets = cols.to(tl.int64)[:, None] * padded_k + tl.arange(0, _V_ROWS)[None, :]
+            tl.store(out + offsets, tl.trans(rounded))
+        tl.store(v_errors + (of_head * blocks + block) * BLOCK_D + cols, errors)
 
 
 @triton.jit(do_not_specialize=("rows_k", "kv_heads", "blocks"), do_not_specialize_on_alignment=("kv_lens",))
@@ -356,11 +392,6 @@ def _mend_means(
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 
-def padded_head_dim(head_dim: int) -> int:
-    """D'."""
-    return max(LEAST_HEAD_DIM, 1 << (head_dim - 1).bit_length())
-
-
 def shapes_of_keys(
     batch: int, rows: int, kv_heads: int, head_dim: int, values: torch.dtype
 ) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
@@ -386,7 +417,8 @@ class _KeysPlan(NamedTuple):
     sums: Launcher
     finish: Launcher
     choose: Launcher
-    quantise: Launcher
+    quantise_keys: Launcher
+    quantise_values: Launcher
     mend: Launcher
     chunks: int
     blocks_of_chunk: int
@@ -419,20 +451,26 @@ def _in_vectors(dtype: torch.dtype, *strides: int) -> tuple[int, tuple[int, ...]
     return vec, tuple(stride // vec for stride in strides)
 
 
+def rotating_warps(rows: int, block_d: int) -> int:
+    """So many that a thread has at most 64 of a block's rotated numbers; a product takes four."""
+    return max(4, rows * block_d // (32 * 64))
+
+
 # `dtype` and whether lengths are given are not read: one launcher for each, since it follows its last compiled variant.
 @functools.cache
 def _launchers_of_keys(
     device: torch.device, head_dim: int, vec: int, permuted: bool, dtype: torch.dtype, kv_lens: bool
-) -> tuple[Launcher, Launcher, Launcher, Launcher, Launcher]:
-    """The launches of one compiled variant of each kernel."""
-    block_d = padded_head_dim(head_dim)
+) -> tuple[Launcher, ...]:
+    """The launches of one compiled variant of each kernel, in the order of `_KeysPlan`."""
+    block_d, width = padded_head_dim(head_dim), rotation_width(head_dim)
     shape = {"D": head_dim, "BLOCK_D": block_d, "VEC": vec, "num_warps": _WARPS}
     tiles = {"COLUMNS": _CHOSEN_COLUMNS, "ROWS": _CHOSEN_ROWS, "SAMPLE": SCALES_FROM, "TRIED": SCALES_TRIED}
     return (
         Launcher(_sums, device, **shape),
-        Launcher(_finish, device, BLOCK_D=block_d, MOST_CHUNKS=_MOST_CHUNKS, num_warps=_WARPS),
+        Launcher(_finish, device, BLOCK_D=block_d, WIDTH=width, MOST_CHUNKS=_MOST_CHUNKS, num_warps=_FINISHING_WARPS),
         Launcher(_choose_scales, device, **tiles, **shape | {"num_warps": _CHOSEN_WARPS}),
-        Launcher(_quantise_keys, device, PERMUTED=permuted, **shape),
+        Launcher(_quantise_keys, device, WIDTH=width, **shape | {"num_warps": rotating_warps(K_BLOCK, block_d)}),
+        Launcher(_quantise_values, device, PERMUTED=permuted, **shape),
         Launcher(
             _mend_means, device, BLOCK_D=block_d, COLUMNS=_MENDED_COLUMNS, BLOCKS=_MENDED_BLOCKS, num_warps=_WARPS
         ),
@@ -441,8 +479,9 @@ def _launchers_of_keys(
 
 @functools.cache
 def _launcher_of_queries(device: torch.device, head_dim: int, vec: int, dtype: torch.dtype, q_lens: bool) -> Launcher:
-    shape = {"D": head_dim, "BLOCK_D": padded_head_dim(head_dim), "VEC": vec, "num_warps": _WARPS}
-    return Launcher(_quantise_queries, device, **shape)
+    block_d = padded_head_dim(head_dim)
+    sizes = {"D": head_dim, "BLOCK_D": block_d, "WIDTH": rotation_width(head_dim), "VEC": vec}
+    return Launcher(_quantise_queries, device, **sizes, num_warps=rotating_warps(Q_BLOCK, block_d))
 
 
 def quantise_keys(
@@ -461,16 +500,22 @@ def quantise_keys(
         (plan.chunks, batch * kv_heads, 1), k, v, kv_lens, partial, rows_k, kv_heads, plan.chunks,
         plan.blocks_of_chunk, *plan.strides,
     )  # fmt: skip
-    plan.finish((batch * kv_heads, 1, 1), partial, out.k_means, out.v_scales, kv_lens, rows_k, kv_heads, plan.chunks)
+    matrix = rotation(rotation_width(k.shape[3]), k.dtype, k.device)
+    plan.finish(
+        (batch * kv_heads, 1, 1), partial, matrix, out.k_means, out.v_scales, kv_lens, rows_k, kv_heads, plan.chunks
+    )
     if out.v.dtype == torch.float8_e4m3fn:
         plan.choose(
             (batch * kv_heads, d // _CHOSEN_COLUMNS, 1), v, kv_lens, out.v_scales, rows_k, kv_heads, *plan.strides[3:]
         )  # fmt: skip
     blocks = padded // K_BLOCK
+    grid = (blocks * kv_heads, batch, 1)
+    plan.quantise_keys(
+        grid, k, kv_lens, matrix, out.k_means, out.k, out.k_scales, rows_k, kv_heads, padded, *plan.strides[:3]
+    )
     errors = torch.empty((batch, kv_heads, blocks, d), dtype=torch.float32, device=k.device)
-    plan.quantise(
-        (2 * blocks * kv_heads, batch, 1), k, v, kv_lens, out.k_means, out.v_scales, out.k, out.v, out.k_scales,
-        errors, rows_k, kv_heads, padded, *plan.strides,
+    plan.quantise_values(
+        grid, v, kv_lens, out.v_scales, out.v, errors, rows_k, kv_heads, padded, *plan.strides[3:]
     )  # fmt: skip
     plan.mend(
         (batch * kv_heads, d // _MENDED_COLUMNS, 1), errors, out.v_scales, kv_lens, rows_k, kv_heads, blocks
@@ -488,9 +533,10 @@ def quantise_queries(q: torch.Tensor, k_means: torch.Tensor, q_lens: torch.Tenso
         torch.empty((batch, heads, padded), dtype=torch.float32, device=q.device),
     )
     vec, strides = _in_vectors(q.dtype, *q.stride()[:3])
+    matrix = rotation(rotation_width(head_dim), q.dtype, q.device)
     launcher = _launcher_of_queries(q.device, head_dim, vec, q.dtype, q_lens is not None)
     launcher(
-        (padded // Q_BLOCK * heads, batch, 1), q, q_lens, k_means, *out, scale, rows_q, heads, kv_heads, padded,
+        (padded // Q_BLOCK * heads, batch, 1), q, q_lens, matrix, k_means, *out, scale, rows_q, heads, kv_heads, padded,
         *strides,
     )  # fmt: skip
     return out

@@ -44,22 +44,15 @@ def quantised(permuted: bool, *tensors: torch.Tensor, lens: list[int] | None = N
     return SimpleNamespace(**keys._asdict(), **quantise_queries(q, keys.k_means, None, 0.5)._asdict())
 
 
-def test_the_formats_are_those_of_the_cpu() -> None:
-    """The kernels, which stand below the operators, have their numbers a second time."""
-    for name in ("K_BLOCK", "SCALES_TRIED", "SCALES_FROM"):
-        assert getattr(quantize_int8, name) == getattr(ops8, name)
-    assert quantize_int8._HIGHEST_INT8.value == ops8.HIGHEST_INT8
-    assert quantize_int8._HIGHEST_VALUE.value == ops8.HIGHEST_E4M3
-
-
 def test_queries_and_keys_are_rounded_as_on_the_cpu() -> None:
     torch.manual_seed(0)
     q, k, v = inputs(150, 300, offset=8.0)
     x = quantised(False, q, k, v)
-    mean = k[0].mean(0)
+    sample = torch.cat([k[0, first : first + 16] for first in (0, 128, 256)])
+    mean = ops8.rotated(sample.mean(0))
     for got, scales, block, values in (
-        (x.q, x.q_scales, 1, q[0]),
-        (x.k, x.k_scales, ops8.K_BLOCK, k[0] - mean),
+        (x.q, x.q_scales, 1, ops8.rotated(q[0])),
+        (x.k, x.k_scales, ops8.K_BLOCK, ops8.rotated(k[0]) - mean),
     ):
         expected = ops8.round_to_int8(values, block)
         rows = got[0, :, : values.shape[0]].transpose(0, 1)
@@ -70,7 +63,7 @@ def test_queries_and_keys_are_rounded_as_on_the_cpu() -> None:
         torch.testing.assert_close(of_rows.T[..., None], expected.scales, rtol=1e-5, atol=0)
     assert (x.k[0, :, 300:] == 0).all()
     # Sums of 64 products of up to 100, which nothing rounds in the same order.
-    means = 0.5 * torch.einsum("qhd,hd->hq", q[0], mean)
+    means = 0.5 * torch.einsum("qhd,hd->hq", q[0], sample.mean(0))
     torch.testing.assert_close(x.means_of_scores[0, :, :150], means, rtol=1e-5, atol=1e-4)
 
 
