@@ -60,7 +60,8 @@ def test_quantisation(capability: tuple[int, int], head_dim: int) -> None:
     """D = 256, whose blocks of 128 keys do not fit the registers, spills as the attention does."""
     values = VALUE_TYPES[attention_int8.value_type(capability)]
     shape: dict[str, object] = {"D": head_dim, "BLOCK_D": head_dim, "VEC": 8}
-    width = {"WIDTH": head_dim}
+    width: dict[str, object] = {"WIDTH": head_dim}
+    blocks: dict[str, object] = {"BLOCKS": quantize_int8.BLOCKS_OF_PROGRAM}
     lens = dict.fromkeys(("q_lens", "kv_lens"), "*i32")
     sources = dict.fromkeys(("q", "k", "v", "matrix"), "*bf16")
     sums = compile_kernel(
@@ -83,17 +84,17 @@ def test_quantisation(capability: tuple[int, int], head_dim: int) -> None:
     permuted = {"PERMUTED": capability == (9, 0)}
     warps = quantize_int8._WARPS
     keys, queries = (
-        compile_kernel(kernel, types, shape | width, capability, quantize_int8.rotating_warps(rows, head_dim))
+        compile_kernel(kernel, types, shape | width | blocks, capability, quantize_int8.rotating_warps(rows, head_dim))
         for kernel, rows in (
             (quantize_int8._quantise_keys, quantize_int8.K_BLOCK),
             (quantize_int8._quantise_queries, quantize_int8.Q_BLOCK),
         )
     )
-    of_values = compile_kernel(quantize_int8._quantise_values, types, shape | permuted, capability, warps)
+    of_values = compile_kernel(quantize_int8._quantise_values, types, shape | permuted | blocks, capability, warps)
     mend = compile_kernel(
         quantize_int8._mend_means, {"v_errors": "*fp32", "v_scales": "*fp32"} | lens,
-        {"BLOCK_D": head_dim, "COLUMNS": quantize_int8._MENDED_COLUMNS, "BLOCKS": quantize_int8._MENDED_BLOCKS}, capability,
-        quantize_int8._WARPS,
+        blocks | {"BLOCK_D": head_dim, "COLUMNS": quantize_int8._MENDED_COLUMNS, "CHUNKS": quantize_int8._MENDED_CHUNKS},
+        capability, quantize_int8._WARPS,
     )  # fmt: skip
     if values == "fp8e4nv":
         sizes = {"COLUMNS": quantize_int8._CHOSEN_COLUMNS, "ROWS": quantize_int8._CHOSEN_ROWS}
@@ -105,8 +106,10 @@ def test_quantisation(capability: tuple[int, int], head_dim: int) -> None:
         assert choose.spilled_bytes == 0
     for usage in (sums, finish, keys, of_values, mend, queries):
         assert usage.spilled_bytes == 0
-    for usage in (sums, keys, of_values, queries):
-        assert "ld.global.v4.b32" in usage.ptx, "16-byte loads"
+    assert "ld.global.v4.b32" in sums.ptx, "16-byte loads"
+    for usage in (keys, of_values, queries):
+        assert re.search(r"cp.async.cg.shared.global \[[^]]*\], \[[^]]*\], 0x10,", usage.ptx), "16-byte copies"
+        assert "st.global.v4.b32" in usage.ptx, "16-byte stores"
 
 
 def compile_hopper_attention(head_dim: int, dtype: torch.dtype) -> Usage:

@@ -40,9 +40,11 @@ _MOST_CHUNKS = 64
 _CHOSEN_COLUMNS = 32
 _CHOSEN_ROWS = 32
 _CHOSEN_WARPS = 8
-# Columns of a program of `_mend_means`, and blocks that it reads at a time.
+# Columns of a program of `_mend_means`, and chunks that it reads at a time.
 _MENDED_COLUMNS = 32
-_MENDED_BLOCKS = 64
+_MENDED_CHUNKS = 64
+# Blocks that a program of the second pass rounds, one after the other.
+BLOCKS_OF_PROGRAM = 4
 
 _ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: a float of this size has no fraction
 _ROUNDING_BITS = tl.constexpr(0x4B400000)
@@ -53,6 +55,7 @@ _K_BLOCK = tl.constexpr(K_BLOCK)
 _K_SAMPLE = tl.constexpr(K_SAMPLE)
 _SUM_ROWS = tl.constexpr(16)  # of values that a program of the first pass reads at a time
 _V_ROWS = tl.constexpr(32)  # that a program rounds at a time
+_STAGES = tl.constexpr(2)  # of loads
 
 
 class Keys8(NamedTuple):
@@ -116,13 +119,25 @@ def _rows(source, batch, head, rows, end, stride_b, stride_s, stride_h, D: tl.co
 
 
 @triton.jit
-def _rotated(x, matrix, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows, in their own dtype, to rotated ones in float32: WIDTH channels at a time."""
+def _matrix(matrix, WIDTH: tl.constexpr):
     at = tl.arange(0, WIDTH)
-    by = tl.load(matrix + at[:, None] * WIDTH + at[None, :])
-    # Products with 1 and -1, summed up in float32.
-    parts = tl.dot(x.reshape([x.shape[0] * (BLOCK_D // WIDTH), WIDTH]), by, input_precision="ieee")
-    return parts.reshape([x.shape[0], BLOCK_D]) * (WIDTH**-0.5)
+    return tl.load(matrix + at[:, None] * WIDTH + at[None, :])
+
+
+@triton.jit
+def _rotated(x, by, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows, in their own dtype, to rotated ones in float32: WIDTH channels at a time.
+
+    Products with 1 and -1, summed up in float32. Tensor cores take 10 bits of a mantissa: float32 comes in two parts.
+    """
+    parts = x.reshape([x.shape[0] * (BLOCK_D // WIDTH), WIDTH])
+    if x.dtype == tl.float32:
+        upper = (parts.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        y = tl.dot(parts - upper, by, input_precision="tf32")
+        y = tl.dot(upper, by, y, input_precision="tf32")
+    else:
+        y = tl.dot(parts, by)
+    return y.reshape([x.shape[0], BLOCK_D]) * (WIDTH**-0.5)
 
 
 @triton.jit(
@@ -191,8 +206,7 @@ def _finish(
     source = partial + (of_head * chunks + chunk) * 4 * BLOCK_D + cols
     exists = chunk < chunks
     k_mean = tl.sum(tl.load(source, mask=exists, other=0.0), 0) / tl.maximum(sampled, 1).to(tl.float32)
-    at = tl.arange(0, WIDTH)
-    by = tl.load(matrix + at[:, None] * WIDTH + at[None, :]).to(tl.float32)
+    by = _matrix(matrix, WIDTH).to(tl.float32)
     rotated = tl.sum(k_mean.reshape([BLOCK_D // WIDTH, WIDTH, 1]) * by[None, :, :], 1) * (WIDTH**-0.5)
     v_mean = tl.sum(tl.load(source + BLOCK_D, mask=exists, other=0.0), 0) / count
     lowest = tl.min(tl.load(source + 2 * BLOCK_D, mask=exists, other=float("inf")), 0)
@@ -270,21 +284,23 @@ def _store_int8(x, scale, out, BLOCK_D: tl.constexpr):
 def _quantise_queries(
     q, q_lens, matrix, k_means, q_out, q_scales, means_of_scores, scale, rows_q, heads, kv_heads, padded_q,
     stride_qb, stride_qs, stride_qh,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One block of a head's queries."""
+    """Some blocks of a head's queries, the next one on its way while one is rotated."""
     stride_qb, stride_qs, stride_qh = _whole(stride_qb, VEC), _whole(stride_qs, VEC), _whole(stride_qh, VEC)
     batch = tl.program_id(1)
-    blocks = padded_q // _Q_BLOCK
-    head = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
+    chunks = tl.cdiv(padded_q // _Q_BLOCK, BLOCKS)
+    head = tl.program_id(0) // chunks
+    first = tl.program_id(0) % chunks * BLOCKS
     q_len = _length(q_lens, batch, rows_q)
-    if block * _Q_BLOCK < q_len:
-        own = tl.arange(0, _Q_BLOCK)
-        rows = _rows(q, batch, head, block * _Q_BLOCK + own, q_len, stride_qb, stride_qs, stride_qh, D, BLOCK_D)
-        x = _rotated(rows, matrix, BLOCK_D, WIDTH)
-        kv_head = batch * kv_heads + head // (heads // kv_heads)
-        k_mean = tl.load(k_means + kv_head * BLOCK_D + tl.arange(0, BLOCK_D))
+    own = tl.arange(0, _Q_BLOCK)
+    by = _matrix(matrix, WIDTH)
+    kv_head = batch * kv_heads + head // (heads // kv_heads)
+    k_mean = tl.load(k_means + kv_head * BLOCK_D + tl.arange(0, BLOCK_D))
+    for block in tl.range(first, tl.minimum(first + BLOCKS, tl.cdiv(q_len, _Q_BLOCK)), num_stages=_STAGES):
+        rows = own + block * _Q_BLOCK
+        x = _rows(q, batch, head, rows, q_len, stride_qb, stride_qs, stride_qh, D, BLOCK_D)
+        x = _rotated(x, by, BLOCK_D, WIDTH)
         at = (batch * heads + head).to(tl.int64) * padded_q + block * _Q_BLOCK
         tl.store(means_of_scores + at + own, tl.sum(x * k_mean[None, :], 1) * scale)
         q_scale = _scale_of(_largest_of_rows(x))
@@ -298,75 +314,79 @@ def _quantise_queries(
 )
 def _quantise_keys(
     k, kv_lens, matrix, k_means, k_out, k_scales, rows_k, kv_heads, padded_k, stride_kb, stride_ks, stride_kh,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One block of a head's keys."""
+    """Some blocks of a head's keys, the next one on its way while one is rotated."""
     stride_kb, stride_ks, stride_kh = _whole(stride_kb, VEC), _whole(stride_ks, VEC), _whole(stride_kh, VEC)
     batch = tl.program_id(1)
     blocks = padded_k // _K_BLOCK
-    head = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
+    chunks = tl.cdiv(blocks, BLOCKS)
+    head = tl.program_id(0) // chunks
+    first = tl.program_id(0) % chunks * BLOCKS
     of_head = batch * kv_heads + head
     kv_len = _length(kv_lens, batch, rows_k)
-    if block * _K_BLOCK < kv_len:
-        rows = block * _K_BLOCK + tl.arange(0, _K_BLOCK)
+    by = _matrix(matrix, WIDTH)
+    k_mean = tl.load(k_means + of_head * BLOCK_D + tl.arange(0, BLOCK_D))
+    for block in tl.range(first, tl.minimum(first + BLOCKS, tl.cdiv(kv_len, _K_BLOCK)), num_stages=_STAGES):
+        rows = tl.arange(0, _K_BLOCK) + block * _K_BLOCK
         keys = _rows(k, batch, head, rows, kv_len, stride_kb, stride_ks, stride_kh, D, BLOCK_D)
-        k_mean = tl.load(k_means + of_head * BLOCK_D + tl.arange(0, BLOCK_D))
-        x = _rotated(keys, matrix, BLOCK_D, WIDTH) - k_mean[None, :]
+        x = _rotated(keys, by, BLOCK_D, WIDTH) - k_mean[None, :]
         x = tl.where((rows < kv_len)[:, None], x, 0.0)
-        at = of_head.to(tl.int64) * padded_k + block * _K_BLOCK
         largest = _largest_of_rows(x)
         # The sum is 0, or NaN where a row's is.
         k_scale = _scale_of(tl.max(largest, 0) + tl.sum(largest * 0.0, 0))
         tl.store(k_scales + of_head * blocks + block, k_scale)
+        at = of_head.to(tl.int64) * padded_k + block * _K_BLOCK
         _store_int8(x, k_scale, k_out + at * BLOCK_D, BLOCK_D)
 
 
 @triton.jit(
-    do_not_specialize=("rows_k", "kv_heads", "padded_k", "stride_vb", "stride_vs", "stride_vh"),
+    do_not_specialize=("rows_k", "kv_heads", "blocks", "stride_vb", "stride_vs", "stride_vh"),
     do_not_specialize_on_alignment=("kv_lens",),
 )
 def _quantise_values(
-    v, kv_lens, v_scales, v_out, v_errors, rows_k, kv_heads, padded_k, stride_vb, stride_vs, stride_vh,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr, PERMUTED: tl.constexpr,
+    v, kv_lens, v_scales, v_out, v_errors, rows_k, kv_heads, blocks, stride_vb, stride_vs, stride_vh,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr, PERMUTED: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One block of a head's values.
+    """Some blocks of a head's values, the next rows on their way while some are rounded.
 
-    `v_errors` (B, Hk, Sk' / 128, D') gets the sum of what rounding took from a block's values, in units of their scale.
+    `v_errors` (B, Hk, chunks, D') gets the sum of what rounding took from them, in units of their scale.
     """
     stride_vb, stride_vs, stride_vh = _whole(stride_vb, VEC), _whole(stride_vs, VEC), _whole(stride_vh, VEC)
     batch = tl.program_id(1)
-    blocks = padded_k // _K_BLOCK
-    head = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
+    chunks = tl.cdiv(blocks, BLOCKS)
+    padded_k = tl.cast(blocks, tl.int64) * _K_BLOCK  # The compiler sees a multiple, and stores 16 bytes at once.
+    head = tl.program_id(0) // chunks
+    chunk = tl.program_id(0) % chunks
     of_head = batch * kv_heads + head
     kv_len = _length(kv_lens, batch, rows_k)
     cols = tl.arange(0, BLOCK_D)
-    if block * _K_BLOCK < kv_len:
-        v_scale = tl.load(v_scales + of_head * 2 * BLOCK_D + cols)
-        v_mean = tl.load(v_scales + (of_head * 2 + 1) * BLOCK_D + cols)
-        errors = tl.zeros([BLOCK_D], tl.float32)
-        # A whole block would spill.
-        for first in range(block * _K_BLOCK, (block + 1) * _K_BLOCK, _V_ROWS):
-            own = tl.arange(0, _V_ROWS)
-            if PERMUTED:  # in each 16: 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15
-                own = own // 16 * 16 + own // 2 % 2 * 8 + own % 16 // 4 * 2 + own % 2
-            rows = first + own
-            x = _rows(v, batch, head, rows, kv_len, stride_vb, stride_vs, stride_vh, D, BLOCK_D).to(tl.float32)
-            x = (x - v_mean[None, :]) * (1.0 / v_scale)[None, :]
-            x = tl.where((rows < kv_len)[:, None], tl.clamp(x, -_HIGHEST_VALUE, _HIGHEST_VALUE), 0.0)
-            rounded = x.to(v_out.dtype.element_ty)
-            errors += tl.sum(x - rounded.to(tl.float32), 0)
-            out = v_out + of_head.to(tl.int64) * BLOCK_D * padded_k + first
-            offsets = cols.to(tl.int64)[:, None] * padded_k + tl.arange(0, _V_ROWS)[None, :]
-            tl.store(out + offsets, tl.trans(rounded))
-        tl.store(v_errors + (of_head * blocks + block) * BLOCK_D + cols, errors)
+    own = tl.arange(0, _V_ROWS)
+    if PERMUTED:  # in each 16: 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15
+        own = own // 16 * 16 + own // 2 % 2 * 8 + own % 16 // 4 * 2 + own % 2
+    factor = 1.0 / tl.load(v_scales + of_head * 2 * BLOCK_D + cols)[None, :]
+    v_mean = tl.load(v_scales + (of_head * 2 + 1) * BLOCK_D + cols)[None, :]
+    out = v_out + of_head * BLOCK_D * padded_k
+    out += cols[:, None] * padded_k + tl.arange(0, _V_ROWS)[None, :]
+    errors = tl.zeros([_V_ROWS, BLOCK_D], tl.float32)
+    start = chunk * BLOCKS * _K_BLOCK
+    end = tl.minimum(start + BLOCKS * _K_BLOCK, tl.cdiv(kv_len, _K_BLOCK) * _K_BLOCK)
+    for first in tl.range(start, end, _V_ROWS, num_stages=_STAGES):
+        rows = first + own
+        x = _rows(v, batch, head, rows, kv_len, stride_vb, stride_vs, stride_vh, D, BLOCK_D).to(tl.float32)
+        x = tl.clamp((x - v_mean) * factor, -_HIGHEST_VALUE, _HIGHEST_VALUE)
+        x = tl.where((rows < kv_len)[:, None], x, 0.0)
+        rounded = x.to(v_out.dtype.element_ty)
+        errors += x - rounded.to(tl.float32)
+        tl.store(out + first, tl.trans(rounded))
+    if start < end:
+        tl.store(v_errors + (of_head * chunks + chunk) * BLOCK_D + cols, tl.sum(errors, 0))
 
 
-@triton.jit(do_not_specialize=("rows_k", "kv_heads", "blocks"), do_not_specialize_on_alignment=("kv_lens",))
+@triton.jit(do_not_specialize=("rows_k", "kv_heads", "chunks"), do_not_specialize_on_alignment=("kv_lens",))
 def _mend_means(
-    v_errors, v_scales, kv_lens, rows_k, kv_heads, blocks, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    v_errors, v_scales, kv_lens, rows_k, kv_heads, chunks, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Add a head's `v_errors` to the values' means: some of its columns.
 
@@ -376,13 +396,13 @@ def _mend_means(
     of_head = tl.program_id(0)
     kv_len = _length(kv_lens, of_head // kv_heads, rows_k)
     cols = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    own = tl.arange(0, BLOCKS)
-    written = tl.cdiv(kv_len, _K_BLOCK)
+    own = tl.arange(0, CHUNKS)
+    written = tl.cdiv(kv_len, BLOCKS * _K_BLOCK)
     total = tl.zeros([COLUMNS], tl.float32)
-    for first in range(0, written, BLOCKS):
-        block = first + own
-        source = v_errors + (of_head * blocks + block)[:, None] * BLOCK_D + cols[None, :]
-        total += tl.sum(tl.load(source, mask=(block < written)[:, None], other=0.0), 0)
+    for first in range(0, written, CHUNKS):
+        chunk = first + own
+        source = v_errors + (of_head * chunks + chunk)[:, None] * BLOCK_D + cols[None, :]
+        total += tl.sum(tl.load(source, mask=(chunk < written)[:, None], other=0.0), 0)
     scale = v_scales + of_head * 2 * BLOCK_D + cols
     mean = scale + BLOCK_D
     count = tl.maximum(kv_len, 1).to(tl.float32)
@@ -469,10 +489,22 @@ def _launchers_of_keys(
         Launcher(_sums, device, **shape),
         Launcher(_finish, device, BLOCK_D=block_d, WIDTH=width, MOST_CHUNKS=_MOST_CHUNKS, num_warps=_FINISHING_WARPS),
         Launcher(_choose_scales, device, **tiles, **shape | {"num_warps": _CHOSEN_WARPS}),
-        Launcher(_quantise_keys, device, WIDTH=width, **shape | {"num_warps": rotating_warps(K_BLOCK, block_d)}),
-        Launcher(_quantise_values, device, PERMUTED=permuted, **shape),
         Launcher(
-            _mend_means, device, BLOCK_D=block_d, COLUMNS=_MENDED_COLUMNS, BLOCKS=_MENDED_BLOCKS, num_warps=_WARPS
+            _quantise_keys,
+            device,
+            WIDTH=width,
+            BLOCKS=BLOCKS_OF_PROGRAM,
+            **shape | {"num_warps": rotating_warps(K_BLOCK, block_d)},
+        ),
+        Launcher(_quantise_values, device, PERMUTED=permuted, BLOCKS=BLOCKS_OF_PROGRAM, **shape),
+        Launcher(
+            _mend_means,
+            device,
+            BLOCK_D=block_d,
+            COLUMNS=_MENDED_COLUMNS,
+            CHUNKS=_MENDED_CHUNKS,
+            BLOCKS=BLOCKS_OF_PROGRAM,
+            num_warps=_WARPS,
         ),
     )
 
@@ -481,6 +513,7 @@ def _launchers_of_keys(
 def _launcher_of_queries(device: torch.device, head_dim: int, vec: int, dtype: torch.dtype, q_lens: bool) -> Launcher:
     block_d = padded_head_dim(head_dim)
     sizes = {"D": head_dim, "BLOCK_D": block_d, "WIDTH": rotation_width(head_dim), "VEC": vec}
+    sizes["BLOCKS"] = BLOCKS_OF_PROGRAM
     return Launcher(_quantise_queries, device, **sizes, num_warps=rotating_warps(Q_BLOCK, block_d))
 
 
@@ -508,17 +541,17 @@ def quantise_keys(
         plan.choose(
             (batch * kv_heads, d // _CHOSEN_COLUMNS, 1), v, kv_lens, out.v_scales, rows_k, kv_heads, *plan.strides[3:]
         )  # fmt: skip
-    blocks = padded // K_BLOCK
-    grid = (blocks * kv_heads, batch, 1)
+    chunks = triton.cdiv(padded // K_BLOCK, BLOCKS_OF_PROGRAM)
+    grid = (chunks * kv_heads, batch, 1)
     plan.quantise_keys(
         grid, k, kv_lens, matrix, out.k_means, out.k, out.k_scales, rows_k, kv_heads, padded, *plan.strides[:3]
     )
-    errors = torch.empty((batch, kv_heads, blocks, d), dtype=torch.float32, device=k.device)
+    errors = torch.empty((batch, kv_heads, chunks, d), dtype=torch.float32, device=k.device)
     plan.quantise_values(
-        grid, v, kv_lens, out.v_scales, out.v, errors, rows_k, kv_heads, padded, *plan.strides[3:]
+        grid, v, kv_lens, out.v_scales, out.v, errors, rows_k, kv_heads, padded // K_BLOCK, *plan.strides[3:]
     )  # fmt: skip
     plan.mend(
-        (batch * kv_heads, d // _MENDED_COLUMNS, 1), errors, out.v_scales, kv_lens, rows_k, kv_heads, blocks
+        (batch * kv_heads, d // _MENDED_COLUMNS, 1), errors, out.v_scales, kv_lens, rows_k, kv_heads, chunks
     )  # fmt: skip
 
 
@@ -536,7 +569,7 @@ def quantise_queries(q: torch.Tensor, k_means: torch.Tensor, q_lens: torch.Tenso
     matrix = rotation(rotation_width(head_dim), q.dtype, q.device)
     launcher = _launcher_of_queries(q.device, head_dim, vec, q.dtype, q_lens is not None)
     launcher(
-        (padded // Q_BLOCK * heads, batch, 1), q, q_lens, matrix, k_means, *out, scale, rows_q, heads, kv_heads, padded,
-        *strides,
+        (triton.cdiv(padded // Q_BLOCK, BLOCKS_OF_PROGRAM) * heads, batch, 1), q, q_lens, matrix, k_means, *out, scale,
+        rows_q, heads, kv_heads, padded, *strides,
     )  # fmt: skip
     return out
