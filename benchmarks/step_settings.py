@@ -52,17 +52,22 @@ class Setting:
     compiled: bool = False
 
     @property
-    def compiles(self) -> bool:
-        return self.compiled or bool((self.options or {}).get("compile"))
+    def is_of_one_size(self) -> bool:
+        """Whether only steps of the full size warm it up."""
+        options = self.options or {}
+        return self.compiled or bool(options.get("compile") or options.get("graphs"))
 
 
 SETTINGS = (
     Setting(STOCK, None),
     Setting("diffusers compiled", None, compiled=True),
     Setting("exact", {}),
+    Setting("exact, graphs", {"graphs": True}),
     Setting("exact compiled", {"compile": True}),
+    Setting("exact compiled, graphs", {"compile": True, "graphs": True}),
     Setting("exact compiled, cache", {"compile": True, "cache": 0.08}),
     Setting("fp8 linears compiled", {"compile": True, "linears": FP8}),
+    Setting("fp8 linears compiled, graphs", {"compile": True, "linears": FP8, "graphs": True}),
     Setting("int8 attention", {"attention": "int8"}),
     Setting("int8 attention, fp8 linears compiled", {"compile": True, "linears": FP8, "attention": "int8"}),
     Setting(
@@ -177,12 +182,13 @@ def main() -> int:
 
 def measure(model: Model, setting: Setting, device: torch.device) -> Measured:
     """Install, warm up, run all steps, remove. What compiles is warmed up by two steps of full size, for a cache that
-    reuses a step runs other code than in one that it computes; the others by a tiny one.
+    reuses a step runs other code than in one that it computes, and graphs are recorded in the second; the others by a
+    tiny one.
     """
     handle = _installed(model, setting)
     try:
         start = time.perf_counter()
-        _run(model, model.steps[:2] if setting.compiles else [model.small])
+        _run(model, model.steps[:2] if setting.is_of_one_size else [model.small])
         _synchronize(device)
         warmup = time.perf_counter() - start
         if device.type == "cuda":
