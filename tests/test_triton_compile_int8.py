@@ -69,8 +69,8 @@ def test_quantisation(capability: tuple[int, int], head_dim: int) -> None:
     )
     finish = compile_kernel(
         quantize_int8._finish, dict.fromkeys(("partial", "k_means", "v_scales"), "*fp32") | lens | {"matrix": "*bf16"},
-        width | {"BLOCK_D": head_dim, "MOST_CHUNKS": quantize_int8._MOST_CHUNKS}, capability,
-        quantize_int8._FINISHING_WARPS,
+        width | {"BLOCK_D": head_dim, "COLUMNS": quantize_int8._FINISHED_COLUMNS, "MOST_CHUNKS": quantize_int8._MOST_CHUNKS},
+        capability, quantize_int8._WARPS,
     )  # fmt: skip
     outputs = {
         "q_out": "*i8",

@@ -1,7 +1,8 @@
 """The 8-bit attention kernel for Hopper (sm90), written in Gluon: int8 scores, e4m3 weights and values.
 
 Its input is what `quantize_int8` writes. In each program one producer feeds consumer warpgroups of 64 query rows from a
-ring of tiles of keys and values in shared memory (TMA, two mbarriers per slot). What is particular to 8 bits:
+ring of tiles of keys and values in shared memory (TMA; per slot an mbarrier, and a barrier of the hardware). What is
+particular to 8 bits:
 
 - The accumulator of the scores starts at the bits of 1.5 * 2^23, so that the integers that come out are, read as
   floats, 1.5 * 2^23 + score: no conversion, and the offset cancels inside the multiply-add before the exponential. The
@@ -51,13 +52,12 @@ from .hopper_parts import (
     _integer,
     _key_span,
     _load_queries,
+    _one,
     _park,
     _pointer,
     _queries_empty,
-    _release,
     _thread_barrier,
     _turns,
-    _wait_full,
     _write_empty_rows,
     _write_rows,
 )
@@ -180,12 +180,52 @@ def _place(parameters, i, CONSUMERS: gl.constexpr):
 
 
 @gluon.jit
+def _slot(turn, STAGES: gl.constexpr):
+    """turn % STAGES. No turn is negative, which the compiler does not know: it takes four instructions."""
+    gl.static_assert(STAGES & (STAGES - 1) == 0)
+    return turn & (STAGES - 1)
+
+
+@gluon.jit
+def _wait_full(barriers, turn, STAGES: gl.constexpr):
+    mbarrier.wait(barriers.index(_slot(turn, STAGES)), (turn // STAGES) & 1)
+
+
+def _named(operation: str) -> str:
+    """One of the hardware's barriers, of which each slot of the ring has one, if $2 is not 0."""
+    return (
+        f"{{ .reg .pred p; setp.ne.s32 p, $2, 0; @p barrier.{operation} $1, {CONSUMERS * 128 + 32}; mov.b32 $0, $1; }}"
+    )
+
+
+_ARRIVE = gl.constexpr(_named("arrive"))
+_SYNC = gl.constexpr(_named("sync"))
+_FIRST_BARRIER = gl.constexpr(10)  # those below are Triton's
+
+
+@gluon.jit
+def _at_barrier(slot, wanted, asm: gl.constexpr):
+    """For all threads of a partition, at the barrier of a slot."""
+    one: gl.constexpr = _one(gl.num_warps())
+    barrier = gl.full([1], _FIRST_BARRIER, gl.int32, one) + slot
+    pred = gl.full([1], 0, gl.int32, one) + wanted.to(gl.int32)
+    gl.inline_asm_elementwise(asm, "=r,r,r", [barrier, pred], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _free(slot):
+    """A warp of a consumer no longer reads a slot. At an mbarrier one thread would arrive for all, after the warps have
+    waited for each other."""
+    _at_barrier(slot, gl.to_tensor(1), _ARRIVE)
+
+
+@gluon.jit
 def _load_block(k, v, keys, values, barriers, turn, batch, head, row, STAGES: gl.constexpr):
-    mbarrier.wait(barriers.index(STAGES + turn % STAGES), (turn // STAGES + 1) & 1, pred=turn >= STAGES)
-    full = barriers.index(turn % STAGES)
+    _at_barrier(_slot(turn, STAGES), turn >= STAGES, _SYNC)
+    full = barriers.index(_slot(turn, STAGES))
     mbarrier.expect(full, k.block_type.nbytes + v.block_type.nbytes)
-    _async_load(k, [batch, head, row, 0], full, keys.index(turn % STAGES))
-    _async_load(v, [batch, head, 0, row], full, values.index(turn % STAGES))
+    _async_load(k, [batch, head, row, 0], full, keys.index(_slot(turn, STAGES)))
+    _async_load(v, [batch, head, 0, row], full, values.index(_slot(turn, STAGES)))
 
 
 @gluon.jit
@@ -241,46 +281,52 @@ def _attend(
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=4)
     last = (kv_len - 1) // KEYS
     end = turn + last
+    slot = _slot(turn, STAGES)
+    ahead = gl.minimum(turn + 1, end)  # the turn that is waited for: that of the next scores
+    next_slot = _slot(ahead, STAGES)
     factor = q_factor * gl.load(k_scales + last * KEYS // _K_BLOCK)
     k_scale = gl.load(k_scales)
     _wait_full(barriers, turn, STAGES)
-    s = warpgroup_mma_wait(0, deps=(_scores(q, keys.index(turn % STAGES), S, KEYS, D),))
-    _wait_full(barriers, gl.minimum(turn + 1, end), STAGES)
-    scores = _scores(q, keys.index(gl.minimum(turn + 1, end) % STAGES), S, KEYS, D)
+    s = warpgroup_mma_wait(0, deps=(_scores(q, keys.index(slot), S, KEYS, D),))
+    _wait_full(barriers, ahead, STAGES)
+    scores = _scores(q, keys.index(next_slot), S, KEYS, D)
     exists = _exists(kv_len, S, KEYS)
     lowest = gl.full([_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
     m_i = _maximum(gl.where(exists, s, _LOWEST_SCORE), lowest, factor)
     p, l_i = _weights(_masked(_exponents(s, m_i, factor), exists), P)
-    product = _product(p, values.index(turn % STAGES), OUT, KEYS, D)
+    product = _product(p, values.index(slot), OUT, KEYS, D)
     s = warpgroup_mma_wait(1, deps=(scores,))
     factor = q_factor * k_scale
     m_next = _maximum(s, m_i, factor)
-    _wait_full(barriers, gl.minimum(turn + 2, end), STAGES)
+    ahead = gl.minimum(ahead + 1, end)
+    _wait_full(barriers, ahead, STAGES)
     done, m_next = warpgroup_mma_wait(0, deps=(product, m_next))
-    _release(barriers, turn, STAGES)
+    _free(slot)
     acc = gl.zeros([_ROWS, D], gl.float32, OUT)
     alpha = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, S))
 
     for block in range(last):
         acc = _added(acc, alpha, done)
-        k_scale = gl.load(k_scales + gl.minimum(block + 1, last) * KEYS // _K_BLOCK)
+        k_scale = gl.load(k_scales + (block + 1) * KEYS // _K_BLOCK)
         alpha = gl.exp2(m_i - m_next)
         m_i = m_next
         p, sums = _weights(_exponents(s, m_i, factor), P)
         l_i = _added(l_i, alpha, sums)
-        turn += 1
-        scores = _scores(q, keys.index(gl.minimum(turn + 1, end) % STAGES), S, KEYS, D)
-        product = _product(p, values.index(turn % STAGES), OUT, KEYS, D)
+        slot = next_slot
+        next_slot = _slot(ahead, STAGES)
+        scores = _scores(q, keys.index(next_slot), S, KEYS, D)
+        product = _product(p, values.index(slot), OUT, KEYS, D)
         s = warpgroup_mma_wait(1, deps=(scores,))
         factor = q_factor * k_scale
         m_next = _maximum(s, m_i, factor)
         # The wait for the next keys stands here since the assembler moves the wait for the product up to the last
         # branch: without one in between, the maximum would come after it.
-        _wait_full(barriers, gl.minimum(turn + 2, end), STAGES)
+        ahead = gl.minimum(ahead + 1, end)
+        _wait_full(barriers, ahead, STAGES)
         done, m_next = warpgroup_mma_wait(0, deps=(product, m_next))
-        _release(barriers, turn, STAGES)
+        _free(slot)
     acc = _added(acc, alpha, done)
-    return acc, m_i, gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, S)), turn + 1
+    return acc, m_i, gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, S)), end + 1
 
 
 @gluon.jit
@@ -333,7 +379,7 @@ def _consumer(
         else:
             for _ in range((kv_len + KEYS - 1) // KEYS):
                 _wait_full(barriers, turn, STAGES)
-                _release(barriers, turn, STAGES)
+                _free(_slot(turn, STAGES))
                 turn += 1
             mbarrier.arrive(_queries_empty(barriers, i, STAGES, Q_STAGES))
             if stored > 0:
@@ -360,9 +406,8 @@ def _hopper_attention_int8(
     stage_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_ROWS, D], out.dtype.element_ty)
     stages = gl.allocate_shared_memory(out.dtype.element_ty, [CONSUMERS, _ROWS, D], stage_layout)
     barriers = gl.allocate_shared_memory(gl.int64, [2 * (STAGES + Q_STAGES), 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
+    for i in gl.static_range(STAGES):  # Of the keys' "empty" barriers, whose places stay free, see `_free`.
         mbarrier.init(barriers.index(i), count=1)
-        mbarrier.init(barriers.index(STAGES + i), count=CONSUMERS)
     for i in gl.static_range(Q_STAGES):
         mbarrier.init(barriers.index(2 * STAGES + i), count=CONSUMERS)
         mbarrier.init(barriers.index(2 * STAGES + Q_STAGES + i), count=CONSUMERS)

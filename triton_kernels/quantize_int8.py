@@ -33,9 +33,10 @@ from .launch import Launcher
 # Queries are padded to whole tiles of the kernels that read them.
 _PAD_Q = 128
 _WARPS = 4
-_FINISHING_WARPS = 8
 # Rows of a program of the first pass: at most so many partial sums of a head, which every program of `_finish` adds up.
 _MOST_CHUNKS = 64
+# Columns of a program of `_finish`.
+_FINISHED_COLUMNS = 32
 # Columns and rows of a program of `_choose_scales`.
 _CHOSEN_COLUMNS = 32
 _CHOSEN_ROWS = 32
@@ -53,7 +54,7 @@ _HIGHEST_VALUE = tl.constexpr(HIGHEST_E4M3)
 _Q_BLOCK = tl.constexpr(Q_BLOCK)
 _K_BLOCK = tl.constexpr(K_BLOCK)
 _K_SAMPLE = tl.constexpr(K_SAMPLE)
-_SUM_ROWS = tl.constexpr(16)  # of values that a program of the first pass reads at a time
+_SUM_ROWS = tl.constexpr(32)  # of values that a program of the first pass reads at a time
 _V_ROWS = tl.constexpr(32)  # that a program rounds at a time
 _STAGES = tl.constexpr(2)  # of loads
 
@@ -194,28 +195,34 @@ def _sums(
 @triton.jit(do_not_specialize=("rows_k", "kv_heads", "chunks"), do_not_specialize_on_alignment=("kv_lens",))
 def _finish(
     partial, matrix, k_means, v_scales, kv_lens, rows_k, kv_heads, chunks, BLOCK_D: tl.constexpr,
-    WIDTH: tl.constexpr, MOST_CHUNKS: tl.constexpr,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, MOST_CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """A head's `partial` to the keys' mean, rotated, (B, Hk, D') and the values' scale and mean (B, Hk, 2, D')."""
+    """A head's `partial` to the keys' mean, rotated, (B, Hk, D') and the values' scale and mean (B, Hk, 2, D'): some of
+    its columns."""
     of_head = tl.program_id(0)
     kv_len = _length(kv_lens, of_head // kv_heads, rows_k)
-    count = tl.maximum(kv_len, 1).to(tl.float32)
-    sampled = kv_len // _K_BLOCK * _K_SAMPLE + tl.minimum(kv_len % _K_BLOCK, _K_SAMPLE)
-    cols = tl.arange(0, BLOCK_D)[None, :]
+    first = tl.program_id(1) * COLUMNS
     chunk = tl.arange(0, MOST_CHUNKS)[:, None]
-    source = partial + (of_head * chunks + chunk) * 4 * BLOCK_D + cols
+    source = partial + (of_head * chunks + chunk) * 4 * BLOCK_D
     exists = chunk < chunks
-    k_mean = tl.sum(tl.load(source, mask=exists, other=0.0), 0) / tl.maximum(sampled, 1).to(tl.float32)
-    by = _matrix(matrix, WIDTH).to(tl.float32)
-    rotated = tl.sum(k_mean.reshape([BLOCK_D // WIDTH, WIDTH, 1]) * by[None, :, :], 1) * (WIDTH**-0.5)
-    v_mean = tl.sum(tl.load(source + BLOCK_D, mask=exists, other=0.0), 0) / count
+
+    # A rotated column is made of all columns of its part.
+    at = tl.arange(0, WIDTH)
+    sums = tl.sum(tl.load(source + first // WIDTH * WIDTH + at[None, :], mask=exists, other=0.0), 0)
+    sampled = kv_len // _K_BLOCK * _K_SAMPLE + tl.minimum(kv_len % _K_BLOCK, _K_SAMPLE)
+    k_mean = sums / tl.maximum(sampled, 1).to(tl.float32)
+    by = tl.load(matrix + at[:, None] * WIDTH + first % WIDTH + tl.arange(0, COLUMNS)[None, :]).to(tl.float32)
+    cols = first + tl.arange(0, COLUMNS)
+    tl.store(k_means + of_head * BLOCK_D + cols, tl.sum(k_mean[:, None] * by, 0) * (WIDTH**-0.5))
+
+    source += cols[None, :]
+    v_mean = tl.sum(tl.load(source + BLOCK_D, mask=exists, other=0.0), 0) / tl.maximum(kv_len, 1).to(tl.float32)
     lowest = tl.min(tl.load(source + 2 * BLOCK_D, mask=exists, other=float("inf")), 0)
     highest = tl.max(tl.load(source + 3 * BLOCK_D, mask=exists, other=float("-inf")), 0)
     largest = tl.maximum(highest - v_mean, v_mean - lowest)
-    out = tl.arange(0, BLOCK_D)
-    tl.store(k_means + of_head * BLOCK_D + out, rotated.reshape([BLOCK_D]))
-    tl.store(v_scales + of_head * 2 * BLOCK_D + out, tl.where(largest > 0.0, largest / _HIGHEST_VALUE, 1.0))
-    tl.store(v_scales + (of_head * 2 + 1) * BLOCK_D + out, v_mean)
+    out = v_scales + of_head * 2 * BLOCK_D + cols
+    tl.store(out, tl.where(largest > 0.0, largest / _HIGHEST_VALUE, 1.0))
+    tl.store(out + BLOCK_D, v_mean)
 
 
 @triton.jit(
@@ -487,7 +494,15 @@ def _launchers_of_keys(
     tiles = {"COLUMNS": _CHOSEN_COLUMNS, "ROWS": _CHOSEN_ROWS, "SAMPLE": SCALES_FROM, "TRIED": SCALES_TRIED}
     return (
         Launcher(_sums, device, **shape),
-        Launcher(_finish, device, BLOCK_D=block_d, WIDTH=width, MOST_CHUNKS=_MOST_CHUNKS, num_warps=_FINISHING_WARPS),
+        Launcher(
+            _finish,
+            device,
+            BLOCK_D=block_d,
+            WIDTH=width,
+            COLUMNS=_FINISHED_COLUMNS,
+            MOST_CHUNKS=_MOST_CHUNKS,
+            num_warps=_WARPS,
+        ),
         Launcher(_choose_scales, device, **tiles, **shape | {"num_warps": _CHOSEN_WARPS}),
         Launcher(
             _quantise_keys,
@@ -535,7 +550,15 @@ def quantise_keys(
     )  # fmt: skip
     matrix = rotation(rotation_width(k.shape[3]), k.dtype, k.device)
     plan.finish(
-        (batch * kv_heads, 1, 1), partial, matrix, out.k_means, out.v_scales, kv_lens, rows_k, kv_heads, plan.chunks
+        (batch * kv_heads, d // _FINISHED_COLUMNS, 1),
+        partial,
+        matrix,
+        out.k_means,
+        out.v_scales,
+        kv_lens,
+        rows_k,
+        kv_heads,
+        plan.chunks,
     )
     if out.v.dtype == torch.float8_e4m3fn:
         plan.choose(
