@@ -12,12 +12,14 @@ from torch import Tensor
 
 from para_kernels import ops8
 from para_kernels.attention8 import flash_attention_int8, int8_faster_from, selected_kernel_int8
+from para_kernels.triton_kernels import format8
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # On normal data the output is a sum of random signs, and the rounding to e4m3 (3 bits of mantissa) stays: 2.6 % of the
 # weights in the mean square, 2.1 % of the values, whose mean is right; and 1 % of queries and keys in int8. That is 3.5 %.
 NORMAL = 3.9e-2
+BESIDE_A_LARGE_CHANNEL = 8e-2
 POISON = float("nan")
 
 
@@ -78,11 +80,42 @@ def test_the_scale_of_values_is_the_best_within_an_octave() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_heavy_tails(device: str) -> None:
-    """Student's t of three degrees: one outlier takes its row's int8 range, or that of its block of keys."""
-    q, k, v = inputs()
+    """Student's t of three degrees: in the channels as they are, one outlier takes its row's int8 range, or that of its
+    block of keys, and the error is 7e-2."""
+    q, k, v = inputs(1000, 1500)
     student = torch.distributions.StudentT(torch.tensor(3.0))
     q, k, v = (student.sample(x.shape).to(device) for x in (q, k, v))
-    assert 2e-2 <= error(flash_attention_int8(q, k, v), attention_batch(q, k, v)[0]) <= 0.12
+    assert 2e-2 <= error(flash_attention_int8(q, k, v), attention_batch(q, k, v)[0]) <= 4e-2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("head_dim", [40, 128, 256])
+def test_a_channel_that_outweighs_the_others(head_dim: int, device: str) -> None:
+    """As trained models have: rotated, it is shared out over all of them."""
+    q, k, v = inputs(head_dim=head_dim, device=device)
+    q[..., 3] /= 40.0
+    k[..., 3] *= 40.0
+    assert error(flash_attention_int8(q, k, v), attention_batch(q, k, v)[0]) <= BESIDE_A_LARGE_CHANNEL
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_rotation_is_orthogonal_and_always_the_same(width: int, dtype: torch.dtype) -> None:
+    matrix = format8.rotation(width, dtype, torch.device("cpu")).double()
+    assert torch.equal(matrix.abs(), torch.ones(width, width))
+    assert torch.equal(matrix @ matrix.T, width * torch.eye(width))
+    assert 0.3 < (matrix[:, 0] == 1).double().mean() < 0.7, "signs at random"
+    format8.rotation.cache_clear()
+    assert torch.equal(format8.rotation(width, dtype, torch.device("cpu")).double(), matrix)
+
+
+@pytest.mark.parametrize("head_dim", [1, 40, 64, 72, 128, 200, 256])
+def test_rotated_rows_keep_their_products(head_dim: int) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 50, 3, head_dim)
+    products = (ops8.rotated(x) * ops8.rotated(y)).sum(-1)
+    torch.testing.assert_close(products, (x * y).sum(-1), rtol=1e-4, atol=1e-4)
+    assert ops8.rotated(x).shape[-1] == format8.padded_head_dim(head_dim)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -38,6 +38,36 @@ def power(rows: Sequence[Row]) -> str:
     return markdown_table(["kernel, without pause", "ms per call", "MHz", "W"], body, rows)
 
 
+def slots(rows: Sequence[Row]) -> str:
+    """The attention kernel alone, one call behind the other."""
+    body = [
+        [
+            row["kernel"],
+            f"{row['shape']['S']:,}",
+            " and ".join(f"{ms:.2f}" for ms in row["notes"]["runs_ms"]),
+            rounded(row["notes"]["clock_mhz"], 0),
+            rounded(row["notes"]["power_w"], 0),
+        ]
+        for row in rows
+    ]
+    return markdown_table(["kernel, without pause", "tokens", "ms per call", "MHz", "W"], body, rows)
+
+
+def quantisation(rows: Sequence[Row]) -> str:
+    """By kernel."""
+    names = list(rows[0]["notes"]["us"])
+    body = [
+        [
+            row["kernel"],
+            f"{row['shape']['S']:,}",
+            *(str(row["notes"]["us"][name]) for name in names),
+            f"{row['median_ms']:.2f} ms",
+        ]
+        for row in rows
+    ]
+    return markdown_table(["second pass", "tokens", *(f"{name}, us" for name in names), "together"], body, rows)
+
+
 def clocks(rows: Sequence[Row]) -> str:
     """By Nsight Compute."""
     body = [

@@ -54,6 +54,18 @@ def ranks_of_steps(rows: Sequence[Row]) -> str:
     return markdown_table([f"way, {ranks} GPUs", "ms per step", "against one GPU", "split"], body, rows)
 
 
+def where(rows: Sequence[Row]) -> str:
+    """Where the time of a step goes, on one GPU and on two."""
+    body = [
+        [
+            row["kernel"],
+            *(f"{ms:.1f}" for ms in (row["notes"]["one_gpu_ms"], row["median_ms"], row["notes"]["rank_1_ms"])),
+        ]
+        for row in rows
+    ]
+    return markdown_table(["work, ms", "one GPU", "the first of two", "the second"], body, rows)
+
+
 def vae(rows: Sequence[Row]) -> str:
     body = []
     for row in rows:
