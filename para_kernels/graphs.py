@@ -62,6 +62,7 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._device_index = torch.cuda.current_device() if device.index is None else device.index
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -71,9 +72,11 @@ class CudaCapture:
         """In the stream of the recordings, ordered after and before the current one."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            yield
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            current.wait_stream(self._stream)
 
     def begin(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
@@ -90,9 +93,14 @@ class CudaCapture:
 
     def abandon(self) -> None:
         graph, self._graph = self._graph, None
-        if graph is not None:
-            with contextlib.suppress(RuntimeError):  # The error that ended the capture is raised once more.
-                graph.capture_end()
+        if graph is None:
+            return
+        try:
+            graph.capture_end()
+        except RuntimeError:  # The error that ended the capture once more, before the allocator was told of its end.
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self._device_index, self._pool)
+                torch._C._cuda_releasePool(self._device_index, self._pool)
 
     def borrowed(self, tensor: Tensor) -> Tensor:
         assert ops._C is not None
@@ -178,7 +186,7 @@ class _Recording:
 
     def outside(self, function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], out: Tensor) -> Tensor:
         borrowed = self._capture.borrowed
-        call = _Call(function, tuple(None if x is None else borrowed(x) for x in inputs), borrowed(out))
+        call = _CallOutside(function, tuple(None if x is None else borrowed(x) for x in inputs), borrowed(out))
         self.end_graph()
         self._recorded.add_call(call)
         with _active(None):
@@ -187,7 +195,7 @@ class _Recording:
         return out
 
 
-class _Call:
+class _CallOutside:
     def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], out: Tensor) -> None:
         self._function, self._inputs, self._out = function, inputs, out
 

@@ -84,15 +84,15 @@ def test_heavy_tails(device: str) -> None:
     block of keys, and the error is 7e-2."""
     q, k, v = inputs(1000, 1500)
     student = torch.distributions.StudentT(torch.tensor(3.0))
-    q, k, v = (student.sample(x.shape).to(device) for x in (q, k, v))
-    assert 2e-2 <= error(flash_attention_int8(q, k, v), attention_batch(q, k, v)[0]) <= 4e-2
+    q, k, v = (student.sample(x.shape).to(device, torch.bfloat16) for x in (q, k, v))
+    assert 2e-2 <= error(flash_attention_int8(q, k, v), attention_batch(q, k, v)[0]) <= 4.8e-2
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("head_dim", [40, 128, 256])
 def test_a_channel_that_outweighs_the_others(head_dim: int, device: str) -> None:
     """As trained models have: rotated, it is shared out over all of them."""
-    q, k, v = inputs(head_dim=head_dim, device=device)
+    q, k, v = inputs(head_dim=head_dim, dtype=torch.bfloat16, device=device)
     q[..., 3] /= 40.0
     k[..., 3] *= 40.0
     assert error(flash_attention_int8(q, k, v), attention_batch(q, k, v)[0]) <= BESIDE_A_LARGE_CHANNEL

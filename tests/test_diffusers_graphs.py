@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from tiny_families import TINY, generate_family, tiny_family
 from tiny_hunyuan import PROMPTS, generate, tiny_pipeline, transformer_inputs
 
 from para_kernels import FirstBlockCache
+from para_kernels import graphs as recorded_graphs
+from para_kernels.graphs import outside
 from para_kernels.integrations.diffusers import accelerate, apply_cache_on_pipe, cli, graphs
 from para_kernels.integrations.diffusers import generate as generate_module
 from para_kernels.integrations.diffusers.generate import Acceleration
@@ -162,7 +165,7 @@ def test_weights_that_keep_moving_end_it(caplog: pytest.LogCaptureFixture) -> No
     assert [record.message for record in caplog.records if "graphs" in record.message] == [
         "graphs: the weights move from one forward to the next, as they do when they are offloaded; it runs without"
     ]
-    assert "graphs      none: the weights move" in counted.handle.summary()
+    assert "graphs      none now: the weights move" in counted.handle.summary()
     assert counted.counts == []
 
 
@@ -194,18 +197,107 @@ def test_a_forward_that_waits_for_the_device_runs_without(caplog: pytest.LogCapt
     messages = [record.message for record in caplog.records if "graphs" in record.message]
     reason = "the forward cannot be recorded: operation not permitted when stream is capturing"
     assert messages == [f"graphs: {reason}; it runs without"]
-    assert f"graphs      none: {reason}" in counted.handle.summary()
+    assert f"graphs      none now: {reason}" in counted.handle.summary()
     accelerate(counted.pipe)
     assert "none yet" in counted.handle.summary()
 
 
+@contextmanager
+def with_adapters(pipe: Any) -> Iterator[None]:
+    pipe.transformer._hf_peft_config_loaded = True
+    with torch.no_grad():
+        yield
+    del pipe.transformer._hf_peft_config_loaded
+
+
+@contextmanager
+def under_autocast(pipe: Any) -> Iterator[None]:
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        yield
+
+
+@contextmanager
+def with_gradients(pipe: Any) -> Iterator[None]:
+    pipe.transformer.requires_grad_(False)
+    with torch.enable_grad():
+        yield
+
+
 @pytest.mark.usefixtures("recording")
-def test_gradients_are_not_recorded() -> None:
+@pytest.mark.parametrize(
+    ("way", "obstacle"),
+    [(with_adapters, "LoRA adapters"), (under_autocast, "autocast is on"), (with_gradients, "gradients are on")],
+)
+def test_what_no_graph_would_follow_runs_as_always(way: Callable[[Any], Any], obstacle: str) -> None:
     counted = Counted(graphs=True)
-    counted.pipe.transformer.requires_grad_(False)  # type: ignore[union-attr]
-    for _ in range(3):
-        counted.pipe.transformer(**transformer_inputs())  # type: ignore[operator]
+    with way(counted.pipe):
+        for _ in range(3):
+            counted.pipe.transformer(**transformer_inputs())  # type: ignore[operator]
+        assert (counted.runs, counted.counts) == (3, [])
+        assert obstacle in counted.handle.summary()
+    with torch.no_grad():
+        for _ in range(3):
+            counted.pipe.transformer(**transformer_inputs())  # type: ignore[operator]
+    assert (counted.runs, counted.counts) == (5, [(1, 0, 1)])
+    assert "none now" not in counted.handle.summary()
+
+
+@pytest.mark.usefixtures("recording")
+def test_plain_arguments_that_are_equal_and_not_the_same() -> None:
+    counted = Counted(graphs=True)
+    with torch.no_grad():
+        for value in (False, False, False, 0, 0):
+            counted.pipe.transformer(**transformer_inputs(), return_dict=value)  # type: ignore[operator]
+    assert counted.runs == 4
+
+
+@pytest.mark.usefixtures("recording")
+def test_inference_mode_has_recordings_of_its_own() -> None:
+    counted = Counted(graphs=True)
+    want = expected()
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            assert torch.equal(generate(counted.pipe), want)
+    assert len(counted.counts) == 2
+
+
+@pytest.mark.usefixtures("recording")
+def test_arguments_that_are_not_plain() -> None:
+    counted = Counted(graphs=True)
+    with torch.no_grad():
+        for _ in range(3):
+            counted.pipe.transformer(**transformer_inputs(), attention_kwargs={"what": object()})  # type: ignore[operator]
     assert (counted.runs, counted.counts) == (3, [])
+    assert "graphs      none now: an argument of the forward is a object" in counted.handle.summary()
+
+
+class FailsOutside:
+    """In the place of `outside`'s function: the first call in a recording fails."""
+
+    def __call__(self, function: Any, *inputs: Any, out: Any) -> torch.Tensor:
+        def fail(*inputs: Any) -> torch.Tensor:
+            raise RuntimeError("out of memory")
+
+        recording = getattr(recorded_graphs._here, "recording", None)
+        return outside(function if recording is None else fail, *inputs, out=out)
+
+
+@pytest.mark.usefixtures("recording")
+def test_a_failure_behind_a_call_outside_is_raised_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On several ranks: what is made once more there would be made once less elsewhere."""
+    counted = Counted(graphs=True)
+    block: Any = counted.pipe.transformer.single_transformer_blocks[0]  # type: ignore[union-attr]
+    fails = FailsOutside()
+    block.register_forward_hook(
+        lambda module, args, output: (fails(torch.clone, output[0], out=output[0].clone), output[1])
+    )
+    with torch.no_grad():
+        counted.pipe.transformer(**transformer_inputs())  # type: ignore[operator]
+        with pytest.raises(RuntimeError, match="out of memory"):
+            counted.pipe.transformer(**transformer_inputs())  # type: ignore[operator]
+        for _ in range(3):
+            counted.pipe.transformer(**transformer_inputs())  # type: ignore[operator]
+    assert "graphs      none now: the forward cannot be recorded: out of memory" in counted.handle.summary()
 
 
 def test_a_cpu_runs_as_always() -> None:
@@ -221,6 +313,14 @@ def test_refused() -> None:
     with pytest.raises(ValueError, match="graphs: got True beside a cache"):
         accelerate(pipe, graphs=True, cache=0.1)
     assert "forward" not in pipe.transformer.__dict__
+    pipe.transformer.forward = lambda *args, **kwargs: None
+    with pytest.raises(ValueError, match="graphs: the forward of the HunyuanVideoTransformer3DModel has been replaced"):
+        accelerate(pipe, graphs=True)
+    del pipe.transformer.forward
+    pipe.transformer._cache_config = object()
+    with pytest.raises(ValueError, match="graphs: diffusers' own cache is enabled"):
+        accelerate(pipe, graphs=True)
+    pipe.transformer._cache_config = None
     handle = accelerate(pipe, graphs=True)
     for put in (lambda: apply_cache_on_pipe(pipe, 0.1), lambda: accelerate(pipe, cache=FirstBlockCache(0.1))):
         with pytest.raises(ValueError, match="graphs: got True beside a cache"):

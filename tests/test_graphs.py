@@ -142,4 +142,5 @@ def test_a_failed_capture_leaves_the_device_usable() -> None:
     with pytest.raises(RuntimeError):
         Recorded().record(lambda: torch.zeros(1, device=device) + torch.ones(1, device=device).item(), capture)
     assert torch.ones(1, device=device).item() == 1.0
+    torch.cuda.empty_cache()
     check_replays(Function(device), CudaCapture(device))

@@ -12,7 +12,7 @@ import triton
 from test_triton_compile import POINTER_TYPES, SHARED_MEMORY, Usage, compile_kernel
 from triton.experimental.gluon import language as gl
 
-from para_kernels.triton_kernels import attention_int8, hopper_attention_int8, quantize_int8
+from para_kernels.triton_kernels import attention_int8, format8, hopper_attention_int8, quantize_int8
 
 VALUE_TYPES = {torch.float8_e4m3fn: "fp8e4nv", torch.float16: "fp16"}
 SCALES = ("q_scales", "k_scales", "v_scales", "means_of_scores")
@@ -54,62 +54,59 @@ def test_portable_attention(capability: tuple[int, int], block_d: int) -> None:
         assert re.search(rf"mma\.sync\S*\.f32\.{weights}\.f32", usage.ptx)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("capability", SHARED_MEMORY, ids=lambda c: f"sm{c[0]}{c[1]}")
-def test_quantisation(capability: tuple[int, int], head_dim: int) -> None:
-    """D = 256, whose blocks of 128 keys do not fit the registers, spills as the attention does."""
-    values = VALUE_TYPES[attention_int8.value_type(capability)]
-    shape: dict[str, object] = {"D": head_dim, "BLOCK_D": head_dim, "VEC": 8}
-    width: dict[str, object] = {"WIDTH": head_dim}
-    blocks: dict[str, object] = {"BLOCKS": quantize_int8.BLOCKS_OF_PROGRAM}
-    lens = dict.fromkeys(("q_lens", "kv_lens"), "*i32")
-    sources = dict.fromkeys(("q", "k", "v", "matrix"), "*bf16")
-    sums = compile_kernel(
-        quantize_int8._sums, sources | lens | {"partial": "*fp32"}, shape, capability, quantize_int8._WARPS
-    )
-    finish = compile_kernel(
-        quantize_int8._finish, dict.fromkeys(("partial", "k_means", "v_scales"), "*fp32") | lens | {"matrix": "*bf16"},
-        width | {"BLOCK_D": head_dim, "COLUMNS": quantize_int8._FINISHED_COLUMNS, "MOST_CHUNKS": quantize_int8._MOST_CHUNKS},
-        capability, quantize_int8._WARPS,
-    )  # fmt: skip
-    outputs = {
-        "q_out": "*i8",
-        "k_out": "*i8",
-        "v_out": f"*{values}",
-        "k_means": "*fp32",
-        "v_errors": "*fp32",
-        "scale": "fp32",
-    }
-    types = sources | lens | outputs | dict.fromkeys(SCALES, "*fp32")
+def compile_quantisation(capability: tuple[int, int], head_dim: int, dtype: torch.dtype) -> dict[str, Usage]:
+    """Every kernel of quantisation, by name."""
+    q8 = quantize_int8
+    values, source = VALUE_TYPES[attention_int8.value_type(capability)], f"*{POINTER_TYPES[dtype]}"
+    width: dict[str, object] = {"WIDTH": format8.rotation_width(head_dim)}
+    d: dict[str, object] = {"BLOCK_D": head_dim}
+    shape = d | {"D": head_dim, "VEC": 16 // dtype.itemsize}
+    loop: dict[str, object] = {"BLOCKS": q8.BLOCKS_OF_PROGRAM, "STAGES": q8.stages_of_loads(head_dim)}
+    numbers = (*SCALES, "partial", "k_means", "v_errors")
+    types = dict.fromkeys(("q", "k", "v"), source) | dict.fromkeys(numbers, "*fp32") | {"scale": "fp32"}
+    types |= {"q_out": "*i8", "k_out": "*i8", "v_out": f"*{values}", "q_lens": "*i32", "kv_lens": "*i32"}
+    matrix: dict[str, object] = {}
+    if dtype == torch.float32:
+        matrix = {"matrix": None}
+    else:
+        types["matrix"] = source
+    finishing = {"COLUMNS": q8._FINISHED_COLUMNS, "MOST_CHUNKS": q8._MOST_CHUNKS}
+    mending = {"COLUMNS": q8._MENDED_COLUMNS, "CHUNKS": q8._MENDED_CHUNKS, "BLOCKS": q8.BLOCKS_OF_PROGRAM}
+    of_keys, of_queries = (q8.rotating_warps(rows, head_dim) for rows in (q8.K_BLOCK, q8.Q_BLOCK))
     permuted = {"PERMUTED": capability == (9, 0)}
-    warps = quantize_int8._WARPS
-    keys, queries = (
-        compile_kernel(kernel, types, shape | width | blocks, capability, quantize_int8.rotating_warps(rows, head_dim))
-        for kernel, rows in (
-            (quantize_int8._quantise_keys, quantize_int8.K_BLOCK),
-            (quantize_int8._quantise_queries, quantize_int8.Q_BLOCK),
-        )
-    )
-    of_values = compile_kernel(quantize_int8._quantise_values, types, shape | permuted | blocks, capability, warps)
-    mend = compile_kernel(
-        quantize_int8._mend_means, {"v_errors": "*fp32", "v_scales": "*fp32"} | lens,
-        blocks | {"BLOCK_D": head_dim, "COLUMNS": quantize_int8._MENDED_COLUMNS, "CHUNKS": quantize_int8._MENDED_CHUNKS},
-        capability, quantize_int8._WARPS,
-    )  # fmt: skip
+    kernels: dict[str, tuple[object, dict[str, object], int]] = {
+        "sums": (q8._sums, shape, q8._WARPS),
+        "finish": (q8._finish, d | width | finishing | matrix, q8._WARPS),
+        "keys": (q8._quantise_keys, shape | width | loop | matrix, of_keys),
+        "queries": (q8._quantise_queries, shape | width | loop | matrix, of_queries),
+        "values": (q8._quantise_values, shape | loop | permuted, q8.rounding_warps(head_dim)),
+        "mend": (q8._mend_means, d | mending, q8._WARPS),
+    }
     if values == "fp8e4nv":
-        sizes = {"COLUMNS": quantize_int8._CHOSEN_COLUMNS, "ROWS": quantize_int8._CHOSEN_ROWS}
-        tried = {"SAMPLE": quantize_int8.SCALES_FROM, "TRIED": quantize_int8.SCALES_TRIED}
-        choose = compile_kernel(
-            quantize_int8._choose_scales, {"v": "*bf16", "v_scales": "*fp32"} | lens, shape | sizes | tried, capability,
-            quantize_int8._CHOSEN_WARPS,
-        )  # fmt: skip
-        assert choose.spilled_bytes == 0
-    for usage in (sums, finish, keys, of_values, mend, queries):
-        assert usage.spilled_bytes == 0
-    assert "ld.global.v4.b32" in sums.ptx, "16-byte loads"
-    for usage in (keys, of_values, queries):
-        assert re.search(r"cp.async.cg.shared.global \[[^]]*\], \[[^]]*\], 0x10,", usage.ptx), "16-byte copies"
-        assert "st.global.v4.b32" in usage.ptx, "16-byte stores"
+        tried = {"SAMPLE": q8.SCALES_FROM, "TRIED": q8.SCALES_TRIED}
+        sizes = {"COLUMNS": q8._CHOSEN_COLUMNS, "ROWS": q8._CHOSEN_ROWS}
+        kernels["choose"] = (q8._choose_scales, shape | sizes | tried, q8._CHOSEN_WARPS)
+    return {
+        name: compile_kernel(kernel, types, constants, capability, warps)
+        for name, (kernel, constants, warps) in kernels.items()
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("capability", SHARED_MEMORY, ids=lambda c: f"sm{c[0]}{c[1]}")
+def test_quantisation(capability: tuple[int, int], head_dim: int, dtype: torch.dtype) -> None:
+    """Of D = 256, whose blocks of 128 keys do not fit the registers, only the size of the shared memory is asked."""
+    kernels = compile_quantisation(capability, head_dim, dtype)
+    for name, usage in kernels.items():
+        assert usage.shared <= SHARED_MEMORY[capability], name
+        assert head_dim == 256 or usage.spilled_bytes == 0, name
+    if dtype == torch.bfloat16 and head_dim <= 128:
+        assert "ld.global.v4.b32" in kernels["sums"].ptx, "16-byte loads"
+        for name in ("keys", "values", "queries"):
+            ptx = kernels[name].ptx
+            assert re.search(r"cp.async.cg.shared.global \[[^]]*\], \[[^]]*\], 0x10,", ptx), f"16-byte copies: {name}"
+            assert "st.global.v4.b32" in ptx, f"16-byte stores: {name}"
 
 
 def compile_hopper_attention(head_dim: int, dtype: torch.dtype) -> Usage:

@@ -42,8 +42,9 @@ def rotation(width: int, dtype: torch.dtype, device: torch.device) -> torch.Tens
     decides about a scale (Ashkboos et al. 2024, QuaRot, arXiv 2404.00456, section 3; Shah et al. 2024,
     FlashAttention-3, arXiv 2407.08608, section 3.3).
     """
-    matrix = torch.ones(1, 1)
-    while matrix.shape[0] < width:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    signs = torch.randint(0, 2, (width, 1), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return (signs * matrix).to(device, dtype)
+    with torch.inference_mode(False), torch.device("cpu"):  # It is kept, whatever mode and device are the default now.
+        matrix = torch.ones(1, 1)
+        while matrix.shape[0] < width:
+            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+        signs = torch.randint(0, 2, (width, 1), generator=torch.Generator().manual_seed(0)) * 2 - 1
+        return (signs * matrix).to(device, dtype)

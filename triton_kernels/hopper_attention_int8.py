@@ -200,6 +200,7 @@ def _named(operation: str) -> str:
 
 _ARRIVE = gl.constexpr(_named("arrive"))
 _SYNC = gl.constexpr(_named("sync"))
+_CONSUMERS = gl.constexpr(CONSUMERS)
 _FIRST_BARRIER = gl.constexpr(10)  # those below are Triton's
 
 
@@ -400,6 +401,7 @@ def _hopper_attention_int8(
 ):  # fmt: skip
     """q, k, v: descriptors of int8 (B, H, S, D) and e4m3 (B, H, D, S), in blocks of 64 rows and of KEYS keys; `lens`
     pointers are read where `flags` says so. `tiles` = samples x heads x blocks of CONSUMERS x 64 queries."""
+    gl.static_assert(CONSUMERS == _CONSUMERS and _FIRST_BARRIER + STAGES <= 16)  # as many as the hardware has
     queries = gl.allocate_shared_memory(q.dtype, [Q_STAGES * CONSUMERS, 1, 1, _ROWS, D], q.layout)
     keys = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, KEYS, D], k.layout)
     values = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, D, KEYS], v.layout)

@@ -56,7 +56,6 @@ _K_BLOCK = tl.constexpr(K_BLOCK)
 _K_SAMPLE = tl.constexpr(K_SAMPLE)
 _SUM_ROWS = tl.constexpr(32)  # of values that a program of the first pass reads at a time
 _V_ROWS = tl.constexpr(32)  # that a program rounds at a time
-_STAGES = tl.constexpr(2)  # of loads
 
 
 class Keys8(NamedTuple):
@@ -127,18 +126,13 @@ def _matrix(matrix, WIDTH: tl.constexpr):
 
 @triton.jit
 def _rotated(x, by, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows, in their own dtype, to rotated ones in float32: WIDTH channels at a time.
-
-    Products with 1 and -1, summed up in float32. Tensor cores take 10 bits of a mantissa: float32 comes in two parts.
-    """
-    parts = x.reshape([x.shape[0] * (BLOCK_D // WIDTH), WIDTH])
-    if x.dtype == tl.float32:
-        upper = (parts.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        y = tl.dot(parts - upper, by, input_precision="tf32")
-        y = tl.dot(upper, by, y, input_precision="tf32")
+    """Rows, in their own dtype, to rotated ones in float32: products with 1 and -1, summed up in float32. Where `by` is
+    None nothing is rotated."""
+    if by is None:
+        return x.to(tl.float32)
     else:
-        y = tl.dot(parts, by)
-    return y.reshape([x.shape[0], BLOCK_D]) * (WIDTH**-0.5)
+        y = tl.dot(x.reshape([x.shape[0] * (BLOCK_D // WIDTH), WIDTH]), by)
+        return y.reshape([x.shape[0], BLOCK_D]) * (WIDTH**-0.5)
 
 
 @triton.jit(
@@ -211,9 +205,13 @@ def _finish(
     sums = tl.sum(tl.load(source + first // WIDTH * WIDTH + at[None, :], mask=exists, other=0.0), 0)
     sampled = kv_len // _K_BLOCK * _K_SAMPLE + tl.minimum(kv_len % _K_BLOCK, _K_SAMPLE)
     k_mean = sums / tl.maximum(sampled, 1).to(tl.float32)
-    by = tl.load(matrix + at[:, None] * WIDTH + first % WIDTH + tl.arange(0, COLUMNS)[None, :]).to(tl.float32)
+    own = first % WIDTH + tl.arange(0, COLUMNS)[None, :]
+    if matrix is None:
+        by = (at[:, None] == own).to(tl.float32)
+    else:
+        by = tl.load(matrix + at[:, None] * WIDTH + own).to(tl.float32) * (WIDTH**-0.5)
     cols = first + tl.arange(0, COLUMNS)
-    tl.store(k_means + of_head * BLOCK_D + cols, tl.sum(k_mean[:, None] * by, 0) * (WIDTH**-0.5))
+    tl.store(k_means + of_head * BLOCK_D + cols, tl.sum(k_mean[:, None] * by, 0))
 
     source += cols[None, :]
     v_mean = tl.sum(tl.load(source + BLOCK_D, mask=exists, other=0.0), 0) / tl.maximum(kv_len, 1).to(tl.float32)
@@ -292,6 +290,7 @@ def _quantise_queries(
     q, q_lens, matrix, k_means, q_out, q_scales, means_of_scores, scale, rows_q, heads, kv_heads, padded_q,
     stride_qb, stride_qs, stride_qh,
     D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Some blocks of a head's queries, the next one on its way while one is rotated."""
     stride_qb, stride_qs, stride_qh = _whole(stride_qb, VEC), _whole(stride_qs, VEC), _whole(stride_qh, VEC)
@@ -301,10 +300,12 @@ def _quantise_queries(
     first = tl.program_id(0) % chunks * BLOCKS
     q_len = _length(q_lens, batch, rows_q)
     own = tl.arange(0, _Q_BLOCK)
-    by = _matrix(matrix, WIDTH)
+    by = matrix
+    if matrix is not None:
+        by = _matrix(matrix, WIDTH)
     kv_head = batch * kv_heads + head // (heads // kv_heads)
     k_mean = tl.load(k_means + kv_head * BLOCK_D + tl.arange(0, BLOCK_D))
-    for block in tl.range(first, tl.minimum(first + BLOCKS, tl.cdiv(q_len, _Q_BLOCK)), num_stages=_STAGES):
+    for block in tl.range(first, tl.minimum(first + BLOCKS, tl.cdiv(q_len, _Q_BLOCK)), num_stages=STAGES):
         rows = own + block * _Q_BLOCK
         x = _rows(q, batch, head, rows, q_len, stride_qb, stride_qs, stride_qh, D, BLOCK_D)
         x = _rotated(x, by, BLOCK_D, WIDTH)
@@ -322,6 +323,7 @@ def _quantise_queries(
 def _quantise_keys(
     k, kv_lens, matrix, k_means, k_out, k_scales, rows_k, kv_heads, padded_k, stride_kb, stride_ks, stride_kh,
     D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Some blocks of a head's keys, the next one on its way while one is rotated."""
     stride_kb, stride_ks, stride_kh = _whole(stride_kb, VEC), _whole(stride_ks, VEC), _whole(stride_kh, VEC)
@@ -332,9 +334,11 @@ def _quantise_keys(
     first = tl.program_id(0) % chunks * BLOCKS
     of_head = batch * kv_heads + head
     kv_len = _length(kv_lens, batch, rows_k)
-    by = _matrix(matrix, WIDTH)
+    by = matrix
+    if matrix is not None:
+        by = _matrix(matrix, WIDTH)
     k_mean = tl.load(k_means + of_head * BLOCK_D + tl.arange(0, BLOCK_D))
-    for block in tl.range(first, tl.minimum(first + BLOCKS, tl.cdiv(kv_len, _K_BLOCK)), num_stages=_STAGES):
+    for block in tl.range(first, tl.minimum(first + BLOCKS, tl.cdiv(kv_len, _K_BLOCK)), num_stages=STAGES):
         rows = tl.arange(0, _K_BLOCK) + block * _K_BLOCK
         keys = _rows(k, batch, head, rows, kv_len, stride_kb, stride_ks, stride_kh, D, BLOCK_D)
         x = _rotated(keys, by, BLOCK_D, WIDTH) - k_mean[None, :]
@@ -354,6 +358,7 @@ def _quantise_keys(
 def _quantise_values(
     v, kv_lens, v_scales, v_out, v_errors, rows_k, kv_heads, blocks, stride_vb, stride_vs, stride_vh,
     D: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr, PERMUTED: tl.constexpr, BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Some blocks of a head's values, the next rows on their way while some are rounded.
 
@@ -378,7 +383,7 @@ def _quantise_values(
     errors = tl.zeros([_V_ROWS, BLOCK_D], tl.float32)
     start = chunk * BLOCKS * _K_BLOCK
     end = tl.minimum(start + BLOCKS * _K_BLOCK, tl.cdiv(kv_len, _K_BLOCK) * _K_BLOCK)
-    for first in tl.range(start, end, _V_ROWS, num_stages=_STAGES):
+    for first in tl.range(start, end, _V_ROWS, num_stages=STAGES):
         rows = first + own
         x = _rows(v, batch, head, rows, kv_len, stride_vb, stride_vs, stride_vh, D, BLOCK_D).to(tl.float32)
         x = tl.clamp((x - v_mean) * factor, -_HIGHEST_VALUE, _HIGHEST_VALUE)
@@ -478,6 +483,16 @@ def _in_vectors(dtype: torch.dtype, *strides: int) -> tuple[int, tuple[int, ...]
     return vec, tuple(stride // vec for stride in strides)
 
 
+def stages_of_loads(block_d: int) -> int:
+    """Two blocks of rows of 256 do not fit the shared memory of sm89."""
+    return 2 if block_d <= 128 else 1
+
+
+def rounding_warps(block_d: int) -> int:
+    """Of the values' kernel: more than 32 x 128 numbers would spill."""
+    return max(4, block_d // 32)
+
+
 def rotating_warps(rows: int, block_d: int) -> int:
     """So many that a thread has at most 64 of a block's rotated numbers; a product takes four."""
     return max(4, rows * block_d // (32 * 64))
@@ -491,36 +506,19 @@ def _launchers_of_keys(
     """The launches of one compiled variant of each kernel, in the order of `_KeysPlan`."""
     block_d, width = padded_head_dim(head_dim), rotation_width(head_dim)
     shape = {"D": head_dim, "BLOCK_D": block_d, "VEC": vec, "num_warps": _WARPS}
+    loop = {"BLOCKS": BLOCKS_OF_PROGRAM, "STAGES": stages_of_loads(block_d)}
+    finishing = {"COLUMNS": _FINISHED_COLUMNS, "MOST_CHUNKS": _MOST_CHUNKS}
+    mending = {"COLUMNS": _MENDED_COLUMNS, "CHUNKS": _MENDED_CHUNKS}
     tiles = {"COLUMNS": _CHOSEN_COLUMNS, "ROWS": _CHOSEN_ROWS, "SAMPLE": SCALES_FROM, "TRIED": SCALES_TRIED}
     return (
         Launcher(_sums, device, **shape),
-        Launcher(
-            _finish,
-            device,
-            BLOCK_D=block_d,
-            WIDTH=width,
-            COLUMNS=_FINISHED_COLUMNS,
-            MOST_CHUNKS=_MOST_CHUNKS,
-            num_warps=_WARPS,
-        ),
+        Launcher(_finish, device, BLOCK_D=block_d, WIDTH=width, **finishing, num_warps=_WARPS),
         Launcher(_choose_scales, device, **tiles, **shape | {"num_warps": _CHOSEN_WARPS}),
         Launcher(
-            _quantise_keys,
-            device,
-            WIDTH=width,
-            BLOCKS=BLOCKS_OF_PROGRAM,
-            **shape | {"num_warps": rotating_warps(K_BLOCK, block_d)},
+            _quantise_keys, device, WIDTH=width, **loop, **shape | {"num_warps": rotating_warps(K_BLOCK, block_d)}
         ),
-        Launcher(_quantise_values, device, PERMUTED=permuted, BLOCKS=BLOCKS_OF_PROGRAM, **shape),
-        Launcher(
-            _mend_means,
-            device,
-            BLOCK_D=block_d,
-            COLUMNS=_MENDED_COLUMNS,
-            CHUNKS=_MENDED_CHUNKS,
-            BLOCKS=BLOCKS_OF_PROGRAM,
-            num_warps=_WARPS,
-        ),
+        Launcher(_quantise_values, device, PERMUTED=permuted, **loop, **shape | {"num_warps": rounding_warps(block_d)}),
+        Launcher(_mend_means, device, BLOCK_D=block_d, BLOCKS=BLOCKS_OF_PROGRAM, **mending, num_warps=_WARPS),
     )
 
 
@@ -528,7 +526,7 @@ def _launchers_of_keys(
 def _launcher_of_queries(device: torch.device, head_dim: int, vec: int, dtype: torch.dtype, q_lens: bool) -> Launcher:
     block_d = padded_head_dim(head_dim)
     sizes = {"D": head_dim, "BLOCK_D": block_d, "WIDTH": rotation_width(head_dim), "VEC": vec}
-    sizes["BLOCKS"] = BLOCKS_OF_PROGRAM
+    sizes |= {"BLOCKS": BLOCKS_OF_PROGRAM, "STAGES": stages_of_loads(block_d)}
     return Launcher(_quantise_queries, device, **sizes, num_warps=rotating_warps(Q_BLOCK, block_d))
 
 
@@ -548,7 +546,7 @@ def quantise_keys(
         (plan.chunks, batch * kv_heads, 1), k, v, kv_lens, partial, rows_k, kv_heads, plan.chunks,
         plan.blocks_of_chunk, *plan.strides,
     )  # fmt: skip
-    matrix = rotation(rotation_width(k.shape[3]), k.dtype, k.device)
+    matrix = _matrix_for(k)
     plan.finish(
         (batch * kv_heads, d // _FINISHED_COLUMNS, 1),
         partial,
@@ -578,6 +576,11 @@ def quantise_keys(
     )  # fmt: skip
 
 
+def _matrix_for(x: torch.Tensor) -> torch.Tensor | None:
+    """What rotates the last dimension of `x`. float32 is left as it is: its tiles do not fit the shared memory."""
+    return None if x.dtype == torch.float32 else rotation(rotation_width(x.shape[3]), x.dtype, x.device)
+
+
 def quantise_queries(q: torch.Tensor, k_means: torch.Tensor, q_lens: torch.Tensor | None, scale: float) -> Queries8:
     """q (B, Sq, H, D) in 8 bits, for keys that have lost `k_means` (B, Hk, D'); lengths int32 (B,) or None."""
     batch, rows_q, heads, head_dim = q.shape
@@ -589,7 +592,7 @@ def quantise_queries(q: torch.Tensor, k_means: torch.Tensor, q_lens: torch.Tenso
         torch.empty((batch, heads, padded), dtype=torch.float32, device=q.device),
     )
     vec, strides = _in_vectors(q.dtype, *q.stride()[:3])
-    matrix = rotation(rotation_width(head_dim), q.dtype, q.device)
+    matrix = _matrix_for(q)
     launcher = _launcher_of_queries(q.device, head_dim, vec, q.dtype, q_lens is not None)
     launcher(
         (triton.cdiv(padded // Q_BLOCK, BLOCKS_OF_PROGRAM) * heads, batch, 1), q, q_lens, matrix, k_means, *out, scale,

@@ -1,8 +1,8 @@
 """Compiled blocks: `torch.compile(fullgraph=True)` of each kind of block, once for all blocks of the kind.
 
 What is compiled stands below every hook: it takes the place of the class's own forward (own_forward.py), where a hook
-would otherwise call that. So the hooks stay in Python. Which blocks a cache
-skips and how a sequence is cut is decided between the blocks, and no graph knows of it.
+would otherwise call that. So the hooks stay in Python. Which blocks a cache skips and how a sequence is cut is decided
+between the blocks, and no graph knows of it.
 """
 
 from __future__ import annotations

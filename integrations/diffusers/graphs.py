@@ -23,7 +23,7 @@ from para_kernels.graphs import Capture, Recorded, capture_for
 from para_kernels.parallel.failure import RankFailure
 
 from .attention import AttentionLengths
-from .own_forward import Forward, replace_own_forward
+from .own_forward import Forward, has_own_forward, replace_own_forward
 
 _KEPT = 4  # recordings, each with memory of its own: the sizes and passes of one pipeline
 _SEEN = 64  # calls that have run once
@@ -33,28 +33,49 @@ _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 logger = logging.getLogger(__name__)
 
 
+_TENSOR = object()  # in the place of a tensor among plain arguments
+
+
 @dataclass
-class _Call:
-    """The arguments of a forward: tensors, and all that the graphs of one forward have in common.
+class _Arguments:
+    """Of a forward: tensors, and all that the graphs of one forward have in common.
 
     Attributes:
         tensors: in the order in which they are found; the last one is the text's lengths, if there are any.
-        key: the same for calls that one recording serves.
+        plain: what is left, with `_TENSOR` in the tensors' places.
     """
 
     tensors: list[Tensor]
-    key: Hashable
-    spec: pytree.TreeSpec
     plain: tuple[Any, ...]
+    spec: pytree.TreeSpec
 
-    def arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
-        """args, kwargs and the text's lengths of this call, with `tensors` in the place of its own."""
+    @staticmethod
+    def of(args: tuple[Any, ...], kwargs: dict[str, Any], of_text: Tensor | None) -> _Arguments:
+        leaves, spec = pytree.tree_flatten((args, kwargs, of_text))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        return _Arguments(tensors, tuple(_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves), spec)
+
+    @property
+    def key(self) -> Hashable:
+        """The same for forwards that one recording serves. 1 and True are not."""
+        plain = tuple((type(leaf), leaf) for leaf in self.plain)
+        tensors = ((x.shape, x.stride(), x.dtype, x.device) for x in self.tensors)
+        return (str(self.spec), plain, torch.is_inference_mode_enabled(), *tensors)
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why no graph can stand for a forward with these; None if one can."""
+        unknown = next((leaf for leaf in self.plain if leaf is not _TENSOR and not isinstance(leaf, _PLAIN)), None)
+        if unknown is not None:
+            return f"an argument of the forward is a {type(unknown).__name__}"
+        if len({x.device for x in self.tensors}) != 1:
+            return "the forward's tensors are not all on one device"
+        return None
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
+        """args, kwargs and the text's lengths, with other tensors."""
         left = iter(tensors)
-        leaves = [next(left) if plain is _TENSOR else plain for plain in self.plain]
-        return pytree.tree_unflatten(leaves, self.spec)
-
-
-_TENSOR = object()
+        return pytree.tree_unflatten([next(left) if leaf is _TENSOR else leaf for leaf in self.plain], self.spec)
 
 
 @dataclass
@@ -88,7 +109,7 @@ class ForwardGraphs:
 
     Attributes:
         forwards: the recorded ones, the one used last at the end.
-        obstacle: why nothing is recorded; None if something is, or can be.
+        obstacle: why the last forward was no recording and will not become one; None if it was or may.
     """
 
     def __init__(self, transformer: nn.Module, lengths: AttentionLengths, place: Callable[[], Hashable]) -> None:
@@ -100,6 +121,7 @@ class ForwardGraphs:
         self._seen: OrderedDict[Hashable, Capture] = OrderedDict()
         self._weights: tuple[int, ...] = ()
         self._in_vain = 0
+        self._given_up = False
 
     def add_to(self, undo: ExitStack) -> None:
         """Put the graphs in the place of the transformer's own forward; closing `undo` takes them off again."""
@@ -112,63 +134,59 @@ class ForwardGraphs:
         self._seen.clear()
         self.obstacle = None
         self._in_vain = 0
+        self._given_up = False
 
+    @torch._disable_dynamo  # Somebody may have compiled what calls this.
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward, as graphs if it can be."""
-        call = None if self.obstacle else self._call(args, kwargs)
-        if call is None:
+        if self._given_up:
+            return forward(*args, **kwargs)
+        given = _Arguments.of(args, kwargs, self._lengths.of_text)
+        self.obstacle = _obstacle(self._transformer) or given.obstacle
+        if self.obstacle:
             return forward(*args, **kwargs)
         self._forget_moved_weights()
-        if call.key in self.forwards:
-            self.forwards.move_to_end(call.key)
-            return self.forwards[call.key].run(call.tensors)
-        if call.key in self._seen:
-            return self._recorded(forward, call, args, kwargs)
-        capture = capture_for(call.tensors[0].device)
+        key = (self._place(), given.key)
+        if key in self.forwards:
+            self.forwards.move_to_end(key)
+            return self.forwards[key].run(given.tensors)
+        if key in self._seen and not self._given_up:
+            return self._recorded(key, forward, given, args, kwargs)
+        return self._warmed_up(key, given.tensors[0].device, functools.partial(forward, *args, **kwargs))
+
+    def _warmed_up(self, key: Hashable, device: torch.device, forward: Callable[[], Any]) -> Any:
+        """Compiling, choices that are made once and the workspaces of libraries do not belong into a graph."""
+        capture = None if self._given_up else capture_for(device)
         if capture is None:
-            return forward(*args, **kwargs)
-        # Compiling, choices that are made once and the workspaces of libraries do not belong into a graph.
+            return forward()
         with capture.around():
-            output = forward(*args, **kwargs)
-        self._seen[call.key] = capture
-        _drop_oldest(self._seen, _SEEN)
+            output = forward()
+        self._seen[key] = capture
+        _keep(self._seen, _SEEN)
         return output
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
-        """None for what no graph can stand for: gradients, tensors elsewhere, arguments that are not plain."""
-        leaves, spec = pytree.tree_flatten((args, kwargs, self._lengths.of_text))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        plain = tuple(_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        if torch.is_grad_enabled() or not tensors or any(x.device != tensors[0].device for x in tensors):
-            return None
-        if not all(leaf is _TENSOR or isinstance(leaf, _PLAIN) for leaf in plain):
-            return None
-        key = (self._place(), str(spec), plain, *((x.shape, x.stride(), x.dtype, x.device) for x in tensors))
-        return _Call(tensors, key, spec, plain)
-
-    def _recorded(self, forward: Forward, call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        capture = self._seen.pop(call.key)
-        inputs = [x.clone() for x in call.tensors]
-        own_args, own_kwargs, of_text = call.arguments(inputs)
-        given = self._lengths.of_text
-        self._lengths.replace(of_text)
-        _free_memory(inputs[0].device)
-        recorded = Recorded()
+    def _recorded(
+        self, key: Hashable, forward: Forward, given: _Arguments, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        _keep(self.forwards, _KEPT - 1)
+        recorded, of_text = Recorded(), self._lengths.of_text
+        inputs = [x.clone() for x in given.tensors]
+        own_args, own_kwargs, own_lengths = given.with_tensors(inputs)
+        self._lengths.replace(own_lengths)
         try:
-            output = recorded.record(lambda: forward(*own_args, **own_kwargs), capture)
+            _free_memory(inputs[0].device)
+            output = recorded.record(lambda: forward(*own_args, **own_kwargs), self._seen.pop(key))
         except RankFailure:
             raise
         except RuntimeError as error:
+            self._give_up(f"the forward cannot be recorded: {str(error).splitlines()[0]}")
             if recorded.calls:
                 raise  # They would be made a second time, and other ranks made them once.
-            self._give_up(f"the forward cannot be recorded: {str(error).splitlines()[0]}")
-            self._lengths.replace(given)
+            self._lengths.replace(of_text)
             return forward(*args, **kwargs)
-        outputs, spec = pytree.tree_flatten(output)
         self._weights = tuple(_addresses(self._transformer))
-        self.forwards[call.key] = _Forward(recorded, inputs, outputs, spec)
-        _drop_oldest(self.forwards, _KEPT)
-        return self.forwards[call.key].output()
+        self.forwards[key] = _Forward(recorded, inputs, *pytree.tree_flatten(output))
+        return self.forwards[key].output()
 
     def _forget_moved_weights(self) -> None:
         """Graphs hold the addresses of the weights."""
@@ -181,9 +199,40 @@ class ForwardGraphs:
             self._give_up("the weights move from one forward to the next, as they do when they are offloaded")
 
     def _give_up(self, obstacle: str) -> None:
+        """Until settings change."""
         self.clear()
-        self.obstacle = obstacle
+        self.obstacle, self._given_up = obstacle, True
         logger.warning("graphs: %s; it runs without", obstacle)
+
+
+def check_recordable(transformer: nn.Module, installed: bool) -> None:
+    """Find out whether the transformer's forward can be recorded, on which this has been `installed` already or not.
+
+    Raises:
+        ValueError: if the transformer has a forward of its own, or another cache is enabled.
+    """
+    if getattr(transformer, "is_cache_enabled", False):
+        raise ValueError(
+            "graphs: diffusers' own cache is enabled on this transformer, which decides on the host in the middle of a"
+            " forward; allowed is none; call pipe.transformer.disable_cache() first"
+        )
+    if not installed and not has_own_forward(transformer):
+        raise ValueError(
+            f"graphs: the forward of the {type(transformer).__name__} has been replaced, allowed is that of its class"
+        )
+
+
+def _obstacle(transformer: nn.Module) -> str | None:
+    """What, at the moment, would be in no graph or would stay in one."""
+    if torch.is_grad_enabled():
+        return "gradients are on"
+    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    if getattr(transformer, "_hf_peft_config_loaded", False):
+        return "LoRA adapters are loaded, whose scales a graph would keep; fuse them and unload them"
+    if getattr(transformer, "is_cache_enabled", False):
+        return "diffusers' own cache is enabled"
+    return None
 
 
 class GraphedForward:
@@ -221,6 +270,7 @@ def _free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _drop_oldest(entries: OrderedDict[Hashable, Any], kept: int) -> None:
-    while len(entries) > kept:
+def _keep(entries: OrderedDict[Hashable, Any], count: int) -> None:
+    """The newest ones."""
+    while len(entries) > count:
         entries.popitem(last=False)

@@ -17,7 +17,7 @@ from .agreement import from_first, quiet_progress, share_noise
 from .cache import check_cacheable
 from .calls import Calls
 from .compiled import check_compilable, check_no_hooks_inside
-from .graphs import ForwardGraphs
+from .graphs import ForwardGraphs, check_recordable
 from .installation import STOCK, Installation, Settings
 from .linears import QuantisedLinears
 from .models import Family
@@ -255,6 +255,8 @@ def _check(installation: Installation, settings: Settings) -> None:
             "graphs: got True beside a cache, which decides on the host in the middle of a forward; allowed is one of"
             " them: cache=None or graphs=False"
         )
+    if settings.graphs:
+        check_recordable(installation.transformer, installed=installation.graphs is not None)
     if settings.cache is not None:
         has_cache = installation.cache is not None
         check_cacheable(installation.transformer, installation.family, settings.cache, installed=has_cache)

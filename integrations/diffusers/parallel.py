@@ -254,6 +254,8 @@ class Spread:
         forward = self._forward
         assert forward is not None
         if forward.place.pieces == 1:
+            set_layer(forward.layers)
+            forward.layers += 1
             return ATTEND[self.attention](query, key, value, lens)
         like_query = partial(torch.empty_like, query, memory_format=torch.contiguous_format)
         return outside(partial(self._attend_over_ranks, shards), query, key, value, lens, out=like_query)

@@ -87,13 +87,12 @@ def _graphs(handle: Handle) -> list[str]:
     """What is recorded: nothing where nothing is to be."""
     if not handle.settings.graphs:
         return []
-    if obstacle := next((known.obstacle for known in handle.graphs if known.obstacle), None):
-        return [f"graphs      none: {obstacle}"]
     recorded = [forward.recorded for known in handle.graphs for forward in known.forwards.values()]
+    obstacles = [f"graphs      none now: {known.obstacle}" for known in handle.graphs if known.obstacle]
     if not recorded:
-        return ["graphs      none yet: a forward on a GPU is recorded when its shapes come for the second time"]
+        return obstacles or ["graphs      none yet: a forward on a GPU is recorded when its shapes come a second time"]
     counts = ", ".join(f"{one.graphs} graphs and {one.calls} calls between" for one in recorded)
-    return [f"graphs      {len(recorded)} forward(s) recorded: {counts}"]
+    return [f"graphs      {len(recorded)} forward(s) recorded: {counts}", *obstacles]
 
 
 def _linears(linears: QuantisedLinears | None) -> list[str]:

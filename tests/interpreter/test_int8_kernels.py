@@ -44,15 +44,19 @@ def quantised(permuted: bool, *tensors: torch.Tensor, lens: list[int] | None = N
     return SimpleNamespace(**keys._asdict(), **quantise_queries(q, keys.k_means, None, 0.5)._asdict())
 
 
-def test_queries_and_keys_are_rounded_as_on_the_cpu() -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_queries_and_keys_are_rounded_as_on_the_cpu(dtype: torch.dtype) -> None:
+    """But that float32 is not rotated here."""
     torch.manual_seed(0)
-    q, k, v = inputs(150, 300, offset=8.0)
+    q, k, v = (x.to(dtype) for x in inputs(150, 300, offset=8.0))
     x = quantised(False, q, k, v)
+    q, k = q.float(), k.float()
+    rotated = ops8.rotated if dtype == torch.float16 else torch.Tensor.float
     sample = torch.cat([k[0, first : first + 16] for first in (0, 128, 256)])
-    mean = ops8.rotated(sample.mean(0))
+    mean = rotated(sample.mean(0))
     for got, scales, block, values in (
-        (x.q, x.q_scales, 1, ops8.rotated(q[0])),
-        (x.k, x.k_scales, ops8.K_BLOCK, ops8.rotated(k[0]) - mean),
+        (x.q, x.q_scales, 1, rotated(q[0])),
+        (x.k, x.k_scales, ops8.K_BLOCK, rotated(k[0]) - mean),
     ):
         expected = ops8.round_to_int8(values, block)
         rows = got[0, :, : values.shape[0]].transpose(0, 1)
