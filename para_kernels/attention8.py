@@ -48,8 +48,9 @@ def flash_attention_int8(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale q k^T) v with 8-bit products, within a few percent of the exact result.
 
-    Method: SageAttention2 (Zhang et al. 2024, arXiv 2411.10958): keys lose their mean over the sequence; queries and
-    keys become int8 with a scale per row and per 128 keys; values lose their mean and become e4m3 with a scale per
+    Method: SageAttention2 (Zhang et al. 2024, arXiv 2411.10958): keys lose a mean; queries and keys, rotated by a
+    Hadamard matrix (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456; float32 on a GPU is not), become int8 with a scale
+    per row and per 128 keys; values lose their mean and become e4m3 with a scale per
     channel, and what that takes from them on average is added to the mean; weights become e4m3. Nothing is calibrated.
     Lengths stay on the device, as in `flash_attention`.
 
