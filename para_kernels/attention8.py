@@ -50,9 +50,9 @@ def flash_attention_int8(
 
     Method: SageAttention2 (Zhang et al. 2024, arXiv 2411.10958): keys lose a mean; queries and keys, rotated by a
     Hadamard matrix (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456; float32 on a GPU is not), become int8 with a scale
-    per row and per 128 keys; values lose their mean and become e4m3 with a scale per
-    channel, and what that takes from them on average is added to the mean; weights become e4m3. Nothing is calibrated.
-    Lengths stay on the device, as in `flash_attention`.
+    per row and per 128 keys; values lose their mean and become e4m3 with a scale per channel, and what that takes from
+    them on average is added to the mean; weights become e4m3. Nothing is calibrated. Lengths stay on the device, as in
+    `flash_attention`.
 
     The error is that of the formats and depends on the values: about 3.5 % of the output's norm where it is a sum of
     random signs, and well below where attention finds something. docs/kernels/int8.md has the figures.
