@@ -88,7 +88,7 @@ def test_one_key_too_many_would_show(pipe: HunyuanVideoPipeline, monkeypatch: py
     """The tolerance above is worth something: a length that is off by one exceeds it by far."""
     stock = generate(pipe)
     accelerate(pipe)
-    monkeypatch.setattr(AttentionLengths, "begin", lambda self, mask: setattr(self, "_text", mask.sum(1).int() + 1))
+    monkeypatch.setattr(AttentionLengths, "begin", lambda self, mask: setattr(self, "of_text", mask.sum(1).int() + 1))
     assert largest_error(generate(pipe), stock) > 100 * EXACT
 
 
