@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import multiprocessing
+import os
 import pickle
 import time
 import traceback
@@ -74,6 +75,18 @@ def once(folder: Path, name: str, make: Callable[[], Any]) -> Any:
         if not known.exists():
             known.write_bytes(pickle.dumps(make()))
     return pickle.loads(known.read_bytes())
+
+
+def results_of_all(own: Path, name: str, world: int, target: Callable[..., Any], timeout: float) -> list[Any]:
+    """What `target` returns on every rank, run once for all workers; `own` is this worker's folder. The first error of
+    a rank is raised.
+    """
+    folder = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    results = once(folder, name, lambda: launch(world, target, timeout=timeout))
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
 
 
 def _result(process: Any, pipe: Any, end: float) -> Any:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -424,13 +422,7 @@ def test_the_option_needs_this_packages_attention() -> None:
 
 @pytest.fixture(scope="session")
 def spread(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    seen = ranks.once(Path(folder), "compiled", lambda: ranks.launch(2, compile_ranks.run, timeout=480.0))
-    for one in seen:
-        if isinstance(one, Exception):
-            raise one
-    return seen
+    return ranks.results_of_all(tmp_path_factory.getbasetemp(), "compiled", 2, compile_ranks.run, timeout=480.0)
 
 
 def test_ranks_added_and_removed_after_compiling(spread: list[Any]) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -370,14 +368,8 @@ def test_the_option_and_others() -> None:
 
 @pytest.fixture(scope="session", params=[2, 3])
 def spread(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    world = request.param
-    seen = ranks.once(Path(folder), f"graphs-{world}", lambda: ranks.launch(world, graph_ranks.run, timeout=240.0))
-    for one in seen:
-        if isinstance(one, Exception):
-            raise one
-    return seen
+    own, world = tmp_path_factory.getbasetemp(), request.param
+    return ranks.results_of_all(own, f"graphs-{world}", world, graph_ranks.run, timeout=240.0)
 
 
 def test_ranks_replay_and_call_attention_between(spread: list[Any]) -> None:

@@ -143,20 +143,21 @@ class ForwardGraphs:
             return forward(*args, **kwargs)
         given = _Arguments.of(args, kwargs, self._lengths.of_text)
         self.obstacle = _obstacle(self._transformer) or given.obstacle
+        if not self.obstacle:
+            self._forget_moved_weights()
         if self.obstacle:
             return forward(*args, **kwargs)
-        self._forget_moved_weights()
         key = (self._place(), given.key)
         if key in self.forwards:
             self.forwards.move_to_end(key)
             return self.forwards[key].run(given.tensors)
-        if key in self._seen and not self._given_up:
+        if key in self._seen:
             return self._recorded(key, forward, given, args, kwargs)
         return self._warmed_up(key, given.tensors[0].device, functools.partial(forward, *args, **kwargs))
 
     def _warmed_up(self, key: Hashable, device: torch.device, forward: Callable[[], Any]) -> Any:
         """Compiling, choices that are made once and the workspaces of libraries do not belong into a graph."""
-        capture = None if self._given_up else capture_for(device)
+        capture = capture_for(device)
         if capture is None:
             return forward()
         with capture.around():
