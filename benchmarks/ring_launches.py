@@ -69,9 +69,10 @@ def error_of(
     pieces = ring_attention.Pieces(memory, table, flags, 1, EPOCH, error, TIMEOUT_SECONDS)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
     arrive_late(flags)
-    ring_attention_forward(
+    finish = ring_attention_forward(
         q, pieces, total, out, lse, None, lens, head_dim**-0.5, kv_heads=kv_heads, own_start=0, capability=capability
     )
+    finish()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     expected, expected_lse = flash_attention(q, k, v, kv_lens=lens, return_lse=True)

@@ -279,7 +279,7 @@ using Source = std::optional<std::pair<std::vector<std::int64_t>, std::vector<st
 void keep_attention_plan(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& q_lens,
     const OptionalTensor& kv_lens, std::optional<std::int64_t> packed_max_q, py::object launch,
-    const para_kernels::Grid& grid, const std::array<Source, 3>& sources, bool lens_are_pointers,
+    const para_kernels::Grid& grid, const std::array<Source, 3>& sources, bool has_scratch, bool lens_are_pointers,
     std::vector<std::int64_t> integers) {
   TORCH_CHECK_TYPE(PyCFunction_Check(launch.ptr()), "launch: must come from kernel_launcher");
   const auto* launcher =
@@ -287,7 +287,7 @@ void keep_attention_plan(
   if (launcher == nullptr) {
     throw py::error_already_set();
   }
-  para_kernels::AttentionPlan plan{std::move(launch), launcher, grid, {}, lens_are_pointers, std::move(integers)};
+  para_kernels::AttentionPlan plan{std::move(launch), launcher, grid, {}, has_scratch, lens_are_pointers, std::move(integers)};
   for (std::size_t i = 0; i < sources.size(); ++i) {
     if (sources[i]) {
       plan.sources[i] = {sources[i]->first, sources[i]->second};
@@ -322,7 +322,7 @@ void bind_attention(py::module_& m) {
   m.def(
       "keep_attention_plan", &keep_attention_plan, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"),
       py::arg("q_lens"), py::arg("kv_lens"), py::arg("packed_max_q"), py::arg("launch"), py::arg("grid"),
-      py::arg("sources"), py::arg("lens_are_pointers"), py::arg("integers"),
+      py::arg("sources"), py::arg("has_scratch"), py::arg("lens_are_pointers"), py::arg("integers"),
       "Launch calls like this one, whatever their addresses, lengths and scale, without Python from now on.");
   m.def(
       "keep_cudnn_plan",

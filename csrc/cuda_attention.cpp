@@ -80,6 +80,7 @@ bool launch(
   Call call(*plan.launcher);
   bool fits = pass_source(call, inputs.q, plan.sources[0]) && pass_source(call, inputs.k, plan.sources[1]) &&
               pass_source(call, inputs.v, plan.sources[2]) && call.pass(out) && call.pass(lse) &&
+              (!plan.has_scratch || call.pass_unfollowed(out)) &&
               pass_lens(call, inputs.q_lens, plan, out) && pass_lens(call, inputs.kv_lens, plan, out) &&
               call.pass(inputs.scale * kLog2E);
   for (const std::int64_t integer : plan.integers) {

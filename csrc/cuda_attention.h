@@ -28,8 +28,8 @@ struct AttentionInputs {
   std::optional<std::int64_t> packed_max_q;
 };
 
-// What a kernel of attention takes besides its tensors. Its arguments come in the order q, k, v, out, lse, q_lens,
-// kv_lens, scale * log2(e), integers.
+// What a kernel of attention takes besides its tensors. Its arguments come in the order q, k, v, out, lse, perhaps
+// scratch, q_lens, kv_lens, scale * log2(e), integers.
 struct AttentionPlan {
   struct Source {  // of q, k, v: through a descriptor of this shape, or where `shape` is empty through a pointer
     std::vector<std::int64_t> shape;
@@ -40,6 +40,7 @@ struct AttentionPlan {
   const KernelLauncher* launcher;
   Grid grid;
   std::array<Source, 3> sources;
+  bool has_scratch;        // a pointer to memory that the kernel does not need in these calls
   bool lens_are_pointers;  // lengths that are not given: pointers that the kernel does not follow, not None
   std::vector<std::int64_t> integers;
 };

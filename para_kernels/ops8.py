@@ -7,7 +7,9 @@ What is quantised, and how (SageAttention2, Zhang et al. 2024, arXiv 2411.10958,
 - queries become int8 with a scale per row;
 - values lose their mean, which is added to the output again, and become e4m3 with a scale per channel, of those within
   an octave the one that errs least; what rounding changes in the mean is added too;
-- weights, `exp(score - maximum)` times 256, become e4m3, once they have been summed up.
+- weights, `exp(score - maximum)` times 256, become e4m3, once they have been summed up;
+- what e4m3 takes from the values of the largest keys becomes e4m3 too, and is multiplied by their weights: where tails
+  are heavy, few keys decide, and these are among them.
 
 The CPU's implementation is that arithmetic written out in torch, for tests and small models; it saves no time there.
 """
@@ -34,11 +36,13 @@ from para_kernels.triton_kernels.format8 import (
     HIGHEST_INT8,
     K_BLOCK,
     K_SAMPLE,
+    LARGEST_KEYS,
     SCALES_FROM,
     SCALES_TRIED,
     padded_head_dim,
     rotation,
     rotation_width,
+    rows_of_largest,
 )
 
 # Weights are multiplied by 2^8: e4m3 reaches from 2^-9 to 448, and they lie in 0 ... 1.
@@ -84,6 +88,18 @@ class Values(NamedTuple):
     mean: Tensor
 
 
+class Largest(NamedTuple):
+    """The largest key of each group of keys.
+
+    Attributes:
+        keys: of R groups.
+        lacking: (R, H, D) float32, what the rows of their values lack, rounded to numbers that e4m3 has.
+    """
+
+    keys: Rounded
+    lacking: Tensor
+
+
 def round_to_int8(x: Tensor, block: int) -> Rounded:
     """(S, H, D) float32 in blocks of rows, a scale for each block and head."""
     length, heads, _ = x.shape
@@ -112,6 +128,19 @@ def round_values(v: Tensor) -> Values:
     scale = _best_scale(centred, torch.where(largest > 0, largest / HIGHEST_E4M3, 1.0))
     rows = to_e4m3(centred / scale)
     return Values(rows, scale, mean + (centred - rows * scale).mean(0))
+
+
+def round_largest(keys: Tensor, v: Tensor, values: Values) -> Largest:
+    """Of keys (S, H, D') without their mean the largest of each group, and what `values` lack of v (S, H, D)."""
+    length, heads, _ = keys.shape
+    size = -(-length // LARGEST_KEYS)
+    norms = torch.nn.functional.pad(keys.square().sum(2), (0, 0, 0, -length % size), value=-1.0)
+    starts = torch.arange(0, length, size, device=keys.device)[:, None]
+    at = (norms.view(-1, size, heads).argmax(1) + starts)[..., None]
+    lacking = (v - values.mean) / values.scale - values.rows
+    return Largest(
+        round_to_int8(keys.take_along_dim(at, 0), K_BLOCK), to_e4m3(lacking.take_along_dim(at, 0))
+    )  # fmt: skip
 
 
 def _best_scale(centred: Tensor, least: Tensor) -> Tensor:
@@ -149,10 +178,11 @@ def piece_tensors(k_shape: Sequence[int], device: torch.device) -> tuple[tuple, 
     if device.type == "cuda":
         return _triton().dispatch8.shapes(tuple(k_shape), _capability(device))
     batch, rows, heads, dim = k_shape
+    largest = rows_of_largest(rows)
     return (
-        ((batch, rows, heads, padded_head_dim(dim)), torch.int8),
-        ((batch, rows, heads, dim), torch.float8_e4m3fn),
-        ((batch, -(-rows // K_BLOCK), heads, 1), torch.float32),
+        ((batch, rows + largest, heads, padded_head_dim(dim)), torch.int8),
+        ((batch, rows + largest, heads, dim), torch.float8_e4m3fn),
+        ((batch, -(-rows // K_BLOCK) + largest // K_BLOCK, heads, 1), torch.float32),
         ((batch, 2, heads, dim), torch.float32),
         ((batch, heads, padded_head_dim(dim)), torch.float32),
     )
@@ -166,10 +196,15 @@ def round_piece(k: Tensor, v: Tensor, kv_lens: Tensor | None, piece: Piece) -> N
         return
     for b, length in enumerate(_host_lens("kv_lens", kv_lens, k.shape[0], k.shape[1])):
         if length:
-            keys, values, mean = _rounded(k[b, :length].float(), v[b, :length].float())
+            keys, values, mean, largest = _rounded(k[b, :length].float(), v[b, :length].float())
             piece.k[b, :length] = keys.rows.to(torch.int8)
             piece.v[b, :length] = values.rows.to(torch.float8_e4m3fn)
             piece.k_scales[b, : -(-length // K_BLOCK)] = keys.scales[::K_BLOCK]
+            first, count = k.shape[1], largest.lacking.shape[0]
+            piece.k[b, first : first + count] = largest.keys.rows.to(torch.int8)
+            piece.v[b, first : first + count] = largest.lacking.to(torch.float8_e4m3fn)
+            first = -(-first // K_BLOCK)
+            piece.k_scales[b, first : first - (-count // K_BLOCK)] = largest.keys.scales[::K_BLOCK]
             piece.v_scales[b] = torch.stack((values.scale, values.mean))
             piece.k_means[b] = mean
 
@@ -192,18 +227,23 @@ def attend_piece(
         if not length:
             _attend_nothing(out, lse)
             return
-        scales = piece.k_scales[b].repeat_interleave(K_BLOCK, 0)[:length]
+        scales, blocks = piece.k_scales[b].repeat_interleave(K_BLOCK, 0), -(-rows // K_BLOCK)
         values = Values(v.float(), *piece.v_scales[b])
-        _attend_rounded(q, Rounded(k.float(), scales), values, piece.k_means[b], scale, out, lse)
+        count = -(-length // -(-length // LARGEST_KEYS))
+        behind = slice(rows, rows + count)
+        of_largest = Rounded(piece.k[b, behind].float(), scales[blocks * K_BLOCK :][:count])
+        largest = Largest(of_largest, piece.v[b, behind].float())
+        _attend_rounded(q, Rounded(k.float(), scales[:length]), values, piece.k_means[b], largest, scale, out, lse)
 
-    return _attend_each_sample(attend, q, piece.k, piece.v, kv_lens, q_lens, scale)
+    return _attend_each_sample(attend, q, piece.k[:, :rows], piece.v[:, :rows], kv_lens, q_lens, scale)
 
 
-def _rounded(k: Tensor, v: Tensor) -> tuple[Rounded, Values, Tensor]:
-    """Rotated keys without a mean, values, and that mean; k, v (S, Hk, D) float32, S > 0."""
+def _rounded(k: Tensor, v: Tensor) -> tuple[Rounded, Values, Tensor, Largest]:
+    """Rotated keys without a mean, values, that mean, and the largest keys; k, v (S, Hk, D) float32, S > 0."""
     sampled = torch.arange(k.shape[0], device=k.device) % K_BLOCK < K_SAMPLE
-    keys, mean = rotated(k), rotated(k[sampled].mean(0))
-    return round_to_int8(keys - mean, K_BLOCK), round_values(v), mean
+    mean = rotated(k[sampled].mean(0))
+    keys, values = rotated(k) - mean, round_values(v)
+    return round_to_int8(keys, K_BLOCK), values, mean, round_largest(keys, v, values)
 
 
 def _attend_8_bit(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
@@ -220,30 +260,46 @@ def _attend_nothing(out: Tensor, lse: Tensor) -> None:
 
 
 def _attend_rounded(
-    q: Tensor, keys: Rounded, values: Values, k_mean: Tensor, scale: float, out: Tensor, lse: Tensor
+    q: Tensor,
+    keys: Rounded,
+    values: Values,
+    k_mean: Tensor,
+    largest_keys: Largest,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
 ) -> None:
     """As `_attend_8_bit`, over keys and values in 8 bits, at least one."""
     groups = q.shape[1] // keys.rows.shape[1]
     q = rotated(q.float())
-    keys = Rounded(*(x.repeat_interleave(groups, 1) for x in keys))
+    keys, of_largest = (Rounded(*(x.repeat_interleave(groups, 1) for x in k)) for k in (keys, largest_keys.keys))
+    lacking = largest_keys.lacking.repeat_interleave(groups, 1)
     values = Values(values.rows.repeat_interleave(groups, 1), *(x.repeat_interleave(groups, 0) for x in values[1:]))
     k_mean = k_mean.repeat_interleave(groups, 0)
     queries = round_to_int8(q, 1)
-    key_scales = keys.scales.permute(1, 2, 0) * (scale * math.log2(math.e))
+    factor = scale * math.log2(math.e)
     for first in range(0, q.shape[0], _ROWS_AT_A_TIME):
         rows = slice(first, first + _ROWS_AT_A_TIME)
-        # Sums of products of whole numbers below 2^24: float32 holds them exactly.
-        scores = torch.einsum("qhd,khd->hqk", queries.rows[rows], keys.rows)
-        scores = scores * (queries.scales[rows].transpose(0, 1) * key_scales)
+        own = Rounded(*(x[rows] for x in queries))
+        scores = _scores(own, keys) * factor
         largest = scores.amax(2)
         weights = torch.exp2(scores - largest[..., None] + LOG2_OF_WEIGHTS)
         # Not of the rounded ones: over many keys those that e4m3 has no number for would be missed.
         sums = weights.sum(2)
         weights = to_e4m3(weights)
-        product = torch.einsum("hqk,khd->qhd", weights, values.rows) / sums.T[..., None]
-        out[rows] = (product * values.scale + values.mean).to(out.dtype)
+        product = torch.einsum("hqk,khd->qhd", weights, values.rows)
+        # Rounded in another block than before, a score may exceed the maximum a little.
+        again = (_scores(own, of_largest) * factor - largest[..., None]).clamp(max=0.5)
+        product += torch.einsum("hqk,khd->qhd", to_e4m3(torch.exp2(again + LOG2_OF_WEIGHTS)), lacking)
+        out[rows] = (product / sums.T[..., None] * values.scale + values.mean).to(out.dtype)
         left_out = torch.einsum("qhd,hd->hq", q[rows], k_mean) * scale
         lse[:, rows] = (largest + sums.log2() - LOG2_OF_WEIGHTS) * math.log(2) + left_out
+
+
+def _scores(queries: Rounded, keys: Rounded) -> Tensor:
+    """(H, Sq, Sk). Sums of products of whole numbers below 2^24: float32 holds them exactly."""
+    products = torch.einsum("qhd,khd->hqk", queries.rows, keys.rows)
+    return products * (queries.scales.transpose(0, 1) * keys.scales.permute(1, 2, 0))
 
 
 @torch.library.impl(_library, "flash_attention_int8", "CPU")

@@ -98,9 +98,10 @@ class FakeDevice(DeviceRing):
         q_lens: Tensor | None,
         kv_lens: Tensor | None,
         scale: float | None,
-    ) -> None:
+    ) -> Callable[[], None]:
         how = softmax_scale(scale, q.shape[3]), current_timeout()
         self._launch(lambda: self._kernel(q, layout, slot, epoch, out, lse, q_lens, kv_lens, *how))
+        return lambda: None
 
     def _kernel(
         self,

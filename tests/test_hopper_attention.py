@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 from para_kernels import flash_attention, flash_attention_varlen
-from para_kernels.triton_kernels import hopper_attention, hopper_choice, hopper_parts
+from para_kernels.triton_kernels import hopper_attention, hopper_choice, hopper_parts, launch
+from para_kernels.triton_kernels.tail import Cut
 from tests.reference import TOLERANCES, attention_batch, error
 
 HALF = (torch.bfloat16, torch.float16)
@@ -163,3 +164,45 @@ class TestOnHopper:
         first, second = (flash_attention(q, k, v, return_lse=True) for _ in range(2))
         assert torch.equal(first[0], second[0])
         assert torch.equal(first[1], second[1])
+
+    @pytest.mark.parametrize("cuts", [2, 3, 8])
+    @pytest.mark.parametrize("active", [2, 3])
+    @pytest.mark.parametrize("dtype", HALF, ids=str)
+    def test_tiles_that_are_cut(
+        self, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, active: int, cuts: int
+    ) -> None:
+        """Some tiles whole and some in parts, a few of which have no keys; grouped heads, and rows that overflow."""
+        q = random(1, 700, 4, 128, dtype=dtype)
+        k, v = (random(1, 450, 2, 128, dtype=dtype) for _ in range(2))
+        k[:, 250:260] *= 40.0
+        choice = hopper_choice.Choice(hopper_choice.CONFIGS[128], active, True)
+        tiles = choice.tiles(700, 4, 1)
+        for whole in (0, tiles - 3):
+            cut = choice._replace(cut=Cut(whole, cuts))
+            monkeypatch.setattr(hopper_attention, "choose", lambda *_, cut=cut, **__: cut)
+            hopper_attention._plan.cache_clear()
+            launch._extension.module.forget_attention_plans()
+            for q_len, kv_len in ((700, 450), (700, 100), (650, 0), (3, 449)):
+                lens = [torch.tensor([n], dtype=torch.int32, device="cuda") for n in (q_len, kv_len)]
+                out, lse = flash_attention(q, k, v, q_lens=lens[0], kv_lens=lens[1], return_lse=True)
+                assert (out[:, q_len:] == 0).all()
+                assert (lse[..., q_len:] == float("-inf")).all()
+                if kv_len == 0:
+                    assert (out == 0).all()
+                    assert (lse == float("-inf")).all()
+                    continue
+                expected, expected_lse = attention_batch(q[:, :q_len], k[:, :kv_len], v[:, :kv_len])
+                assert error(out[:, :q_len], expected) < TOLERANCES[dtype]
+                torch.testing.assert_close(lse[..., :q_len].double(), expected_lse.double(), rtol=1e-4, atol=1e-4)
+        hopper_attention._plan.cache_clear()
+        launch._extension.module.forget_attention_plans()
+
+    @pytest.mark.parametrize("samples", [1, 2])
+    @pytest.mark.parametrize("length", [2304, 3000])
+    def test_the_last_round_is_cut_where_that_is_faster(self, length: int, samples: int) -> None:
+        q, k, v = (random(samples, length, 24, 128, dtype=torch.bfloat16) for _ in range(3))
+        (out, lse), again = (flash_attention(q, k, v, return_lse=True) for _ in range(2))
+        expected, expected_lse = attention_batch(q, k, v)
+        assert error(out, expected) < TOLERANCES[torch.bfloat16]
+        torch.testing.assert_close(lse.double(), expected_lse.double(), rtol=1e-4, atol=1e-4)
+        assert torch.equal(out, again[0])

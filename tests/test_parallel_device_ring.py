@@ -258,17 +258,24 @@ def test_what_the_driver_refuses_is_raised(name: str, library: str) -> None:
 
 
 def order(rank: int, world: int, name: str, library: str, launches_block: bool) -> list[bool]:
-    """For each layer, whether attention was launched before the side streams were given anything of it."""
+    """For each layer, whether attention was launched before the side streams were given anything of it. What follows
+    the kernel comes behind that in any case: it may wait for the kernel, and the kernel for the transfers."""
     transport = make(name, library)
     transport._launches_block = launches_block
-    attend, seen = transport._attend, []
+    attend, seen, behind = transport._attend, [], []
 
     def given() -> int:
         return sum(transport.fake.steps_enqueued(stream) for stream in transport._sides)
 
-    def attended(*arguments: Any) -> None:
+    def attended(*arguments: Any) -> Callable[[], None]:
         seen.append(given() == before)
-        attend(*arguments)
+        finish = attend(*arguments)
+
+        def finished() -> None:
+            behind.append(given() > before)
+            finish()
+
+        return finished
 
     transport._attend = attended
     q = torch.ones(1, 4, 2, 8)
@@ -277,6 +284,7 @@ def order(rank: int, world: int, name: str, library: str, launches_block: bool) 
         transport.ring(q, q, q, lengths=(4,) * world, kv_lens=None, q_lens=None, scale=None)
         assert given() > before
     transport.close()
+    assert behind == [True] * 3
     return seen
 
 
@@ -301,9 +309,9 @@ def broken(rank: int, world: int, name: str, library: str, driver_too: bool) -> 
     dist.barrier()
     outs, attend = [], transport._attend
 
-    def attended(*arguments: Any) -> None:
+    def attended(*arguments: Any) -> Callable[[], None]:
         outs.append(arguments[4])
-        attend(*arguments)
+        return attend(*arguments)
 
     class Refused:
         def run(self, streams: list[int], epoch: int) -> None:

@@ -178,7 +178,8 @@ def compile_hopper_attention(config: HopperConfig, head_dim: int, dtype: torch.d
     block = [1, 1, 64, head_dim]
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
     signature = dict.fromkeys(("q", "k", "v"), f"tensordesc<{kind}{block},{layout!r}>")
-    signature |= {"out": f"*{kind}", "lse": "*fp32", "q_lens": "*i32", "kv_lens": "*i32", "scale_log2": "fp32"}
+    signature |= {"out": f"*{kind}", "lse": "*fp32", "scratch": "*fp32", "scale_log2": "fp32"}
+    signature |= {"q_lens": "*i32", "kv_lens": "*i32"}
     constants = {
         "CONSUMERS": config.consumers, "D": head_dim, "STAGES": config.stages, "Q_STAGES": config.query_stages,
         "ONLINE": dtype == torch.float16,
@@ -195,7 +196,7 @@ def compile_hopper_ring_attention(head_dim: int, dtype: torch.dtype) -> Usage:
         return f"tensordesc<{kind}{block},{gl.NVMMASharedLayout.get_default_for(block, element)!r}>"
 
     signature = {"q": descriptor([1, 1, 64, head_dim]), "memory": descriptor([64, head_dim])}
-    signature |= {"out": f"*{kind}", "lse": "*fp32", "scale_log2": "fp32"}
+    signature |= {"out": f"*{kind}", "lse": "*fp32", "scratch": "*fp32", "scale_log2": "fp32"}
     signature |= dict.fromkeys(("q_lens", "kv_lens", "table", "arrivals", "error"), "*i32")
     config = hopper_choice.CONFIGS[head_dim]
     constants = {

@@ -145,7 +145,7 @@ def attend_in_pieces(kv_lens: Tensor | None = None, **changes: Any) -> Callable[
     arguments: dict[str, Any] = {"kv_heads": 4, "own_start": 0, "capability": (9, 0)} | changes
     lse = torch.empty(2, 4, 40)
     if arguments.pop("hopper", False):
-        return lambda: dispatch.ring_attention_forward(q, pieces, 70, out, lse, None, kv_lens, 0.125, **arguments)
+        return lambda: dispatch.ring_attention_forward(q, pieces, 70, out, lse, None, kv_lens, 0.125, **arguments)()
     return lambda: ring_attention.ring_attention_forward(q, pieces, out, lse, None, kv_lens, 0.125, **arguments)
 
 
@@ -385,7 +385,13 @@ def test_new_numbers_of_rows_share_a_compiled_residual_diff() -> None:
 
 def test_a_plan_needs_a_launch_of_the_extension() -> None:
     (q,) = tensors(2, 40, 4, 64)
-    plan = {"grid": (1, 1, 1), "sources": (None, None, None), "lens_are_pointers": False, "integers": ()}
+    plan = {
+        "grid": (1, 1, 1),
+        "sources": (None, None, None),
+        "has_scratch": False,
+        "lens_are_pointers": False,
+        "integers": (),
+    }
     with pytest.raises(TypeError, match="launch: must come from kernel_launcher"):
         _C.keep_attention_plan(
             q=q, k=q, v=q, q_lens=None, kv_lens=None, packed_max_q=None, launch=lambda *arguments: True, **plan

@@ -387,7 +387,7 @@ def attention_forward(
     sources = (None, *(source[1:] if isinstance(source, tuple) else None for source in (k_source, v_source)))
     launcher.keep_attention_plan(
         q=q, k=k, v=v, q_lens=q_lens, kv_lens=kv_lens, packed_max_q=packed_max_q, grid=grid, sources=sources,
-        lens_are_pointers=False, integers=integers,
+        has_scratch=False, lens_are_pointers=False, integers=integers,
     )  # fmt: skip
 
 

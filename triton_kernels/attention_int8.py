@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .format8 import LARGEST_KEYS
 from .launch import Launcher
 from .quantize_int8 import K_BLOCK, Keys8, Queries8, _length
 
@@ -21,6 +22,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LOG2_OF_WEIGHTS = tl.constexpr(8.0)
 _K_BLOCK = tl.constexpr(K_BLOCK)
+_BLOCKS_OF_LARGEST = tl.constexpr(LARGEST_KEYS // K_BLOCK)
 
 
 @triton.jit
@@ -44,6 +46,22 @@ def _attend_block(
     # The sums of e4m3 products have fewer bits on some chips: a block's own, added in float32.
     acc = acc * alpha[:, None] + tl.dot(p.to(v_tile.dtype), v_tile.T)
     return acc, l_i, m_new
+
+
+@triton.jit
+def _add_lacking(
+    acc, m_i, q, q_factor, first, k, v, k_scales, padded_k, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Add what the values of some of the largest keys lack, which have been attended before."""
+    keys = first + tl.arange(0, BLOCK_N)
+    channels = tl.arange(0, BLOCK_D)
+    k_tile = tl.load(k + keys[:, None].to(tl.int64) * BLOCK_D + channels[None, :])
+    factor = q_factor * tl.load(k_scales + first // _K_BLOCK)
+    scaled = tl.dot(q, k_tile.T, out_dtype=tl.int32).to(tl.float32) * factor[:, None]
+    # Rounded in another block than before, a score may exceed the maximum a little.
+    p = tl.math.exp2(tl.minimum(scaled - m_i[:, None], 0.5) + _LOG2_OF_WEIGHTS)
+    v_tile = tl.load(v + channels[:, None].to(tl.int64) * padded_k + keys[None, :])
+    return acc + tl.dot(p.to(v_tile.dtype), v_tile.T)
 
 
 _RUNTIME_INTEGERS = ("rows_q", "rows_k", "heads", "heads_per_kv", "padded_q", "padded_k")
@@ -89,6 +107,11 @@ def _attention_int8_fwd(
         acc, l_i, m_i = _attend_block(
             acc, l_i, m_i, q, q_factor, full, kv_len, k, v, k_scales, padded_k, BLOCK_N, BLOCK_D, True
         )
+
+    behind = tl.cdiv(rows_k, _K_BLOCK) * _K_BLOCK
+    largest = tl.minimum(tl.cdiv(kv_len, _K_BLOCK), _BLOCKS_OF_LARGEST) * _K_BLOCK
+    for first in range(behind, behind + largest, BLOCK_N):
+        acc = _add_lacking(acc, m_i, q, q_factor, first, k, v, k_scales, padded_k, BLOCK_N, BLOCK_D)
 
     safe_l = tl.where(alive, l_i, 1.0)
     left_out = tl.load(means_of_scores + q_rows, mask=alive, other=0.0)

@@ -3,9 +3,11 @@ portable one everywhere else."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from . import attention, cudnn_attention, hopper_attention, hopper_ring_attention, ring_attention
+from . import attention, cudnn_attention, hopper_attention, hopper_ring_attention, ring_attention, tail
 
 _HOPPER = (9, 0)
 
@@ -50,16 +52,26 @@ def ring_attention_forward(
     kv_heads: int,
     own_start: int,
     capability: tuple[int, int],
-) -> None:
+) -> Callable[[], None]:
     """Launch a kernel; arguments and contract are those of `ring_attention.ring_attention_forward`, and `keys` is the
-    length of the whole sequence."""
-    if capability == _HOPPER and hopper_ring_attention.hopper_ring_attention_forward(
-        q, pieces, keys, out, lse, q_lens, kv_lens, scale, kv_heads=kv_heads, own_start=own_start
-    ):
-        return
+    length of the whole sequence.
+
+    What is returned is to be called once all that the kernel waits for has been enqueued: it launches the rest.
+    """
+    if capability == _HOPPER:
+        rest = hopper_ring_attention.hopper_ring_attention_forward(
+            q, pieces, keys, out, lse, q_lens, kv_lens, scale, kv_heads=kv_heads, own_start=own_start
+        )
+        if rest is not None:
+            return rest
     ring_attention.ring_attention_forward(
         q, pieces, out, lse, q_lens, kv_lens, scale, kv_heads=kv_heads, own_start=own_start, capability=capability
     )
+    return _nothing
+
+
+def _nothing() -> None:
+    pass
 
 
 def kernel_name(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> str:
@@ -71,5 +83,5 @@ def kernel_name(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) 
 
 def compile_count() -> int:
     """How many variants of the kernels this process holds, over all devices: new lengths must not add any."""
-    kernels = (attention, hopper_attention, ring_attention, hopper_ring_attention)
+    kernels = (attention, hopper_attention, ring_attention, hopper_ring_attention, tail)
     return sum(kernel.compile_count() for kernel in kernels)

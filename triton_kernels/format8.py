@@ -20,6 +20,9 @@ HIGHEST_E4M3 = 448.0
 # Of a channel's values in e4m3: so many scales within an octave are tried, on so many rows.
 SCALES_TRIED = 16
 SCALES_FROM = 512
+# Of a sample's keys so many groups, as even as they can be, give their largest one: what its values lack in e4m3 is
+# multiplied by the same weights. Where tails are heavy, few keys decide, and these are among them.
+LARGEST_KEYS = 512
 LEAST_HEAD_DIM = 64
 _WIDEST_ROTATION = 128
 
@@ -27,6 +30,11 @@ _WIDEST_ROTATION = 128
 def padded_head_dim(head_dim: int) -> int:
     """D': a power of two."""
     return max(LEAST_HEAD_DIM, 1 << (head_dim - 1).bit_length())
+
+
+def rows_of_largest(rows: int) -> int:
+    """How many rows behind those of the keys are kept for the largest ones: whole blocks."""
+    return min(LARGEST_KEYS, -(-rows // K_BLOCK) * K_BLOCK)
 
 
 def rotation_width(head_dim: int) -> int:

@@ -66,28 +66,33 @@ from .hopper_parts import (
     _meet,
     _note_overflow,
     _one,
+    _own_keys,
     _park,
+    _part,
     _queries_empty,
     _release,
     _stand_aside,
     _thread_barrier,
     _tile,
+    _tile_of,
     _turns,
     _write_empty_rows,
     _write_rows,
 )
 from .launch import Launcher
+from .tail import Cut, Tail
 
 
 @gluon.jit
 def _place(parameters, i):
-    """(first query, head, sample) of the program's i-th tile. Blocks of queries run fastest: programs that run side by
-    side share a head's keys in L2."""
-    tile = gl.program_id(0) + i * gl.num_programs(0)
+    """(first query, head, sample, part) of the program's i-th item of work. Blocks of queries run fastest: programs that
+    run side by side share a head's keys in L2."""
+    part = _part(parameters, i)
+    tile = _tile_of(parameters, part)
     blocks = _integer(parameters, _BLOCKS)
     heads = _integer(parameters, _HEADS)
     rest = tile // blocks
-    return tile % blocks * (_integer(parameters, _ACTIVE) * _ROWS), rest % heads, rest // heads
+    return tile % blocks * (_integer(parameters, _ACTIVE) * _ROWS), rest % heads, rest // heads, part
 
 
 # What the producer tells the consumers of a tile, in a slot beside that of its queries: derived once, and not by every
@@ -99,15 +104,17 @@ _TOLD_ROW = gl.constexpr(3)
 _TOLD_HEAD = gl.constexpr(4)
 _TOLD_BATCH = gl.constexpr(5)
 _TOLD_UNCLEAN = gl.constexpr(6)
+_TOLD_PART = gl.constexpr(7)
 _TOLD = gl.constexpr(8)
 
 
 @gluon.jit
-def _tell(slot, keys, queries, stored, row, head, batch, unclean):
-    """For a tile: its number of keys, its rows with queries, its rows to store, the first of them, and whether what
-    stands before its keys is another sample's."""
+def _tell(slot, keys, queries, stored, row, head, batch, unclean, part):
+    """For an item: its number of keys, its rows with queries, its rows to store, the first of them, whether what stands
+    before its keys is another sample's, and which part of a tile it is."""
     index = gl.arange(0, _TOLD, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     values = gl.where(index == _TOLD_KEYS, keys, unclean)
+    values = gl.where(index == _TOLD_PART, part, values)
     values = gl.where(index == _TOLD_QUERIES, queries, values)
     values = gl.where(index == _TOLD_STORED, stored, values)
     values = gl.where(index == _TOLD_ROW, row, values)
@@ -143,8 +150,10 @@ def _feed(
 ):  # fmt: skip
     """Load what the program's tiles read, as fast as the consumers free the slots; the ring's next turn."""
     for i in range(_turns(parameters)):
-        first_m, head, sample = _place(parameters, i)
+        first_m, head, sample, part = _place(parameters, i)
         k_start, kv_len, q_start, q_len = _key_span(parameters, first_m, sample)
+        first_key, kv_len = _own_keys(parameters, part, kv_len, _KEYS)
+        k_start += first_key
         is_packed = (_integer(parameters, _FLAGS) & _PACKED) != 0
         batch = gl.where(is_packed, 0, sample)
         active = _integer(parameters, _ACTIVE)
@@ -154,7 +163,7 @@ def _feed(
         _await_free_queries(barriers, before + i, STAGES, Q_STAGES)
         _tell(
             told.index((before + i) % Q_STAGES), kv_len, gl.minimum(q_len - first_m, rows), stored, row, head, batch,
-            gl.where(is_packed & (kv_len > 0) & (kv_len < _KEYS), 1, 0),
+            gl.where(is_packed & (kv_len > 0) & (kv_len < _KEYS), 1, 0), part,
         )  # fmt: skip
         active = gl.where(kv_len > 0, active, 0)
         _load_queries(q, queries, barriers, before + i, batch, head, row, active, CONSUMERS, STAGES, Q_STAGES)
@@ -223,8 +232,8 @@ def _consume(
                 _note_overflow(notes.index(consumer), acc, l_i, rows)
             row = _told(slot, _TOLD_ROW) + consumer * _ROWS
             stored = _told(slot, _TOLD_STORED) - consumer * _ROWS
-            head, batch = _told(slot, _TOLD_HEAD), _told(slot, _TOLD_BATCH)
-            _write_rows(parameters, row, head, batch, rows, stored, mine, acc, m_i, l_i, D)
+            head, batch, part = _told(slot, _TOLD_HEAD), _told(slot, _TOLD_BATCH), _told(slot, _TOLD_PART)
+            _write_rows(parameters, row, head, batch, part, rows, stored, mine, acc, m_i, l_i, consumer, D)
             fence_async_shared()
         else:
             if unclean != 0:
@@ -233,8 +242,10 @@ def _consume(
             stored = _told(slot, _TOLD_STORED) - consumer * _ROWS
             if stored > 0:
                 row = _told(slot, _TOLD_ROW) + consumer * _ROWS
-                head, batch = _told(slot, _TOLD_HEAD), _told(slot, _TOLD_BATCH)
-                _write_empty_rows(parameters, row, head, batch, stored, queries.dtype, 0.0, float("-inf"), D)
+                head, batch, part = _told(slot, _TOLD_HEAD), _told(slot, _TOLD_BATCH), _told(slot, _TOLD_PART)
+                _write_empty_rows(
+                    parameters, row, head, batch, part, stored, queries.dtype, 0.0, float("-inf"), consumer, D
+                )
         mbarrier.arrive(_queries_empty(barriers, before + i, STAGES, Q_STAGES))
     return turn
 
@@ -259,17 +270,21 @@ def _consumer(
             )  # fmt: skip
 
 
-_RUNTIME_INTEGERS = ("heads_per_kv", "rows_q", "rows_k", "flags", "heads", "blocks", "tiles", "active")
+_RUNTIME_INTEGERS = (
+    "heads_per_kv", "rows_q", "rows_k", "flags", "heads", "blocks", "items", "whole", "cuts", "active",
+)  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=_RUNTIME_INTEGERS, do_not_specialize_on_alignment=("q_lens", "kv_lens"))
+@gluon.jit(do_not_specialize=_RUNTIME_INTEGERS, do_not_specialize_on_alignment=("scratch", "q_lens", "kv_lens"))
 def _hopper_attention(
-    q, k, v, out, lse, q_lens, kv_lens, scale_log2, heads_per_kv, rows_q, rows_k, flags, heads, blocks, tiles, active,
+    q, k, v, out, lse, scratch, q_lens, kv_lens, scale_log2, heads_per_kv, rows_q, rows_k, flags, heads, blocks, items,
+    whole, cuts, active,
     CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, ONLINE: gl.constexpr,
 ):  # fmt: skip
     """q, k, v: descriptors of (B, H, S, D) in blocks of (1, 1, 64, D); lens pointers are read where `flags` says so.
 
-    `tiles` = samples x heads x blocks of `active` x 64 queries; only so many consumers compute.
+    There are samples x heads x blocks of `active` x 64 queries; only so many consumers compute. The last of these tiles
+    are cut into parts, see `tail`: `items` counts the `whole` ones and the parts.
     """
     scale_log2 = gl.maximum(scale_log2, _LEAST_SCALE)
     queries = gl.allocate_shared_memory(q.dtype, [Q_STAGES * CONSUMERS, 1, 1, _ROWS, D], q.layout)
@@ -287,8 +302,8 @@ def _hopper_attention(
     told = gl.allocate_shared_memory(gl.int32, [Q_STAGES, _TOLD], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     parameters = gl.allocate_shared_memory(gl.int64, [_PARAMETERS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     _park(
-        parameters, out, lse, q_lens, kv_lens, heads_per_kv, rows_q, rows_k, flags, heads, blocks, tiles, active,
-        gl.to_tensor(0),
+        parameters, out, lse, scratch, q_lens, kv_lens, heads_per_kv, rows_q, rows_k, flags, heads, blocks, items,
+        whole, cuts, active, gl.to_tensor(0),
     )  # fmt: skip
     _thread_barrier()
     if CONSUMERS == 3:
@@ -332,6 +347,7 @@ class _Plan(NamedTuple):
     grid: tuple[int, int, int]
     descriptors: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # shape and strides of q, k, v
     integers: tuple[int, ...]
+    tail: Tail
 
 
 @functools.cache
@@ -351,12 +367,13 @@ def _launchers(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[
 _compiled: set[tuple[torch.device, torch.dtype, int]] = set()
 
 
-def _compile_all(q: torch.Tensor, arguments: tuple[object, ...]) -> None:
+def _compile_all(out: torch.Tensor, lse: torch.Tensor, tail: Tail, arguments: tuple[object, ...]) -> None:
     """Compile every variant for a device, type and head dim at the first call: no later length waits for one."""
-    key = (q.device, q.dtype, q.shape[-1])
+    key = (out.device, out.dtype, out.shape[-1])
     if key not in _compiled:
         for launcher in _launchers(*key).values():
             launcher.compile(*arguments)
+        tail.compile(out, lse)
         _compiled.add(key)
 
 
@@ -385,14 +402,18 @@ def _plan(
     max_q = rows_q if packed_max_q is None else min(packed_max_q, rows_q)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     uneven = samples > 1 and flags != 0
-    choice = choose(head_dim, max_q, rows_k, heads, samples, processors, uneven=uneven)
+    packed = packed_max_q is not None
+    choice = choose(head_dim, max_q, rows_k, heads, samples, processors, uneven=uneven, whole=packed)
     tiles = choice.tiles(max_q, heads, samples)
-    if None in descriptors or tiles >= 2**31:
+    cut = choice.cut or Cut(tiles, 1)
+    items = cut.items(tiles)
+    if None in descriptors or items >= 2**31:
         return None
-    programs = min(tiles, processors * choice.config.residents) if choice.stays else tiles
+    programs = min(items, processors * choice.config.residents) if choice.stays else items
     blocks = -(-max_q // (choice.active * ROWS))
-    integers = (heads // kv_heads, rows_q, rows_k, flags, heads, blocks, tiles, choice.active)
-    return _Plan(_launchers(device, dtype, head_dim)[choice.config], (programs, 1, 1), descriptors, integers)  # pyright: ignore[reportArgumentType]
+    integers = (heads // kv_heads, rows_q, rows_k, flags, heads, blocks, items, *cut, choice.active)
+    tail = Tail(cut, cut.parts(tiles), choice.active * ROWS, blocks, heads_last=False)
+    return _Plan(_launchers(device, dtype, head_dim)[choice.config], (programs, 1, 1), descriptors, integers, tail)  # pyright: ignore[reportArgumentType]
 
 
 def hopper_attention_forward(
@@ -412,7 +433,7 @@ def hopper_attention_forward(
 
     It takes bfloat16 and float16 with D = 64 and 128, starting at a multiple of 16 bytes and with strides that are
     multiples of 16 bytes. With `keep_plan`, calls of the operator like this one are launched like this from now on, by
-    C++ alone.
+    C++ alone, unless they need a second kernel.
     """
     if packed_max_q is None:
         samples, flags = q.shape[0], 0
@@ -423,21 +444,23 @@ def hopper_attention_forward(
     plan = _plan(q.shape, k.shape, q.stride(), k.stride(), v.stride(), samples, packed_max_q, flags, q.dtype, q.device)
     if plan is None or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
         return False
-    launcher, grid, (q_map, k_map, v_map), integers = plan
+    launcher, grid, (q_map, k_map, v_map), integers, tail = plan
     if 0 in grid:
         return True
-    # A pointer that is not followed stands in for lengths that are not given: None would be another compiled variant.
+    # A pointer that is not followed stands in for what there is not: None would be another compiled variant.
     unused = out.view(torch.int32) if q_lens is None or kv_lens is None else None
+    scratch = tail.scratch(out) if tail.parts else out.view(torch.float32)
     arguments = (
-        (q, *q_map), (k, *k_map), (v, *v_map), out, lse, unused if q_lens is None else q_lens,
+        (q, *q_map), (k, *k_map), (v, *v_map), out, lse, scratch, unused if q_lens is None else q_lens,
         unused if kv_lens is None else kv_lens, scale * _LOG2_E, *integers,
     )  # fmt: skip
-    _compile_all(q, arguments)
+    _compile_all(out, lse, tail, arguments)
     launcher(grid, *arguments)
-    if keep_plan:
+    tail.merge(scratch, out, lse)
+    if keep_plan and not tail.parts:
         launcher.keep_attention_plan(
             q=q, k=k, v=v, q_lens=q_lens, kv_lens=kv_lens, packed_max_q=packed_max_q, grid=grid,
-            sources=(q_map, k_map, v_map), lens_are_pointers=True, integers=integers,
+            sources=(q_map, k_map, v_map), has_scratch=True, lens_are_pointers=True, integers=integers,
         )  # fmt: skip
     return True
 

@@ -36,6 +36,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .format8 import LARGEST_KEYS
 from .hopper_choice import ROWS
 from .hopper_parts import (
     _BLOCKS,
@@ -45,6 +46,7 @@ from .hopper_parts import (
     _HEADS_PER_KV,
     _LOG2_E,
     _PARAMETERS,
+    _ROWS_K,
     _ROWS_Q,
     _async_load,
     _await_free_queries,
@@ -70,10 +72,15 @@ REGISTERS = 240  # of the second consumer's threads; the first one has what is l
 
 _ROWS = gl.constexpr(ROWS)
 _K_BLOCK = gl.constexpr(K_BLOCK)
+_LARGEST_KEYS = gl.constexpr(LARGEST_KEYS)
+_WHOLE_TILE = gl.constexpr(-1)  # of the kernel of 16 bits the last ones are cut, see `tail`
 _BITS_OF_OFFSET = gl.constexpr(0x4B400000)
 _OFFSET = gl.constexpr(12582912.0)  # 1.5 * 2^23
 _LOWEST_SCORE = gl.constexpr(0x4B000000)  # 2^23, that is a score of -2^22; none lies below -2^21
 _LOG2_OF_WEIGHTS = gl.constexpr(8.0)
+# e4m3 ends at 448: so much may a score exceed what stands for the row's maximum.
+_LOG2_OF_HEADROOM = gl.constexpr(0.8)
+_BLOCKS_OF_A_SUM = gl.constexpr(32)
 _CHAINS = gl.constexpr(4)
 _FLOAT_LOG2_E = gl.constexpr(_LOG2_E)
 
@@ -87,12 +94,35 @@ def _weights_asm() -> str:
     return "{.reg .f32 p<16>; .reg .b16 h<8>;\n" + body + "}"
 
 
+_RESCALED_AT_A_TIME = gl.constexpr(32)
+
+
+def _rescaling_asm(count: int) -> str:
+    """So many elements of an accumulator times their rows' factors; skipped where those of a warp's rows are all 1."""
+    body = "".join(f"mul.f32 ${i}, ${i}, ${2 * count + i};\n" for i in range(count))
+    return (
+        "{.reg .pred p, q;\n"
+        # An accumulator's elements in a thread are two of one row, then two of another.
+        f"setp.neu.f32 p, ${2 * count}, 0f3F800000;\n"
+        f"setp.neu.or.f32 q, ${2 * count + 2}, 0f3F800000, p;\n"
+        "vote.sync.any.pred p, q, 0xffffffff;\n"
+        f"@!p bra SAME;\n{body}SAME:\n}}"
+    )
+
+
+def _rescaling_constraints(count: int) -> str:
+    return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["f"] * count)
+
+
+_RESCALING_ASM = gl.constexpr(_rescaling_asm(32))
+_RESCALING_CONSTRAINTS = gl.constexpr(_rescaling_constraints(32))
+
 _ASM = gl.constexpr(_weights_asm())
 _CONSTRAINTS = gl.constexpr(",".join(["=r"] * 4 + ["=f"] * 16 + ["f"] * 16))
 
 
 @gluon.jit
-def _maximum(scores, m_i, factor):
+def _maximum(scores, m_i, factor, headroom):
     """The running maximum, in exponents of two, after these scores (integers with their offset).
 
     In steps, so that what depends on what is short: a row's 32 scores in a thread are four chains instead of one, and
@@ -104,7 +134,8 @@ def _maximum(scores, m_i, factor):
     x = gl.max(x.reshape([rows, 2, 2, _CHAINS, 2 * eighths // _CHAINS]), 4)
     highest = gl.max(gl.max(gl.max(x, 3), 2), 1)
     highest = gl.convert_layout(highest, m_i.type.layout, assert_trivial=True).to(gl.float32, bitcast=True)
-    return gl.maximum(m_i, (highest - _OFFSET) * factor)
+    highest = (highest - _OFFSET) * factor
+    return gl.where(highest > m_i + headroom, highest, m_i)
 
 
 @gluon.jit
@@ -143,10 +174,22 @@ def _scores(q, k, layout: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def _product(p, v, layout: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr):
-    """Weights times values of a block, in flight."""
-    values = v.reshape([D, KEYS]).permute((1, 0))
-    return warpgroup_mma(p, values, gl.zeros([_ROWS, D], gl.float32, layout), use_acc=False, is_async=True)
+def _added_product(product, p, v, KEYS: gl.constexpr, D: gl.constexpr):
+    """`product` and weights times values of a block, in flight."""
+    return warpgroup_mma(p, v.reshape([D, KEYS]).permute((1, 0)), product, is_async=True)
+
+
+@gluon.jit
+def _by_rows(x, like):
+    return gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, like.type.layout)), 1)
+
+
+@gluon.jit
+def _rescaled_product(product, alpha):
+    return gl.inline_asm_elementwise(
+        _RESCALING_ASM, _RESCALING_CONSTRAINTS, [product, _by_rows(alpha, product)], dtype=gl.float32,
+        is_pure=False, pack=_RESCALED_AT_A_TIME,
+    )  # fmt: skip
 
 
 # More parameters that wait in shared memory, see `hopper_parts`.
@@ -230,6 +273,17 @@ def _load_block(k, v, keys, values, barriers, turn, batch, head, row, STAGES: gl
 
 
 @gluon.jit
+def _first_of_largest(parameters):
+    """The row behind the blocks of keys at which the largest ones stand once more."""
+    return (_integer(parameters, _ROWS_K) + _K_BLOCK - 1) // _K_BLOCK * _K_BLOCK
+
+
+@gluon.jit
+def _blocks_of_largest(kv_len):
+    return gl.minimum((kv_len + _K_BLOCK - 1) // _K_BLOCK, _LARGEST_KEYS // _K_BLOCK)
+
+
+@gluon.jit
 def _producer(
     q, k, v, queries, keys, values, barriers, parameters, CONSUMERS: gl.constexpr, KEYS: gl.constexpr,
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
@@ -248,6 +302,10 @@ def _producer(
             _load_block(k, v, keys, values, barriers, turn, sample, kv_head, row, STAGES)
             row = block * KEYS
             turn += 1
+        behind = _first_of_largest(parameters)
+        for block in range(_blocks_of_largest(kv_len)):
+            _load_block(k, v, keys, values, barriers, turn, sample, kv_head, behind + block * KEYS, STAGES)
+            turn += 1
 
 
 @gluon.jit
@@ -265,8 +323,8 @@ def _added(acc, alpha, product):
 
 @gluon.jit
 def _attend(
-    q, keys, values, barriers, turn, kv_len, q_factor, k_scales, KEYS: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr,
+    q, keys, values, total, barriers, turn, kv_len, q_factor, k_scales, first_of_largest,
+    KEYS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A consumer's 64 rows over all keys: (accumulator, m_i, l_i by rows, the next turn).
 
@@ -293,41 +351,61 @@ def _attend(
     scores = _scores(q, keys.index(next_slot), S, KEYS, D)
     exists = _exists(kv_len, S, KEYS)
     lowest = gl.full([_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
-    m_i = _maximum(gl.where(exists, s, _LOWEST_SCORE), lowest, factor)
+    m_i = _maximum(gl.where(exists, s, _LOWEST_SCORE), lowest, factor, _LOG2_OF_HEADROOM)
     p, l_i = _weights(_masked(_exponents(s, m_i, factor), exists), P)
-    product = _product(p, values.index(slot), OUT, KEYS, D)
+    product = _added_product(gl.zeros([_ROWS, D], gl.float32, OUT), p, values.index(slot), KEYS, D)
     s = warpgroup_mma_wait(1, deps=(scores,))
     factor = q_factor * k_scale
-    m_next = _maximum(s, m_i, factor)
+    m_next = _maximum(s, m_i, factor, gl.where(last > 0, _LOG2_OF_HEADROOM, float("inf")))
     ahead = gl.minimum(ahead + 1, end)
     _wait_full(barriers, ahead, STAGES)
-    done, m_next = warpgroup_mma_wait(0, deps=(product, m_next))
+    product, m_next = warpgroup_mma_wait(0, deps=(product, m_next))
     _free(slot)
-    acc = gl.zeros([_ROWS, D], gl.float32, OUT)
-    alpha = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, S))
+    total.store(gl.zeros([_ROWS, D], gl.float32, OUT))
+    since = gl.exp2(m_i - m_next)
+    alpha = since
+    m_i = m_next
+    product = _rescaled_product(product, alpha)
 
-    for block in range(last):
-        acc = _added(acc, alpha, done)
-        k_scale = gl.load(k_scales + (block + 1) * KEYS // _K_BLOCK)
-        alpha = gl.exp2(m_i - m_next)
-        m_i = m_next
-        p, sums = _weights(_exponents(s, m_i, factor), P)
-        l_i = _added(l_i, alpha, sums)
-        slot = next_slot
-        next_slot = _slot(ahead, STAGES)
-        scores = _scores(q, keys.index(next_slot), S, KEYS, D)
-        product = _product(p, values.index(slot), OUT, KEYS, D)
-        s = warpgroup_mma_wait(1, deps=(scores,))
-        factor = q_factor * k_scale
-        m_next = _maximum(s, m_i, factor)
-        # The wait for the next keys stands here since the assembler moves the wait for the product up to the last
-        # branch: without one in between, the maximum would come after it.
-        ahead = gl.minimum(ahead + 1, end)
-        _wait_full(barriers, ahead, STAGES)
-        done, m_next = warpgroup_mma_wait(0, deps=(product, m_next))
+    for first in range(0, last, _BLOCKS_OF_A_SUM):
+        for block in range(first, gl.minimum(first + _BLOCKS_OF_A_SUM, last)):
+            k_scale = gl.load(k_scales + (block + 1) * KEYS // _K_BLOCK)
+            p, sums = _weights(_exponents(s, m_i, factor), P)
+            l_i = _added(l_i, alpha, sums)
+            slot = next_slot
+            next_slot = _slot(ahead, STAGES)
+            scores = _scores(q, keys.index(next_slot), S, KEYS, D)
+            product = _added_product(product, p, values.index(slot), KEYS, D)
+            s = warpgroup_mma_wait(1, deps=(scores,))
+            factor = q_factor * k_scale
+            m_next = _maximum(s, m_i, factor, gl.where(block + 1 < last, _LOG2_OF_HEADROOM, float("inf")))
+            # The wait for the next keys stands here since the assembler moves the wait for the product up to the last
+            # branch: without one in between, the maximum would come after it.
+            ahead = gl.minimum(ahead + 1, end)
+            _wait_full(barriers, ahead, STAGES)
+            product, m_next = warpgroup_mma_wait(0, deps=(product, m_next))
+            _free(slot)
+            alpha = gl.exp2(m_i - m_next)
+            m_i = m_next
+            since *= alpha
+            product = _rescaled_product(product, alpha)
+        total.store(gl.fma(total.load(OUT), _by_rows(since, product), product))
+        product = gl.zeros([_ROWS, D], gl.float32, OUT)
+        since = gl.full([_ROWS], 1.0, gl.float32, since.type.layout)
+    turn = end + 1
+    behind = k_scales + first_of_largest // _K_BLOCK
+    for block in range(_blocks_of_largest(kv_len)):
+        # What the values of the largest keys lack, multiplied by their weights, which have been summed up before.
+        slot = _slot(turn, STAGES)
+        factor = q_factor * gl.load(behind + block)
+        _wait_full(barriers, turn, STAGES)
+        s = warpgroup_mma_wait(0, deps=(_scores(q, keys.index(slot), S, KEYS, D),))
+        p, _ = _weights(_exponents(s, m_i, factor), P)
+        product = warpgroup_mma_wait(0, deps=(_added_product(product, p, values.index(slot), KEYS, D),))
         _free(slot)
-    acc = _added(acc, alpha, done)
-    return acc, m_i, gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, S)), end + 1
+        turn += 1
+    acc = gl.fma(total.load(OUT), _by_rows(since, product), product)
+    return acc, m_i, gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, S)), turn
 
 
 @gluon.jit
@@ -347,9 +425,11 @@ def _rescaled(acc, m_i, l_i, scales, at_q, at_k, row, alive_rows, D: gl.constexp
 
 @gluon.jit
 def _consumer(
-    queries, keys, values, stages, barriers, parameters, scales, scale_log2, consumer: gl.constexpr,
+    queries, keys, values, totals, barriers, parameters, scales, scale_log2, consumer: gl.constexpr,
     CONSUMERS: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+    OUT: gl.constexpr,
 ):  # fmt: skip
+    total = totals.index(consumer)
     turn = gl.to_tensor(0)
     for i in range(_turns(parameters)):
         first_m, head, sample = _place(parameters, i, CONSUMERS)
@@ -371,20 +451,34 @@ def _consumer(
             q_factor = gl.load(q_scales + own, mask=own < padded_q, other=0.0) * scale_log2
             of_head = _pointer(scales, _K_SCALES, gl.float32) + at_k * (_integer(scales, _PADDED_K) // _K_BLOCK)
             acc, m_i, l_i, turn = _attend(
-                q, keys, values, barriers, turn, kv_len, q_factor, of_head, KEYS, D, STAGES,
+                q, keys, values, total, barriers, turn, kv_len, q_factor, of_head, _first_of_largest(parameters),
+                KEYS, D, STAGES,
             )  # fmt: skip
             mbarrier.arrive(_queries_empty(barriers, i, STAGES, Q_STAGES))
+            # Derived once more, for else it would occupy registers in the loop over keys.
+            first_m, head, sample = _place(parameters, i, CONSUMERS)
+            row = first_m + consumer * _ROWS
+            at_q = sample * _integer(parameters, _HEADS) + head
+            at_k = at_q // _integer(parameters, _HEADS_PER_KV)
+            stored = _integer(parameters, _ROWS_Q) - row
             alive = q_len - row
             acc, m_i = _rescaled(acc, m_i, l_i, scales, at_q, at_k, row, alive, D)
-            _write_rows(parameters, row, head, sample, alive, stored, stages.index(consumer), acc, m_i, l_i, D)
+            # Every warp has read its rows of `total` before any writes over those of others.
+            _thread_barrier()
+            stage_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_ROWS, D], OUT)
+            stage = total._reinterpret(OUT, [_ROWS, D], stage_layout)
+            _write_rows(parameters, row, head, sample, _WHOLE_TILE, alive, stored, stage, acc, m_i, l_i, consumer, D)
+            _thread_barrier()
         else:
-            for _ in range((kv_len + KEYS - 1) // KEYS):
+            for _ in range((kv_len + KEYS - 1) // KEYS + _blocks_of_largest(kv_len)):
                 _wait_full(barriers, turn, STAGES)
                 _free(_slot(turn, STAGES))
                 turn += 1
             mbarrier.arrive(_queries_empty(barriers, i, STAGES, Q_STAGES))
             if stored > 0:
-                _write_empty_rows(parameters, row, head, sample, stored, stages.dtype, 0.0, float("-inf"), D)
+                _write_empty_rows(
+                    parameters, row, head, sample, _WHOLE_TILE, stored, OUT, 0.0, float("-inf"), consumer, D
+                )
 
 
 _RUNTIME_INTEGERS = (
@@ -405,8 +499,10 @@ def _hopper_attention_int8(
     queries = gl.allocate_shared_memory(q.dtype, [Q_STAGES * CONSUMERS, 1, 1, _ROWS, D], q.layout)
     keys = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, KEYS, D], k.layout)
     values = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, D, KEYS], v.layout)
-    stage_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_ROWS, D], out.dtype.element_ty)
-    stages = gl.allocate_shared_memory(out.dtype.element_ty, [CONSUMERS, _ROWS, D], stage_layout)
+    OUT: gl.constexpr = out.dtype.element_ty
+    # A thread reads what it has written, two elements at a time: eight rows lie in different banks.
+    total_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    totals = gl.allocate_shared_memory(gl.float32, [CONSUMERS, _ROWS, D], total_layout)
     barriers = gl.allocate_shared_memory(gl.int64, [2 * (STAGES + Q_STAGES), 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):  # Of the keys' "empty" barriers, whose places stay free, see `_free`.
         mbarrier.init(barriers.index(i), count=1)
@@ -415,8 +511,8 @@ def _hopper_attention_int8(
         mbarrier.init(barriers.index(2 * STAGES + Q_STAGES + i), count=CONSUMERS)
     parameters = gl.allocate_shared_memory(gl.int64, [_PARAMETERS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     _park(
-        parameters, out, lse, q_lens, kv_lens, heads_per_kv, rows_q, rows_k, flags, heads, blocks, tiles,
-        gl.to_tensor(0), gl.to_tensor(0),
+        parameters, out, lse, lse, q_lens, kv_lens, heads_per_kv, rows_q, rows_k, flags, heads, blocks, tiles,
+        tiles, gl.to_tensor(1), gl.to_tensor(CONSUMERS), gl.to_tensor(0),
     )  # fmt: skip
     scales = gl.allocate_shared_memory(gl.int64, [_SCALES], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     _park_scales(scales, q_scales, k_scales, v_scales, means_of_scores, padded_q, padded_k)
@@ -424,12 +520,12 @@ def _hopper_attention_int8(
     gl.warp_specialize(
         [
             (_consumer, (
-                queries, keys, values, stages, barriers, parameters, scales, scale_log2, 0, CONSUMERS, KEYS, D, STAGES,
-                Q_STAGES,
+                queries, keys, values, totals, barriers, parameters, scales, scale_log2, 0, CONSUMERS, KEYS, D, STAGES,
+                Q_STAGES, OUT,
             )),
             (_consumer, (
-                queries, keys, values, stages, barriers, parameters, scales, scale_log2, 1, CONSUMERS, KEYS, D, STAGES,
-                Q_STAGES,
+                queries, keys, values, totals, barriers, parameters, scales, scale_log2, 1, CONSUMERS, KEYS, D, STAGES,
+                Q_STAGES, OUT,
             )),
             (_producer, (q, k, v, queries, keys, values, barriers, parameters, CONSUMERS, KEYS, STAGES, Q_STAGES)),
         ],

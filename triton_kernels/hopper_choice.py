@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from .tail import Cut, cheapest_cut
+
 # Rows of one consumer's queries, and of a block of keys or values.
 ROWS = 64
 KEYS = 64
@@ -40,11 +42,12 @@ SMALL_CONFIGS = {64: HopperConfig(1, 4, 1, 2, 104), 128: HopperConfig(1, 3, 1, 2
 
 class Choice(NamedTuple):
     """How a problem is cut: the variant, the consumers that compute (rows of a tile / 64), and whether a program takes
-    tile after tile or each tile is a program's."""
+    tile after tile or each tile is a program's; and how the last tiles are cut, None where they are not."""
 
     config: HopperConfig
     active: int
     stays: bool
+    cut: Cut | None = None
 
     def tiles(self, max_q: int, heads: int, samples: int) -> int:
         return -(-max_q // (self.active * ROWS)) * heads * samples
@@ -70,19 +73,22 @@ class _Problem(NamedTuple):
     def blocks(self) -> int:
         return -(-self.keys // KEYS)
 
-    def rounds(self, choice: Choice) -> int:
-        return -(-choice.tiles(self.max_q, self.heads, self.samples) // self.processors)
+    def cut(self, choice: Choice, of_tile: float, of_block: float, whole: bool) -> tuple[Choice, float]:
+        """The choice with its tiles cut in the best way, and the microseconds of its rounds; `whole`: cut none."""
+        tiles = choice.tiles(self.max_q, self.heads, self.samples)
+        most = {"most": 1} if whole else {}
+        cut, time = cheapest_cut(tiles, self.blocks, self.processors, of_tile=of_tile, of_block=of_block, **most)
+        return choice._replace(cut=None if cut.cuts == 1 else cut), time
 
 
-def _microseconds_of_rows(problem: _Problem, uneven: bool) -> dict[Choice, float]:
+def _microseconds_of_rows(problem: _Problem, uneven: bool, whole: bool) -> dict[Choice, float]:
     """What the variant of three consumers should take with tiles of 192 and of 128 rows."""
     large = CONFIGS[problem.head_dim]
     stays = problem.blocks <= _BLOCKS_OF_A_PROGRAM and not uneven
-    rows_192, rows_128 = Choice(large, 3, stays), Choice(large, 2, stays)
-    return {
-        rows_192: 4.0 + problem.rounds(rows_192) * (3.3 + 0.9 * problem.blocks),
-        rows_128: 3.5 + problem.rounds(rows_128) * (2.7 + 0.68 * problem.blocks),
-    }
+    whole = whole or uneven  # Which tiles end last is not known.
+    rows_192, time_192 = problem.cut(Choice(large, 3, stays), 3.3, 0.9, whole)
+    rows_128, time_128 = problem.cut(Choice(large, 2, stays), 2.7, 0.68, whole)
+    return {rows_192: 4.0 + time_192, rows_128: 3.5 + time_128}
 
 
 def _fastest(microseconds: dict[Choice, float]) -> Choice:
@@ -91,14 +97,14 @@ def _fastest(microseconds: dict[Choice, float]) -> Choice:
 
 def choose_rows(*problem: int, uneven: bool) -> Choice:
     """As `choose`, among the tiles of the variant of three consumers alone."""
-    return _fastest(_microseconds_of_rows(_Problem(*problem), uneven))
+    return _fastest(_microseconds_of_rows(_Problem(*problem), uneven, False))
 
 
-def choose(*problem: int, uneven: bool = False) -> Choice:
+def choose(*problem: int, uneven: bool = False, whole: bool = False) -> Choice:
     """The choice that should take the fewest microseconds: a start, then rounds of a tile's cost and its blocks'.
 
     `problem`: the fields of `_Problem`. Samples of `uneven` lengths make tiles that take more and less time: there, as
-    for long sequences, the hardware hands out the tiles.
+    for long sequences, the hardware hands out the tiles. `whole`: no tile may be cut.
 
     The constants give the fastest choice, or one within 2 %, at each of the shapes of
     `python -m benchmarks.gpu_tune --only hopper` (H100, D = 128, 24 heads).
@@ -106,9 +112,10 @@ def choose(*problem: int, uneven: bool = False) -> Choice:
     of = _Problem(*problem)
     rows_64 = Choice(SMALL_CONFIGS[of.head_dim], 1, False)
     # Two of the small programs share a multiprocessor; one alone is faster than one of two.
-    shared, alone = divmod(of.rounds(rows_64), 2)
+    rounds = -(-rows_64.tiles(of.max_q, of.heads, of.samples) // of.processors)
+    shared, alone = divmod(rounds, 2)
     small = {rows_64: 1.0 + (shared + 0.8 * alone) * (4.2 + 0.78 * of.blocks)}
-    return _fastest(_microseconds_of_rows(of, uneven) | small)
+    return _fastest(_microseconds_of_rows(of, uneven, whole) | small)
 
 
 class _CudnnRow(NamedTuple):

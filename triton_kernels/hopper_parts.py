@@ -56,9 +56,12 @@ _ROWS_K = gl.constexpr(6)
 _FLAGS = gl.constexpr(7)
 _HEADS = gl.constexpr(8)
 _BLOCKS = gl.constexpr(9)
-_TILES = gl.constexpr(10)
+_ITEMS = gl.constexpr(10)
 _ACTIVE = gl.constexpr(11)
 _OWN_START = gl.constexpr(12)
+_WHOLE = gl.constexpr(13)
+_CUTS = gl.constexpr(14)
+_SCRATCH = gl.constexpr(15)
 _PARAMETERS = gl.constexpr(16)
 
 
@@ -70,7 +73,8 @@ def _one(num_warps):
 
 @gluon.jit
 def _park(
-    parameters, out, lse, q_lens, kv_lens, heads_per_kv, rows_q, rows_k, flags, heads, blocks, tiles, active, own_start
+    parameters, out, lse, scratch, q_lens, kv_lens, heads_per_kv, rows_q, rows_k, flags, heads, blocks, items, whole,
+    cuts, active, own_start,
 ):  # fmt: skip
     index = gl.arange(0, _PARAMETERS, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     values = gl.where(index == _OUT, out.to(gl.int64), flags.to(gl.int64))
@@ -82,7 +86,10 @@ def _park(
     values = gl.where(index == _ROWS_K, rows_k.to(gl.int64), values)
     values = gl.where(index == _HEADS, heads.to(gl.int64), values)
     values = gl.where(index == _BLOCKS, blocks.to(gl.int64), values)
-    values = gl.where(index == _TILES, tiles.to(gl.int64), values)
+    values = gl.where(index == _ITEMS, items.to(gl.int64), values)
+    values = gl.where(index == _WHOLE, whole.to(gl.int64), values)
+    values = gl.where(index == _CUTS, cuts.to(gl.int64), values)
+    values = gl.where(index == _SCRATCH, scratch.to(gl.int64), values)
     values = gl.where(index == _ACTIVE, active.to(gl.int64), values)
     parameters.store(gl.where(index == _OWN_START, own_start.to(gl.int64), values))
 
@@ -122,8 +129,30 @@ def _sample_span(parameters, lens: gl.constexpr, given: gl.constexpr, rows, samp
 
 @gluon.jit
 def _turns(parameters):
-    """How many tiles this program computes: every so many programs, from its own number on."""
-    return (_integer(parameters, _TILES) - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
+    """How many items of work this program takes: every so many programs, from its own number on."""
+    return (_integer(parameters, _ITEMS) - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
+
+
+# An item of work is a whole tile, or one of the parts into which the last tiles are cut along their keys, so that they
+# fill the multiprocessors (`tail` tells more). Parts are counted from 0 over all tiles; a whole tile's is negative.
+@gluon.jit
+def _part(parameters, i):
+    """The part that is the program's i-th item, negative where that is a whole tile."""
+    return gl.program_id(0) + i * gl.num_programs(0) - _integer(parameters, _WHOLE)
+
+
+@gluon.jit
+def _tile_of(parameters, part):
+    return _integer(parameters, _WHOLE) + gl.where(part < 0, part, part // _integer(parameters, _CUTS))
+
+
+@gluon.jit
+def _own_keys(parameters, part, kv_len, KEYS: gl.constexpr):
+    """(first, how many) of `kv_len` keys an item of work takes: whole blocks, but for the last one of them all."""
+    cuts = _integer(parameters, _CUTS)
+    size = (kv_len + KEYS * cuts - 1) // (KEYS * cuts) * KEYS
+    first = gl.minimum(part % cuts * size, kv_len)
+    return gl.where(part < 0, 0, first), gl.where(part < 0, kv_len, gl.minimum(size, kv_len - first))
 
 
 @gluon.jit
@@ -356,21 +385,44 @@ def _pointers(parameters, row, head, batch, dtype: gl.constexpr, D: gl.constexpr
 
 
 @gluon.jit
-def _write_rows(parameters, row, head, batch, alive_rows, stored_rows, stage, acc, m_i, l_i, D: gl.constexpr):
-    """Write out and lse of a consumer's rows from `row` on; those past the queries become zeros, their lse -inf."""
-    out, lse, pitch = _pointers(parameters, row, head, batch, stage.dtype, D)
+def _pointers_of_part(parameters, part, consumer: gl.constexpr, D: gl.constexpr):
+    """Where out and lse of a consumer's rows begin in the scratch memory, whose rows of out come before all lse."""
+    active = _integer(parameters, _ACTIVE)
+    rows = (_integer(parameters, _ITEMS) - _integer(parameters, _WHOLE)).to(gl.int64) * active * _ROWS
+    first = (part.to(gl.int64) * active + consumer) * _ROWS
+    scratch = _pointer(parameters, _SCRATCH, gl.float32)
+    return scratch + first * D, scratch + rows * D + first
+
+
+@gluon.jit
+def _write_rows(
+    parameters, row, head, batch, part, alive_rows, stored_rows, stage, acc, m_i, l_i, consumer: gl.constexpr,
+    D: gl.constexpr,
+):  # fmt: skip
+    """Write out and lse of a consumer's rows from `row` on; those past the queries become zeros, their lse -inf. What
+    is only a part goes to the scratch memory, in float32."""
     own = gl.arange(0, _ROWS, layout=m_i.type.layout)
     alive = own < alive_rows
     l_i = gl.where(alive, l_i, 1.0)
-    gl.store(lse + own, gl.where(alive, (m_i + gl.log2(l_i)) * _LN_2, float("-inf")), mask=own < stored_rows)
+    lse_of_rows = gl.where(alive, (m_i + gl.log2(l_i)) * _LN_2, float("-inf"))
     acc = acc * gl.expand_dims(gl.convert_layout(1.0 / l_i, gl.SliceLayout(1, acc.type.layout)), 1)
-    # Through shared memory, for 16-byte stores.
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    stage.store(acc.to(stage.dtype))
-    _thread_barrier()
-    _store_rows(out, pitch, stage.load(layout), 0, gl.minimum(alive_rows, stored_rows), D)
-    if alive_rows < stored_rows:
-        _store_rows(out, pitch, gl.full([_ROWS, D], 0.0, stage.dtype, layout), alive_rows, stored_rows, D)
+    if part < 0:
+        out, lse, pitch = _pointers(parameters, row, head, batch, stage.dtype, D)
+        gl.store(lse + own, lse_of_rows, mask=own < stored_rows)
+        # Through shared memory, for 16-byte stores.
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+        stage.store(acc.to(stage.dtype))
+        _thread_barrier()
+        _store_rows(out, pitch, stage.load(layout), 0, gl.minimum(alive_rows, stored_rows), D)
+        if alive_rows < stored_rows:
+            _store_rows(out, pitch, gl.full([_ROWS, D], 0.0, stage.dtype, layout), alive_rows, stored_rows, D)
+    else:
+        part_out, part_lse = _pointers_of_part(parameters, part, consumer, D)
+        gl.store(part_lse + own, lse_of_rows)
+        # As they lie in the registers: the other way takes more of these than there are.
+        rows = gl.arange(0, _ROWS, layout=gl.SliceLayout(1, acc.type.layout))
+        cols = gl.arange(0, D, layout=gl.SliceLayout(0, acc.type.layout))
+        gl.store(part_out + (gl.expand_dims(rows * D, 1) + gl.expand_dims(cols, 0)), acc)
 
 
 @gluon.jit
@@ -384,15 +436,20 @@ def _store_rows(out, pitch, values, first, end, D: gl.constexpr):
 
 @gluon.jit
 def _write_empty_rows(
-    parameters, row, head, batch, stored_rows, dtype: gl.constexpr, value: gl.constexpr, lse_value: gl.constexpr,
-    D: gl.constexpr,
+    parameters, row, head, batch, part, stored_rows, dtype: gl.constexpr, value: gl.constexpr,
+    lse_value: gl.constexpr, consumer: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
-    """Rows that are not computed: one value everywhere, and one in lse."""
-    out, lse, pitch = _pointers(parameters, row, head, batch, dtype, D)
+    """Rows that are not computed: one value everywhere, and one in lse, which is all that counts of a part's."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    _store_rows(out, pitch, gl.full([_ROWS, D], value, dtype, layout), 0, stored_rows, D)
     own = gl.arange(0, _ROWS, layout=gl.SliceLayout(1, layout))
-    gl.store(lse + own, gl.full([_ROWS], lse_value, gl.float32, own.type.layout), mask=own < stored_rows)
+    lse_of_rows = gl.full([_ROWS], lse_value, gl.float32, own.type.layout)
+    if part < 0:
+        out, lse, pitch = _pointers(parameters, row, head, batch, dtype, D)
+        _store_rows(out, pitch, gl.full([_ROWS, D], value, dtype, layout), 0, stored_rows, D)
+        gl.store(lse + own, lse_of_rows, mask=own < stored_rows)
+    else:
+        _, part_lse = _pointers_of_part(parameters, part, consumer, D)
+        gl.store(part_lse + own, lse_of_rows, mask=own < stored_rows)
 
 
 @gluon.jit

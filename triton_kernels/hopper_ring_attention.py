@@ -15,6 +15,7 @@ A piece's keys, too, are the window of its last 64 followed by its full blocks; 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -55,7 +56,9 @@ from .hopper_parts import (
     _meet,
     _note_overflow,
     _one,
+    _own_keys,
     _park,
+    _part,
     _pointer,
     _queries_empty,
     _release,
@@ -63,12 +66,14 @@ from .hopper_parts import (
     _stand_aside,
     _thread_barrier,
     _tile,
+    _tile_of,
     _turns,
     _write_empty_rows,
     _write_rows,
 )
 from .launch import Launcher, MakeDescriptor
 from .ring_attention import Pieces, _looks, _signed
+from .tail import Cut, Tail
 
 # Parameters behind those of the other kernel.
 _TABLE = gl.constexpr(16)
@@ -100,9 +105,9 @@ def _park_pieces(
 
 @gluon.jit
 def _place(parameters, i):
-    """(first query, head, sample) of the program's i-th tile. Heads run slowest: programs start in order, so those of
+    """(first query, head, sample) of the program's i-th item of work. Heads run slowest: programs start in order, so those of
     heads that arrive late start late, and hold no multiprocessor that others could use."""
-    tile = gl.program_id(0) + i * gl.num_programs(0)
+    tile = _tile_of(parameters, _part(parameters, i))
     blocks = _integer(parameters, _BLOCKS)
     batches = _integer(parameters, _BATCHES)
     rest = tile // blocks
@@ -119,18 +124,26 @@ def _sequence_len(parameters, first_m, sample):
 
 
 @gluon.jit
-def _piece_len(parameters, piece, kv_total):
-    """How many keys of a sample a piece holds."""
+def _piece_span(parameters, piece, kv_total, i):
+    """(first, how many) of a piece's rows are keys of a sample that the program's i-th item takes: of every piece a
+    part of a tile has its share."""
     row = _pointer(parameters, _TABLE, gl.int32) + piece * 3
-    return gl.minimum(gl.maximum(kv_total - gl.load(row + 1), 0), gl.load(row + 2))
+    kv_len = gl.minimum(gl.maximum(kv_total - gl.load(row + 1), 0), gl.load(row + 2))
+    return _own_keys(parameters, _part(parameters, i), kv_len, _KEYS)
 
 
 @gluon.jit
-def _first_piece(parameters, kv_total):
-    """The first piece that holds keys of a sample; the number of pieces if none does."""
+def _piece_len(parameters, piece, kv_total, i):
+    _, kv_len = _piece_span(parameters, piece, kv_total, i)
+    return kv_len
+
+
+@gluon.jit
+def _first_piece(parameters, kv_total, i):
+    """The first piece that holds keys of an item; the number of pieces if none does."""
     pieces = _integer(parameters, _PIECES)
     piece = gl.to_tensor(0)
-    while (piece < pieces) & (_piece_len(parameters, gl.minimum(piece, pieces - 1), kv_total) == 0):
+    while (piece < pieces) & (_piece_len(parameters, gl.minimum(piece, pieces - 1), kv_total, i) == 0):
         piece += 1
     return piece
 
@@ -215,17 +228,17 @@ def _feed(
     for i in range(_turns(parameters)):
         first_m, head, sample = _place(parameters, i)
         kv_total, _ = _sequence_len(parameters, first_m, sample)
-        first = _first_piece(parameters, kv_total)
+        first = _first_piece(parameters, kv_total, i)
         pieces = _integer(parameters, _PIECES)
         active = gl.where(first < pieces, _integer(parameters, _ACTIVE), 0)
         _await_free_queries(barriers, before + i, STAGES, Q_STAGES)
         _load_queries(q, queries, barriers, before + i, sample, head, first_m, active, CONSUMERS, STAGES, Q_STAGES)
         kv_head = head // _integer(parameters, _HEADS_PER_KV)
         for piece in range(first, pieces):
-            kv_len = _piece_len(parameters, piece, kv_total)
+            first_key, kv_len = _piece_span(parameters, piece, kv_total, i)
             table = _pointer(parameters, _TABLE, gl.int32) + piece * 3
             length = gl.load(table + 2)
-            k_row = gl.load(table) + (kv_head * _integer(parameters, _BATCHES) + sample) * 2 * length
+            k_row = gl.load(table) + first_key + (kv_head * _integer(parameters, _BATCHES) + sample) * 2 * length
             # The first piece is this rank's own, written before the launch. Keys that do not exist are not waited for.
             if (piece > 0) & (kv_len > 0):
                 failed = _await_piece(parameters, piece, kv_head, failed)
@@ -257,20 +270,20 @@ def _producer(
 
 @gluon.jit
 def _attend_pieces(
-    q, ring, barriers, parameters, turn, first, kv_total, scale_log2, CONSUMERS: gl.constexpr, D: gl.constexpr,
+    q, ring, barriers, parameters, i, turn, first, kv_total, scale_log2, CONSUMERS: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr, ONLINE: gl.constexpr,
 ):  # fmt: skip
     """A consumer's 64 rows over all pieces from `first` on: (accumulator, m_i, l_i per row, the next turn)."""
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, _KEYS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
-    kv_len = _piece_len(parameters, first, kv_total)
+    kv_len = _piece_len(parameters, first, kv_total, i)
     if kv_len < _KEYS:
         _clean(ring, barriers, turn, kv_len, CONSUMERS, D, STAGES)
     weights, m_i, l_i = _attend_window(q, ring, barriers, turn, kv_len, scale_log2, S, P, D, STAGES)
     acc = gl.zeros([_ROWS, D], gl.float32, OUT)
     for piece in range(first, _integer(parameters, _PIECES)):
-        kv_len = _piece_len(parameters, piece, kv_total)
+        kv_len = _piece_len(parameters, piece, kv_total, i)
         if (piece > first) & (kv_len > 0) & (kv_len < _KEYS):
             _clean(ring, barriers, turn + 1, kv_len, CONSUMERS, D, STAGES)
         windows = gl.where((piece > first) & (kv_len > 0), 1, 0)
@@ -288,10 +301,10 @@ def _attend_pieces(
 
 @gluon.jit
 def _stand_aside_pieces(
-    barriers, parameters, turn, first, kv_total, CONSUMERS: gl.constexpr, STAGES: gl.constexpr
+    barriers, parameters, i, turn, first, kv_total, CONSUMERS: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
     for piece in range(first, _integer(parameters, _PIECES)):
-        kv_len = _piece_len(parameters, piece, kv_total)
+        kv_len = _piece_len(parameters, piece, kv_total, i)
         if (kv_len > 0) & (kv_len < _KEYS):
             _meet(CONSUMERS)
         turn = _stand_aside(barriers, turn, kv_len, STAGES)
@@ -307,26 +320,32 @@ def _consume(
     for i in range(_turns(parameters)):
         first_m, _, sample = _place(parameters, i)
         kv_total, q_len = _sequence_len(parameters, first_m, sample)
-        first = _first_piece(parameters, kv_total)
+        first = _first_piece(parameters, kv_total, i)
         rows = gl.minimum(q_len - first_m, _integer(parameters, _ACTIVE) * _ROWS)
         fed = before + i
         _await_queries(barriers, fed, STAGES, Q_STAGES)
         if (first < _integer(parameters, _PIECES)) & (rows > consumer * _ROWS):
             mine = queries.index(fed % Q_STAGES * CONSUMERS + consumer).reshape([_ROWS, D])
             acc, m_i, l_i, turn = _attend_pieces(
-                mine, ring, barriers, parameters, turn, first, kv_total, scale_log2, CONSUMERS, D, STAGES, ONLINE
+                mine, ring, barriers, parameters, i, turn, first, kv_total, scale_log2, CONSUMERS, D, STAGES, ONLINE
             )
             if not ONLINE:
                 _note_overflow(notes.index(consumer), acc, l_i, rows - consumer * _ROWS)
             first_m, head, sample = _place(parameters, i)
             row, alive_rows, stored_rows = _output_span(parameters, first_m, sample, consumer)
-            _write_rows(parameters, row, head, sample, alive_rows, stored_rows, mine, acc, m_i, l_i, D)
+            _write_rows(
+                parameters, row, head, sample, _part(parameters, i), alive_rows, stored_rows, mine, acc, m_i, l_i,
+                consumer, D,
+            )  # fmt: skip
             fence_async_shared()
         else:
-            turn = _stand_aside_pieces(barriers, parameters, turn, first, kv_total, CONSUMERS, STAGES)
+            turn = _stand_aside_pieces(barriers, parameters, i, turn, first, kv_total, CONSUMERS, STAGES)
             first_m, head, sample = _place(parameters, i)
             row, _, stored_rows = _output_span(parameters, first_m, sample, consumer)
-            _write_empty_rows(parameters, row, head, sample, stored_rows, queries.dtype, 0.0, float("-inf"), D)
+            _write_empty_rows(
+                parameters, row, head, sample, _part(parameters, i), stored_rows, queries.dtype, 0.0, float("-inf"),
+                consumer, D,
+            )  # fmt: skip
         mbarrier.arrive(_queries_empty(barriers, before + i, STAGES, Q_STAGES))
     return turn
 
@@ -354,22 +373,25 @@ def _consumer(
         for i in range(_turns(parameters)):
             first_m, head, sample = _place(parameters, i)
             row, _, stored_rows = _output_span(parameters, first_m, sample, consumer)
-            _write_empty_rows(parameters, row, head, sample, stored_rows, queries.dtype, float("nan"), float("nan"), D)
+            _write_empty_rows(
+                parameters, row, head, sample, _part(parameters, i), stored_rows, queries.dtype, float("nan"),
+                float("nan"), consumer, D,
+            )  # fmt: skip
 
 
 _RUNTIME_INTEGERS = (
-    "heads_per_kv", "rows_q", "flags", "heads", "blocks", "tiles", "active", "own_start", "pieces", "epoch", "looks",
-    "heads_per_flag", "flag_stride", "batches",
+    "heads_per_kv", "rows_q", "flags", "heads", "blocks", "items", "whole", "cuts", "active", "own_start", "pieces",
+    "epoch", "looks", "heads_per_flag", "flag_stride", "batches",
 )  # fmt: skip
 
 
 @gluon.jit(
     do_not_specialize=_RUNTIME_INTEGERS,
-    do_not_specialize_on_alignment=("lse", "q_lens", "kv_lens", "table", "arrivals", "error"),
+    do_not_specialize_on_alignment=("lse", "scratch", "q_lens", "kv_lens", "table", "arrivals", "error"),
 )
 def _hopper_ring_attention(
-    q, memory, out, lse, q_lens, kv_lens, table, arrivals, error, scale_log2, heads_per_kv, rows_q, flags, heads,
-    blocks, tiles, active, own_start, pieces, epoch, looks, heads_per_flag, flag_stride, batches,
+    q, memory, out, lse, scratch, q_lens, kv_lens, table, arrivals, error, scale_log2, heads_per_kv, rows_q, flags,
+    heads, blocks, items, whole, cuts, active, own_start, pieces, epoch, looks, heads_per_flag, flag_stride, batches,
     CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, ONLINE: gl.constexpr,
 ):  # fmt: skip
     """q: a descriptor of (B, H, S, D) in blocks of (1, 1, 64, D); memory: one of (rows, D) in blocks of (64, D)."""
@@ -388,8 +410,8 @@ def _hopper_ring_attention(
         notes.index(i).store(gl.zeros([4], gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0])))
     parameters = gl.allocate_shared_memory(gl.int64, [_ALL_PARAMETERS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     _park(
-        parameters.slice(0, 16), out, lse, q_lens, kv_lens, heads_per_kv, rows_q, rows_q, flags, heads, blocks, tiles,
-        active, own_start,
+        parameters.slice(0, 16), out, lse, scratch, q_lens, kv_lens, heads_per_kv, rows_q, rows_q, flags, heads, blocks,
+        items, whole, cuts, active, own_start,
     )  # fmt: skip
     _park_pieces(
         parameters.slice(16, 16), table, arrivals, error, pieces, epoch, looks, heads_per_flag, flag_stride, batches
@@ -423,6 +445,7 @@ class _Plan(NamedTuple):
     grid: tuple[int, int, int]
     q_map: tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
     integers: tuple[int, ...]
+    tail: Tail
 
 
 def _make_piece_descriptor(head_dim: int, dtype: torch.dtype) -> MakeDescriptor:
@@ -463,12 +486,15 @@ def _plan(
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     choice = choose_rows(head_dim, rows_q, keys, heads, batches, processors, uneven=batches > 1 and flags != 0)
     tiles = choice.tiles(rows_q, heads, batches)
-    if q_map is None or tiles >= 2**31:
+    cut = choice.cut or Cut(tiles, 1)
+    items = cut.items(tiles)
+    if q_map is None or items >= 2**31:
         return None
-    programs = min(tiles, processors) if choice.stays else tiles
+    programs = min(items, processors) if choice.stays else items
     blocks = -(-rows_q // (choice.active * ROWS))
-    integers = (heads // kv_heads, rows_q, flags, heads, blocks, tiles, choice.active, own_start)
-    return _Plan(_launcher(device, dtype, head_dim), (programs, 1, 1), q_map, integers)
+    integers = (heads // kv_heads, rows_q, flags, heads, blocks, items, *cut, choice.active, own_start)
+    tail = Tail(cut, cut.parts(tiles), choice.active * ROWS, blocks, heads_last=True)
+    return _Plan(_launcher(device, dtype, head_dim), (programs, 1, 1), q_map, integers, tail)
 
 
 def hopper_ring_attention_forward(
@@ -483,9 +509,9 @@ def hopper_ring_attention_forward(
     *,
     kv_heads: int,
     own_start: int,
-) -> bool:
-    """Launch the kernel, with the arguments of `ring_attention_forward`; False, and nothing is launched, where it
-    cannot. `keys` is the length of the whole sequence.
+) -> Callable[[], None] | None:
+    """Launch the kernel, with the arguments of `ring_attention_forward`; None, and nothing is launched, where it
+    cannot. `keys` is the length of the whole sequence. What is returned launches the rest, see `dispatch`.
 
     It takes what `hopper_attention_forward` takes: bfloat16 and float16 with D = 64 and 128, q starting at a multiple
     of 16 bytes and with strides that are multiples of 16 bytes.
@@ -493,18 +519,19 @@ def hopper_ring_attention_forward(
     flags = (q_lens is not None) * _HAS_Q_LENS.value | (kv_lens is not None) * _HAS_KV_LENS.value
     plan = _plan(q.shape, q.stride(), keys, kv_heads, flags, own_start, q.dtype, q.device)
     if plan is None or q.data_ptr() % 16:
-        return False
-    launcher, grid, q_map, integers = plan
+        return None
+    launcher, grid, q_map, integers, tail = plan
     memory = pieces.memory
-    # A pointer that is not followed stands in for lengths that are not given: None would be another compiled variant.
+    # A pointer that is not followed stands in for what there is not: None would be another compiled variant.
     unused = out.view(torch.int32) if q_lens is None or kv_lens is None else None
+    scratch = tail.scratch(out) if tail.parts else out.view(torch.float32)
     launcher(
-        grid, (q, *q_map), (memory, tuple(memory.shape), (memory.shape[1], 1)), out, lse,
+        grid, (q, *q_map), (memory, tuple(memory.shape), (memory.shape[1], 1)), out, lse, scratch,
         unused if q_lens is None else q_lens, unused if kv_lens is None else kv_lens, pieces.table, pieces.flags,
         pieces.error, scale * _LOG2_E, *integers, pieces.table.shape[0], _signed(pieces.epoch), _looks(pieces.timeout),
         pieces.heads_per_flag, pieces.flags.stride(0), q.shape[0],
     )  # fmt: skip
-    return True
+    return functools.partial(tail.merge, scratch, out, lse)
 
 
 def compile_count() -> int:

@@ -21,12 +21,14 @@ from .format8 import (
     HIGHEST_INT8,
     K_BLOCK,
     K_SAMPLE,
+    LARGEST_KEYS,
     Q_BLOCK,
     SCALES_FROM,
     SCALES_TRIED,
     padded_head_dim,
     rotation,
     rotation_width,
+    rows_of_largest,
 )
 from .launch import Launcher
 
@@ -44,6 +46,8 @@ _CHOSEN_WARPS = 8
 # Columns of a program of `_mend_means`, and chunks that it reads at a time.
 _MENDED_COLUMNS = 32
 _MENDED_CHUNKS = 64
+# Keys of each group that `_round_largest` looks at together.
+_NORMS = 16
 # Blocks that a program of the second pass rounds, one after the other.
 BLOCKS_OF_PROGRAM = 4
 
@@ -54,13 +58,15 @@ _HIGHEST_VALUE = tl.constexpr(HIGHEST_E4M3)
 _Q_BLOCK = tl.constexpr(Q_BLOCK)
 _K_BLOCK = tl.constexpr(K_BLOCK)
 _K_SAMPLE = tl.constexpr(K_SAMPLE)
+_LARGEST_KEYS = tl.constexpr(LARGEST_KEYS)
 _SUM_ROWS = tl.constexpr(32)  # of values that a program of the first pass reads at a time
 _V_ROWS = tl.constexpr(32)  # that a program rounds at a time
 
 
 class Keys8(NamedTuple):
     """Keys and values as the attention kernels read them. S' and D' are padded; blocks past a sample's length are not
-    written.
+    written. Behind the blocks of Sk rows come, in blocks of their own, the largest keys a second time, and what their
+    values lack (`format8.LARGEST_KEYS`), zeros where there are fewer.
 
     Attributes:
         k: int8 (B, Hk, Sk', D').
@@ -188,11 +194,11 @@ def _sums(
 
 @triton.jit(do_not_specialize=("rows_k", "kv_heads", "chunks"), do_not_specialize_on_alignment=("kv_lens",))
 def _finish(
-    partial, matrix, k_means, v_scales, kv_lens, rows_k, kv_heads, chunks, BLOCK_D: tl.constexpr,
+    partial, matrix, k_means, v_scales, v_means, kv_lens, rows_k, kv_heads, chunks, BLOCK_D: tl.constexpr,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, MOST_CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """A head's `partial` to the keys' mean, rotated, (B, Hk, D') and the values' scale and mean (B, Hk, 2, D'): some of
-    its columns."""
+    """A head's `partial` to the keys' mean, rotated, (B, Hk, D'), the values' scale and mean (B, Hk, 2, D'), and their
+    mean once more (B, Hk, D'): some of its columns."""
     of_head = tl.program_id(0)
     kv_len = _length(kv_lens, of_head // kv_heads, rows_k)
     first = tl.program_id(1) * COLUMNS
@@ -221,6 +227,7 @@ def _finish(
     out = v_scales + of_head * 2 * BLOCK_D + cols
     tl.store(out, tl.where(largest > 0.0, largest / _HIGHEST_VALUE, 1.0))
     tl.store(out + BLOCK_D, v_mean)
+    tl.store(v_means + of_head * BLOCK_D + cols, v_mean)
 
 
 @triton.jit(
@@ -321,11 +328,11 @@ def _quantise_queries(
     do_not_specialize_on_alignment=("kv_lens",),
 )
 def _quantise_keys(
-    k, kv_lens, matrix, k_means, k_out, k_scales, rows_k, kv_heads, padded_k, stride_kb, stride_ks, stride_kh,
+    k, kv_lens, matrix, k_means, k_out, k_scales, norms, rows_k, kv_heads, padded_k, stride_kb, stride_ks, stride_kh,
     D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, BLOCKS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Some blocks of a head's keys, the next one on its way while one is rotated."""
+    """Some blocks of a head's keys, the next one on its way while one is rotated; `norms` (B, Hk, Sk') are squares."""
     stride_kb, stride_ks, stride_kh = _whole(stride_kb, VEC), _whole(stride_ks, VEC), _whole(stride_kh, VEC)
     batch = tl.program_id(1)
     blocks = padded_k // _K_BLOCK
@@ -348,7 +355,16 @@ def _quantise_keys(
         k_scale = _scale_of(tl.max(largest, 0) + tl.sum(largest * 0.0, 0))
         tl.store(k_scales + of_head * blocks + block, k_scale)
         at = of_head.to(tl.int64) * padded_k + block * _K_BLOCK
+        tl.store(norms + at + tl.arange(0, _K_BLOCK), tl.sum(x * x, 1))
         _store_int8(x, k_scale, k_out + at * BLOCK_D, BLOCK_D)
+
+
+@triton.jit
+def _stored_at(column, PERMUTED: tl.constexpr):
+    """Which key's value is stored there."""
+    if PERMUTED:  # in each 16: 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15
+        column = column // 16 * 16 + column // 2 % 2 * 8 + column % 16 // 4 * 2 + column % 2
+    return column
 
 
 @triton.jit(
@@ -373,9 +389,7 @@ def _quantise_values(
     of_head = batch * kv_heads + head
     kv_len = _length(kv_lens, batch, rows_k)
     cols = tl.arange(0, BLOCK_D)
-    own = tl.arange(0, _V_ROWS)
-    if PERMUTED:  # in each 16: 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15
-        own = own // 16 * 16 + own // 2 % 2 * 8 + own % 16 // 4 * 2 + own % 2
+    own = _stored_at(tl.arange(0, _V_ROWS), PERMUTED)
     factor = 1.0 / tl.load(v_scales + of_head * 2 * BLOCK_D + cols)[None, :]
     v_mean = tl.load(v_scales + (of_head * 2 + 1) * BLOCK_D + cols)[None, :]
     out = v_out + of_head * BLOCK_D * padded_k
@@ -421,6 +435,81 @@ def _mend_means(
     tl.store(mean, tl.load(mean) + tl.load(scale) * (total / count))
 
 
+@triton.jit
+def _largest_of_groups(norms, group, size, kv_len, NORMS: tl.constexpr):
+    """The key of the largest norm in each of these groups of `size` keys; `kv_len` where a group has none."""
+    largest = tl.full([group.shape[0]], -1.0, tl.float32)
+    key = tl.zeros([group.shape[0]], tl.int32) + kv_len
+    own = tl.arange(0, NORMS)
+    for first in range(0, size, NORMS):
+        keys = group[:, None] * size + first + own[None, :]
+        mask = (first + own < size)[None, :] & (keys < kv_len)
+        found, place = tl.max(tl.load(norms + keys, mask=mask, other=-1.0), 1, return_indices=True)
+        key = tl.where(found > largest, group * size + first + place, key)
+        largest = tl.maximum(largest, found)
+    return key
+
+
+@triton.jit(
+    do_not_specialize=(
+        "rows_k",
+        "kv_heads",
+        "padded_k",
+        "stride_kb",
+        "stride_ks",
+        "stride_kh",
+        "stride_vb",
+        "stride_vs",
+        "stride_vh",
+    ),
+    do_not_specialize_on_alignment=("kv_lens",),
+)
+def _round_largest(
+    k, v, kv_lens, matrix, k_means, v_scales, v_means, norms, k_out, v_out, k_scales, rows_k, kv_heads, padded_k,
+    stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, PERMUTED: tl.constexpr,
+    NORMS: tl.constexpr,
+):  # fmt: skip
+    """A block of the largest keys of a head, and what their values lack in units of their scale. `v_means` are those
+    with which values have been rounded, `v_scales` has the mended ones."""
+    stride_kb, stride_ks, stride_kh = _whole(stride_kb, VEC), _whole(stride_ks, VEC), _whole(stride_kh, VEC)
+    stride_vb, stride_vs, stride_vh = _whole(stride_vb, VEC), _whole(stride_vs, VEC), _whole(stride_vh, VEC)
+    of_head = tl.program_id(1)
+    batch, head = of_head // kv_heads, of_head % kv_heads
+    kv_len = _length(kv_lens, batch, rows_k)
+    size = tl.cdiv(kv_len, _LARGEST_KEYS)
+    cols = tl.arange(0, BLOCK_D)
+    column = tl.arange(0, _K_BLOCK)
+    group = tl.program_id(0) * _K_BLOCK
+    first = of_head.to(tl.int64) * padded_k
+    norms += first
+    behind = tl.cdiv(rows_k, _K_BLOCK) + tl.program_id(0)  # blocks of keys
+
+    rows = _largest_of_groups(norms, group + column, size, kv_len, NORMS)
+    x = _rows(k, batch, head, rows, kv_len, stride_kb, stride_ks, stride_kh, D, BLOCK_D)
+    by = matrix
+    if matrix is not None:
+        by = _matrix(matrix, WIDTH)
+    x = _rotated(x, by, BLOCK_D, WIDTH) - tl.load(k_means + of_head * BLOCK_D + cols)[None, :]
+    x = tl.where((rows < kv_len)[:, None], x, 0.0)
+    scale = _scale_of(tl.max(tl.max(tl.abs(x), 1), 0))
+    tl.store(k_scales + first // _K_BLOCK + behind, scale)
+    _store_int8(x, scale, k_out + (first + behind * _K_BLOCK) * BLOCK_D, BLOCK_D)
+
+    rows = _largest_of_groups(norms, group + _stored_at(column, PERMUTED), size, kv_len, NORMS)
+    values = _rows(v, batch, head, rows, kv_len, stride_vb, stride_vs, stride_vh, D, BLOCK_D).to(tl.float32)
+    factor = 1.0 / tl.load(v_scales + of_head * 2 * BLOCK_D + cols)[None, :]
+    rounded = (values - tl.load(v_means + of_head * BLOCK_D + cols)[None, :]) * factor
+    rounded = tl.clamp(rounded, -_HIGHEST_VALUE, _HIGHEST_VALUE).to(v_out.dtype.element_ty).to(tl.float32)
+    lacks = (values - tl.load(v_scales + (of_head * 2 + 1) * BLOCK_D + cols)[None, :]) * factor - rounded
+    lacks = tl.where((rows < kv_len)[:, None], tl.clamp(lacks, -_HIGHEST_VALUE, _HIGHEST_VALUE), 0.0)
+    out = v_out + (first * BLOCK_D + behind * _K_BLOCK)
+    tl.store(
+        out + (cols[:, None] * tl.cast(padded_k, tl.int64) + column[None, :]),
+        tl.trans(lacks.to(v_out.dtype.element_ty)),
+    )
+
+
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 
@@ -428,7 +517,7 @@ def shapes_of_keys(
     batch: int, rows: int, kv_heads: int, head_dim: int, values: torch.dtype
 ) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
     """Shape and dtype of each tensor of `Keys8`, for keys and values (B, rows, Hk, D)."""
-    padded, d = -(-rows // K_BLOCK) * K_BLOCK, padded_head_dim(head_dim)
+    padded, d = -(-rows // K_BLOCK) * K_BLOCK + rows_of_largest(rows), padded_head_dim(head_dim)
     return (
         ((batch, kv_heads, padded, d), torch.int8),
         ((batch, kv_heads, d, padded), values),
@@ -452,6 +541,7 @@ class _KeysPlan(NamedTuple):
     quantise_keys: Launcher
     quantise_values: Launcher
     mend: Launcher
+    round_largest: Launcher
     chunks: int
     blocks_of_chunk: int
     strides: tuple[int, ...]
@@ -519,6 +609,14 @@ def _launchers_of_keys(
         ),
         Launcher(_quantise_values, device, PERMUTED=permuted, **loop, **shape | {"num_warps": rounding_warps(block_d)}),
         Launcher(_mend_means, device, BLOCK_D=block_d, BLOCKS=BLOCKS_OF_PROGRAM, **mending, num_warps=_WARPS),
+        Launcher(
+            _round_largest,
+            device,
+            WIDTH=width,
+            PERMUTED=permuted,
+            NORMS=_NORMS,
+            **shape | {"num_warps": rotating_warps(K_BLOCK, block_d)},
+        ),
     )
 
 
@@ -547,12 +645,14 @@ def quantise_keys(
         plan.blocks_of_chunk, *plan.strides,
     )  # fmt: skip
     matrix = _matrix_for(k)
+    v_means, norms = torch.empty_like(out.k_means), k.new_empty(out.k.shape[:3], dtype=torch.float32)
     plan.finish(
         (batch * kv_heads, d // _FINISHED_COLUMNS, 1),
         partial,
         matrix,
         out.k_means,
         out.v_scales,
+        v_means,
         kv_lens,
         rows_k,
         kv_heads,
@@ -565,7 +665,7 @@ def quantise_keys(
     chunks = triton.cdiv(padded // K_BLOCK, BLOCKS_OF_PROGRAM)
     grid = (chunks * kv_heads, batch, 1)
     plan.quantise_keys(
-        grid, k, kv_lens, matrix, out.k_means, out.k, out.k_scales, rows_k, kv_heads, padded, *plan.strides[:3]
+        grid, k, kv_lens, matrix, out.k_means, out.k, out.k_scales, norms, rows_k, kv_heads, padded, *plan.strides[:3]
     )
     errors = torch.empty((batch, kv_heads, chunks, d), dtype=torch.float32, device=k.device)
     plan.quantise_values(
@@ -573,6 +673,10 @@ def quantise_keys(
     )  # fmt: skip
     plan.mend(
         (batch * kv_heads, d // _MENDED_COLUMNS, 1), errors, out.v_scales, kv_lens, rows_k, kv_heads, chunks
+    )  # fmt: skip
+    plan.round_largest(
+        (rows_of_largest(rows_k) // K_BLOCK, batch * kv_heads, 1), k, v, kv_lens, matrix, out.k_means, out.v_scales,
+        v_means, norms, out.k, out.v, out.k_scales, rows_k, kv_heads, padded, *plan.strides,
     )  # fmt: skip
 
 

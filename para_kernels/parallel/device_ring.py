@@ -19,6 +19,8 @@ have not been enqueued yet: the streams order all that counts by words, not by t
 copies need no multiprocessor. Should the host fail in between, no copy brings the flags: `give_up` ends the peers, the
 flags are written without the copies, and if the driver refuses even that, the kernel ends by its own bounded wait.
 Where a launch blocks the host until the kernel is done (CUDA_LAUNCH_BLOCKING), the transfers are enqueued first.
+What attention launches after that kernel comes behind them in any case: loading a kernel for the first time may wait
+for those that run.
 
 Bytes go round in the same way (`circulate`), but that the main stream waits for the flags of a piece before it runs
 what uses it. That wait has no bound of its own: in trouble it is ended by the copies behind released words, as above.
@@ -186,9 +188,10 @@ class DeviceRing(ABC):
             self._announce.run([main], epoch)
             if self._launches_block:
                 layout.transfers[slot].run(self._sides, epoch)
-            self._attend(q, layout, slot, epoch, out, lse, q_lens, kv_lens, scale)
+            finish = self._attend(q, layout, slot, epoch, out, lse, q_lens, kv_lens, scale)
             if not self._launches_block:
                 layout.transfers[slot].run(self._sides, epoch)
+            finish()
         return out, lse
 
     def circulate(
@@ -262,7 +265,8 @@ class DeviceRing(ABC):
         q_lens: Tensor | None,
         kv_lens: Tensor | None,
         scale: float | None,
-    ) -> None:
+    ) -> Callable[[], None]:
+        """Launch the kernel; what is returned launches what comes after it."""
         shape = layout.place.shape
         kernels = ops._triton()
         pieces = kernels.ring_attention.Pieces(
@@ -274,7 +278,7 @@ class DeviceRing(ABC):
             self._error,
             current_timeout(),
         )
-        kernels.dispatch.ring_attention_forward(
+        return kernels.dispatch.ring_attention_forward(
             q, pieces, sum(shape.lengths), out, lse, q_lens, kv_lens, softmax_scale(scale, q.shape[3]),
             kv_heads=shape.heads, own_start=sum(shape.lengths[: self.rank]), capability=ops._capability(self.device),
         )  # fmt: skip
