@@ -97,7 +97,7 @@ def _cases(full: bool) -> dict[str, Case]:
     if full:
         cases |= {
             "normal": Case(2048, 2048),
-            "heavy tails": Case(2048, 2048, degrees=3.0, allowed=4.8e-2, lse_allowed=1.5),
+            "heavy tails": Case(2048, 2048, degrees=3.0, allowed=2e-2, lse_allowed=1.5),
             "sharp": Case(2048, 2048, q_factor=3.0, lse_allowed=0.2),
             "grouped queries": Case(500, 700, heads=6, kv_heads=2, lens=True),
             "D 64": Case(1000, 2048, head_dim=64, k_offset=8.0),

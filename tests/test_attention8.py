@@ -81,11 +81,16 @@ def test_the_scale_of_values_is_the_best_within_an_octave() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_heavy_tails(device: str) -> None:
     """Student's t of three degrees: in the channels as they are, one outlier takes its row's int8 range, or that of its
-    block of keys, and the error is 7e-2."""
-    q, k, v = inputs(1000, 1500)
+    block of keys, and the error is 7e-2; without what the largest keys' values lack it is 3e-2."""
     student = torch.distributions.StudentT(torch.tensor(3.0))
-    q, k, v = (student.sample(x.shape).to(device, torch.bfloat16) for x in (q, k, v))
-    assert 2e-2 <= error(flash_attention_int8(q, k, v), attention_batch(q, k, v)[0]) <= 4.8e-2
+    errors = []
+    for seed in range(3):
+        q, k, v = inputs(500, 1500)
+        torch.manual_seed(seed)
+        q, k, v = (student.sample(x.shape).to(device, torch.bfloat16) for x in (q, k, v))
+        errors.append(error(flash_attention_int8(q, k, v), attention_batch(q, k, v)[0]))
+    assert 1e-2 <= sum(errors) / 3 <= 2e-2
+    assert max(errors) <= 2.2e-2
 
 
 @pytest.mark.parametrize("device", DEVICES)

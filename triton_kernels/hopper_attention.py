@@ -85,8 +85,8 @@ from .tail import Cut, Tail
 
 @gluon.jit
 def _place(parameters, i):
-    """(first query, head, sample, part) of the program's i-th item of work. Blocks of queries run fastest: programs that
-    run side by side share a head's keys in L2."""
+    """(first query, head, sample, part) of the program's i-th item of work. Blocks of queries run fastest: programs
+    that run side by side share a head's keys in L2."""
     part = _part(parameters, i)
     tile = _tile_of(parameters, part)
     blocks = _integer(parameters, _BLOCKS)

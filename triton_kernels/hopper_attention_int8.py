@@ -80,7 +80,7 @@ _LOWEST_SCORE = gl.constexpr(0x4B000000)  # 2^23, that is a score of -2^22; none
 _LOG2_OF_WEIGHTS = gl.constexpr(8.0)
 # e4m3 ends at 448: so much may a score exceed what stands for the row's maximum.
 _LOG2_OF_HEADROOM = gl.constexpr(0.8)
-_BLOCKS_OF_A_SUM = gl.constexpr(32)
+_BLOCKS_OF_A_SUM = gl.constexpr(16)
 _CHAINS = gl.constexpr(4)
 _FLOAT_LOG2_E = gl.constexpr(_LOG2_E)
 
@@ -339,12 +339,14 @@ def _attend(
     OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 32])
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=4)
     last = (kv_len - 1) // KEYS
-    end = turn + last
+    behind = first_of_largest // _K_BLOCK
+    blocks = last + _blocks_of_largest(kv_len)
+    end = turn + blocks
     slot = _slot(turn, STAGES)
     ahead = gl.minimum(turn + 1, end)  # the turn that is waited for: that of the next scores
     next_slot = _slot(ahead, STAGES)
     factor = q_factor * gl.load(k_scales + last * KEYS // _K_BLOCK)
-    k_scale = gl.load(k_scales)
+    k_scale = gl.load(k_scales + gl.where(last > 0, 0, behind))
     _wait_full(barriers, turn, STAGES)
     s = warpgroup_mma_wait(0, deps=(_scores(q, keys.index(slot), S, KEYS, D),))
     _wait_full(barriers, ahead, STAGES)
@@ -356,7 +358,7 @@ def _attend(
     product = _added_product(gl.zeros([_ROWS, D], gl.float32, OUT), p, values.index(slot), KEYS, D)
     s = warpgroup_mma_wait(1, deps=(scores,))
     factor = q_factor * k_scale
-    m_next = _maximum(s, m_i, factor, gl.where(last > 0, _LOG2_OF_HEADROOM, float("inf")))
+    m_next = _maximum(s, m_i, factor, _LOG2_OF_HEADROOM)
     ahead = gl.minimum(ahead + 1, end)
     _wait_full(barriers, ahead, STAGES)
     product, m_next = warpgroup_mma_wait(0, deps=(product, m_next))
@@ -369,7 +371,7 @@ def _attend(
 
     for first in range(0, last, _BLOCKS_OF_A_SUM):
         for block in range(first, gl.minimum(first + _BLOCKS_OF_A_SUM, last)):
-            k_scale = gl.load(k_scales + (block + 1) * KEYS // _K_BLOCK)
+            k_scale = gl.load(k_scales + gl.where(block + 1 < last, block + 1, behind))
             p, sums = _weights(_exponents(s, m_i, factor), P)
             l_i = _added(l_i, alpha, sums)
             slot = next_slot
@@ -378,7 +380,7 @@ def _attend(
             product = _added_product(product, p, values.index(slot), KEYS, D)
             s = warpgroup_mma_wait(1, deps=(scores,))
             factor = q_factor * k_scale
-            m_next = _maximum(s, m_i, factor, gl.where(block + 1 < last, _LOG2_OF_HEADROOM, float("inf")))
+            m_next = _maximum(s, m_i, factor, _LOG2_OF_HEADROOM)
             # The wait for the next keys stands here since the assembler moves the wait for the product up to the last
             # branch: without one in between, the maximum would come after it.
             ahead = gl.minimum(ahead + 1, end)
@@ -392,20 +394,23 @@ def _attend(
         total.store(gl.fma(total.load(OUT), _by_rows(since, product), product))
         product = gl.zeros([_ROWS, D], gl.float32, OUT)
         since = gl.full([_ROWS], 1.0, gl.float32, since.type.layout)
-    turn = end + 1
-    behind = k_scales + first_of_largest // _K_BLOCK
-    for block in range(_blocks_of_largest(kv_len)):
-        # What the values of the largest keys lack, multiplied by their weights, which have been summed up before.
-        slot = _slot(turn, STAGES)
-        factor = q_factor * gl.load(behind + block)
-        _wait_full(barriers, turn, STAGES)
-        s = warpgroup_mma_wait(0, deps=(_scores(q, keys.index(slot), S, KEYS, D),))
+    l_i = l_i * _by_rows(alpha, l_i)
+    for block in range(last, blocks):
+        # What the values of the largest keys lack; their weights have been summed up before.
+        k_scale = gl.load(k_scales + behind + gl.minimum(block + 1, blocks - 1) - last)
         p, _ = _weights(_exponents(s, m_i, factor), P)
-        product = warpgroup_mma_wait(0, deps=(_added_product(product, p, values.index(slot), KEYS, D),))
+        slot = next_slot
+        next_slot = _slot(ahead, STAGES)
+        scores = _scores(q, keys.index(next_slot), S, KEYS, D)
+        product = _added_product(product, p, values.index(slot), KEYS, D)
+        s = warpgroup_mma_wait(1, deps=(scores,))
+        factor = q_factor * k_scale
+        ahead = gl.minimum(ahead + 1, end)
+        _wait_full(barriers, ahead, STAGES)
+        product = warpgroup_mma_wait(0, deps=(product,))
         _free(slot)
-        turn += 1
     acc = gl.fma(total.load(OUT), _by_rows(since, product), product)
-    return acc, m_i, gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, S)), turn
+    return acc, m_i, gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, S)), end + 1
 
 
 @gluon.jit

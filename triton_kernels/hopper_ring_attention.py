@@ -105,8 +105,8 @@ def _park_pieces(
 
 @gluon.jit
 def _place(parameters, i):
-    """(first query, head, sample) of the program's i-th item of work. Heads run slowest: programs start in order, so those of
-    heads that arrive late start late, and hold no multiprocessor that others could use."""
+    """(first query, head, sample) of the program's i-th item of work. Heads run slowest: programs start in order, so
+    those of heads that arrive late start late, and hold no multiprocessor that others could use."""
     tile = _tile_of(parameters, _part(parameters, i))
     blocks = _integer(parameters, _BLOCKS)
     batches = _integer(parameters, _BATCHES)
