@@ -13,6 +13,8 @@ particular to 8 bits:
   of each block of keys meet the values in an accumulator of their own, which float32 arithmetic adds to the output in
   the multiply-add that rescales it anyway.
 - The keys' last block, which is masked, comes first; the loop over the others has no mask.
+- After all keys the largest come once more, with what e4m3 has taken from their values: the same weights, which nothing
+  sums up again and no maximum is taken for.
 
 docs/kernels/int8.md has the other orders of this work that were tried, and what they measured.
 """
@@ -78,9 +80,6 @@ _BITS_OF_OFFSET = gl.constexpr(0x4B400000)
 _OFFSET = gl.constexpr(12582912.0)  # 1.5 * 2^23
 _LOWEST_SCORE = gl.constexpr(0x4B000000)  # 2^23, that is a score of -2^22; none lies below -2^21
 _LOG2_OF_WEIGHTS = gl.constexpr(8.0)
-# e4m3 ends at 448: so much may a score exceed what stands for the row's maximum.
-_LOG2_OF_HEADROOM = gl.constexpr(0.8)
-_BLOCKS_OF_A_SUM = gl.constexpr(16)
 _CHAINS = gl.constexpr(4)
 _FLOAT_LOG2_E = gl.constexpr(_LOG2_E)
 
@@ -94,35 +93,12 @@ def _weights_asm() -> str:
     return "{.reg .f32 p<16>; .reg .b16 h<8>;\n" + body + "}"
 
 
-_RESCALED_AT_A_TIME = gl.constexpr(32)
-
-
-def _rescaling_asm(count: int) -> str:
-    """So many elements of an accumulator times their rows' factors; skipped where those of a warp's rows are all 1."""
-    body = "".join(f"mul.f32 ${i}, ${i}, ${2 * count + i};\n" for i in range(count))
-    return (
-        "{.reg .pred p, q;\n"
-        # An accumulator's elements in a thread are two of one row, then two of another.
-        f"setp.neu.f32 p, ${2 * count}, 0f3F800000;\n"
-        f"setp.neu.or.f32 q, ${2 * count + 2}, 0f3F800000, p;\n"
-        "vote.sync.any.pred p, q, 0xffffffff;\n"
-        f"@!p bra SAME;\n{body}SAME:\n}}"
-    )
-
-
-def _rescaling_constraints(count: int) -> str:
-    return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["f"] * count)
-
-
-_RESCALING_ASM = gl.constexpr(_rescaling_asm(32))
-_RESCALING_CONSTRAINTS = gl.constexpr(_rescaling_constraints(32))
-
 _ASM = gl.constexpr(_weights_asm())
 _CONSTRAINTS = gl.constexpr(",".join(["=r"] * 4 + ["=f"] * 16 + ["f"] * 16))
 
 
 @gluon.jit
-def _maximum(scores, m_i, factor, headroom):
+def _maximum(scores, m_i, factor):
     """The running maximum, in exponents of two, after these scores (integers with their offset).
 
     In steps, so that what depends on what is short: a row's 32 scores in a thread are four chains instead of one, and
@@ -134,8 +110,7 @@ def _maximum(scores, m_i, factor, headroom):
     x = gl.max(x.reshape([rows, 2, 2, _CHAINS, 2 * eighths // _CHAINS]), 4)
     highest = gl.max(gl.max(gl.max(x, 3), 2), 1)
     highest = gl.convert_layout(highest, m_i.type.layout, assert_trivial=True).to(gl.float32, bitcast=True)
-    highest = (highest - _OFFSET) * factor
-    return gl.where(highest > m_i + headroom, highest, m_i)
+    return gl.maximum(m_i, (highest - _OFFSET) * factor)
 
 
 @gluon.jit
@@ -174,22 +149,10 @@ def _scores(q, k, layout: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def _added_product(product, p, v, KEYS: gl.constexpr, D: gl.constexpr):
-    """`product` and weights times values of a block, in flight."""
-    return warpgroup_mma(p, v.reshape([D, KEYS]).permute((1, 0)), product, is_async=True)
-
-
-@gluon.jit
-def _by_rows(x, like):
-    return gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, like.type.layout)), 1)
-
-
-@gluon.jit
-def _rescaled_product(product, alpha):
-    return gl.inline_asm_elementwise(
-        _RESCALING_ASM, _RESCALING_CONSTRAINTS, [product, _by_rows(alpha, product)], dtype=gl.float32,
-        is_pure=False, pack=_RESCALED_AT_A_TIME,
-    )  # fmt: skip
+def _product(p, v, layout: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr):
+    """Weights times values of a block, in flight."""
+    values = v.reshape([D, KEYS]).permute((1, 0))
+    return warpgroup_mma(p, values, gl.zeros([_ROWS, D], gl.float32, layout), use_acc=False, is_async=True)
 
 
 # More parameters that wait in shared memory, see `hopper_parts`.
@@ -323,14 +286,15 @@ def _added(acc, alpha, product):
 
 @gluon.jit
 def _attend(
-    q, keys, values, total, barriers, turn, kv_len, q_factor, k_scales, first_of_largest,
+    q, keys, values, barriers, turn, kv_len, q_factor, k_scales, first_of_largest,
     KEYS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A consumer's 64 rows over all keys: (accumulator, m_i, l_i by rows, the next turn).
 
     The product of the next block's scores runs under this block's exponentials, and that of this one's weights under
     the next one's maximum. After the last block the same keys are taken once more for nothing, which is cheaper than a
-    branch. `q_factor` is the rows' scale times that of softmax, for exponents of two; `k_scales` points to the head's.
+    branch. `q_factor` is the rows' scale times that of softmax, for exponents of two; `k_scales` points to the head's,
+    and `first_of_largest` is the row at which the largest keys begin.
 
     Nothing is in flight from one iteration to the next: the assembler would wait for it before anything else. Nor is
     what has arrived added up before the next iteration: it would wait for that before it takes the maximum.
@@ -345,7 +309,7 @@ def _attend(
     slot = _slot(turn, STAGES)
     ahead = gl.minimum(turn + 1, end)  # the turn that is waited for: that of the next scores
     next_slot = _slot(ahead, STAGES)
-    factor = q_factor * gl.load(k_scales + last * KEYS // _K_BLOCK)
+    factor = q_factor * gl.load(k_scales + last)
     k_scale = gl.load(k_scales + gl.where(last > 0, 0, behind))
     _wait_full(barriers, turn, STAGES)
     s = warpgroup_mma_wait(0, deps=(_scores(q, keys.index(slot), S, KEYS, D),))
@@ -353,48 +317,40 @@ def _attend(
     scores = _scores(q, keys.index(next_slot), S, KEYS, D)
     exists = _exists(kv_len, S, KEYS)
     lowest = gl.full([_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
-    m_i = _maximum(gl.where(exists, s, _LOWEST_SCORE), lowest, factor, _LOG2_OF_HEADROOM)
+    m_i = _maximum(gl.where(exists, s, _LOWEST_SCORE), lowest, factor)
     p, l_i = _weights(_masked(_exponents(s, m_i, factor), exists), P)
-    product = _added_product(gl.zeros([_ROWS, D], gl.float32, OUT), p, values.index(slot), KEYS, D)
+    product = _product(p, values.index(slot), OUT, KEYS, D)
     s = warpgroup_mma_wait(1, deps=(scores,))
     factor = q_factor * k_scale
-    m_next = _maximum(s, m_i, factor, _LOG2_OF_HEADROOM)
+    m_next = _maximum(s, m_i, factor)
     ahead = gl.minimum(ahead + 1, end)
     _wait_full(barriers, ahead, STAGES)
-    product, m_next = warpgroup_mma_wait(0, deps=(product, m_next))
+    done, m_next = warpgroup_mma_wait(0, deps=(product, m_next))
     _free(slot)
-    total.store(gl.zeros([_ROWS, D], gl.float32, OUT))
-    since = gl.exp2(m_i - m_next)
-    alpha = since
-    m_i = m_next
-    product = _rescaled_product(product, alpha)
+    acc = gl.zeros([_ROWS, D], gl.float32, OUT)
+    alpha = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, S))
 
-    for first in range(0, last, _BLOCKS_OF_A_SUM):
-        for block in range(first, gl.minimum(first + _BLOCKS_OF_A_SUM, last)):
-            k_scale = gl.load(k_scales + gl.where(block + 1 < last, block + 1, behind))
-            p, sums = _weights(_exponents(s, m_i, factor), P)
-            l_i = _added(l_i, alpha, sums)
-            slot = next_slot
-            next_slot = _slot(ahead, STAGES)
-            scores = _scores(q, keys.index(next_slot), S, KEYS, D)
-            product = _added_product(product, p, values.index(slot), KEYS, D)
-            s = warpgroup_mma_wait(1, deps=(scores,))
-            factor = q_factor * k_scale
-            m_next = _maximum(s, m_i, factor, _LOG2_OF_HEADROOM)
-            # The wait for the next keys stands here since the assembler moves the wait for the product up to the last
-            # branch: without one in between, the maximum would come after it.
-            ahead = gl.minimum(ahead + 1, end)
-            _wait_full(barriers, ahead, STAGES)
-            product, m_next = warpgroup_mma_wait(0, deps=(product, m_next))
-            _free(slot)
-            alpha = gl.exp2(m_i - m_next)
-            m_i = m_next
-            since *= alpha
-            product = _rescaled_product(product, alpha)
-        total.store(gl.fma(total.load(OUT), _by_rows(since, product), product))
-        product = gl.zeros([_ROWS, D], gl.float32, OUT)
-        since = gl.full([_ROWS], 1.0, gl.float32, since.type.layout)
-    l_i = l_i * _by_rows(alpha, l_i)
+    for block in range(last):
+        acc = _added(acc, alpha, done)
+        k_scale = gl.load(k_scales + gl.where(block + 1 < last, block + 1, behind))
+        alpha = gl.exp2(m_i - m_next)
+        m_i = m_next
+        p, sums = _weights(_exponents(s, m_i, factor), P)
+        l_i = _added(l_i, alpha, sums)
+        slot = next_slot
+        next_slot = _slot(ahead, STAGES)
+        scores = _scores(q, keys.index(next_slot), S, KEYS, D)
+        product = _product(p, values.index(slot), OUT, KEYS, D)
+        s = warpgroup_mma_wait(1, deps=(scores,))
+        factor = q_factor * k_scale
+        m_next = _maximum(s, m_i, factor)
+        # The wait for the next keys stands here since the assembler moves the wait for the product up to the last
+        # branch: without one in between, the maximum would come after it.
+        ahead = gl.minimum(ahead + 1, end)
+        _wait_full(barriers, ahead, STAGES)
+        done, m_next = warpgroup_mma_wait(0, deps=(product, m_next))
+        _free(slot)
+    acc = _added(acc, alpha, done)
     for block in range(last, blocks):
         # What the values of the largest keys lack; their weights have been summed up before.
         k_scale = gl.load(k_scales + behind + gl.minimum(block + 1, blocks - 1) - last)
@@ -402,14 +358,14 @@ def _attend(
         slot = next_slot
         next_slot = _slot(ahead, STAGES)
         scores = _scores(q, keys.index(next_slot), S, KEYS, D)
-        product = _added_product(product, p, values.index(slot), KEYS, D)
+        product = _product(p, values.index(slot), OUT, KEYS, D)
         s = warpgroup_mma_wait(1, deps=(scores,))
         factor = q_factor * k_scale
         ahead = gl.minimum(ahead + 1, end)
         _wait_full(barriers, ahead, STAGES)
-        product = warpgroup_mma_wait(0, deps=(product,))
+        done = warpgroup_mma_wait(0, deps=(product,))
         _free(slot)
-    acc = gl.fma(total.load(OUT), _by_rows(since, product), product)
+        acc += done
     return acc, m_i, gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, S)), end + 1
 
 
@@ -430,11 +386,9 @@ def _rescaled(acc, m_i, l_i, scales, at_q, at_k, row, alive_rows, D: gl.constexp
 
 @gluon.jit
 def _consumer(
-    queries, keys, values, totals, barriers, parameters, scales, scale_log2, consumer: gl.constexpr,
+    queries, keys, values, stages, barriers, parameters, scales, scale_log2, consumer: gl.constexpr,
     CONSUMERS: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
-    OUT: gl.constexpr,
 ):  # fmt: skip
-    total = totals.index(consumer)
     turn = gl.to_tensor(0)
     for i in range(_turns(parameters)):
         first_m, head, sample = _place(parameters, i, CONSUMERS)
@@ -456,7 +410,7 @@ def _consumer(
             q_factor = gl.load(q_scales + own, mask=own < padded_q, other=0.0) * scale_log2
             of_head = _pointer(scales, _K_SCALES, gl.float32) + at_k * (_integer(scales, _PADDED_K) // _K_BLOCK)
             acc, m_i, l_i, turn = _attend(
-                q, keys, values, total, barriers, turn, kv_len, q_factor, of_head, _first_of_largest(parameters),
+                q, keys, values, barriers, turn, kv_len, q_factor, of_head, _first_of_largest(parameters),
                 KEYS, D, STAGES,
             )  # fmt: skip
             mbarrier.arrive(_queries_empty(barriers, i, STAGES, Q_STAGES))
@@ -468,12 +422,10 @@ def _consumer(
             stored = _integer(parameters, _ROWS_Q) - row
             alive = q_len - row
             acc, m_i = _rescaled(acc, m_i, l_i, scales, at_q, at_k, row, alive, D)
-            # Every warp has read its rows of `total` before any writes over those of others.
-            _thread_barrier()
-            stage_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_ROWS, D], OUT)
-            stage = total._reinterpret(OUT, [_ROWS, D], stage_layout)
-            _write_rows(parameters, row, head, sample, _WHOLE_TILE, alive, stored, stage, acc, m_i, l_i, consumer, D)
-            _thread_barrier()
+            _write_rows(
+                parameters, row, head, sample, _WHOLE_TILE, alive, stored, stages.index(consumer), acc, m_i, l_i,
+                consumer, D,
+            )  # fmt: skip
         else:
             for _ in range((kv_len + KEYS - 1) // KEYS + _blocks_of_largest(kv_len)):
                 _wait_full(barriers, turn, STAGES)
@@ -482,7 +434,7 @@ def _consumer(
             mbarrier.arrive(_queries_empty(barriers, i, STAGES, Q_STAGES))
             if stored > 0:
                 _write_empty_rows(
-                    parameters, row, head, sample, _WHOLE_TILE, stored, OUT, 0.0, float("-inf"), consumer, D
+                    parameters, row, head, sample, _WHOLE_TILE, stored, stages.dtype, 0.0, float("-inf"), consumer, D
                 )
 
 
@@ -500,14 +452,13 @@ def _hopper_attention_int8(
 ):  # fmt: skip
     """q, k, v: descriptors of int8 (B, H, S, D) and e4m3 (B, H, D, S), in blocks of 64 rows and of KEYS keys; `lens`
     pointers are read where `flags` says so. `tiles` = samples x heads x blocks of CONSUMERS x 64 queries."""
+    gl.static_assert(KEYS == _K_BLOCK)
     gl.static_assert(CONSUMERS == _CONSUMERS and _FIRST_BARRIER + STAGES <= 16)  # as many as the hardware has
     queries = gl.allocate_shared_memory(q.dtype, [Q_STAGES * CONSUMERS, 1, 1, _ROWS, D], q.layout)
     keys = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, KEYS, D], k.layout)
     values = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, D, KEYS], v.layout)
-    OUT: gl.constexpr = out.dtype.element_ty
-    # A thread reads what it has written, two elements at a time: eight rows lie in different banks.
-    total_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
-    totals = gl.allocate_shared_memory(gl.float32, [CONSUMERS, _ROWS, D], total_layout)
+    stage_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_ROWS, D], out.dtype.element_ty)
+    stages = gl.allocate_shared_memory(out.dtype.element_ty, [CONSUMERS, _ROWS, D], stage_layout)
     barriers = gl.allocate_shared_memory(gl.int64, [2 * (STAGES + Q_STAGES), 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):  # Of the keys' "empty" barriers, whose places stay free, see `_free`.
         mbarrier.init(barriers.index(i), count=1)
@@ -525,12 +476,12 @@ def _hopper_attention_int8(
     gl.warp_specialize(
         [
             (_consumer, (
-                queries, keys, values, totals, barriers, parameters, scales, scale_log2, 0, CONSUMERS, KEYS, D, STAGES,
-                Q_STAGES, OUT,
+                queries, keys, values, stages, barriers, parameters, scales, scale_log2, 0, CONSUMERS, KEYS, D, STAGES,
+                Q_STAGES,
             )),
             (_consumer, (
-                queries, keys, values, totals, barriers, parameters, scales, scale_log2, 1, CONSUMERS, KEYS, D, STAGES,
-                Q_STAGES, OUT,
+                queries, keys, values, stages, barriers, parameters, scales, scale_log2, 1, CONSUMERS, KEYS, D, STAGES,
+                Q_STAGES,
             )),
             (_producer, (q, k, v, queries, keys, values, barriers, parameters, CONSUMERS, KEYS, STAGES, Q_STAGES)),
         ],

@@ -615,7 +615,7 @@ def _launchers_of_keys(
             WIDTH=width,
             PERMUTED=permuted,
             NORMS=_NORMS,
-            **shape | {"num_warps": rotating_warps(K_BLOCK, block_d)},
+            **shape | {"num_warps": max(8, rotating_warps(K_BLOCK, block_d))},
         ),
     )
 

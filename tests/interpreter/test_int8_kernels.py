@@ -167,12 +167,12 @@ def test_the_largest_keys_and_what_their_values_lack_are_those_of_the_cpu(
     x = new_keys(k, torch.float16)
     quantise_keys(k, v, lens_of(lens), x, permuted=permuted)
     behind, rows = 1280, quantize_int8.rows_of_largest(1200)
+    order = torch.tensor([0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15])
     assert x.k.shape[2] == behind + rows == 1280 + 512
     for b, length in enumerate(lens or [1200] * 4):
         count = 0
         lacking = x.v[b, ..., behind:].float().permute(2, 0, 1)
         if permuted:
-            order = torch.tensor([0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15])
             lacking = lacking[(torch.arange(0, rows, 16)[:, None] + order.argsort()).flatten()]
         if length:
             keys = ops8.rotated(k[b, :length].float()) - x.k_means[b]
