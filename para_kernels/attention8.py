@@ -81,13 +81,14 @@ def flash_attention_int8(
     return (out, lse) if return_lse else out
 
 
-# Keys from which on 8 bits, the rounding included, took less time than 16, by compute capability and head dim; 24 heads
-# on an H200: 0.98x at 8,192 keys, 1.09x at 16,384 (benchmarks/results/ring-int8.json, int8-speed.json).
-_FASTER_FROM = {((9, 0), 128): 10240}
+# Keys from which on 8 bits, the rounding included, take less time than 16, by compute capability and head dim; 24 heads
+# on an H200: 0.98x at 8,192 keys, 1.09x at 16,384 (benchmarks/results/ring-int8.json, int8-speed.json), less what four
+# more blocks of the largest keys take since: reckoned 0.93x and 1.06x.
+_FASTER_FROM = {((9, 0), 128): 12288}
 
 
 def int8_faster_from(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> int | None:
-    """From about how many keys on `flash_attention_int8` was measured to be faster than `flash_attention`.
+    """From about how many keys on `flash_attention_int8` is faster than `flash_attention`, by what was measured.
 
     None where that was not measured.
     """

@@ -159,15 +159,17 @@ class Recorded:
 
 
 def outside(function: Callable[..., Tensor], *inputs: Tensor | None, out: Callable[[], Tensor]) -> Tensor:
-    """`function(*inputs)`, which is not to become part of a graph.
+    """`function(*inputs, None)`, which is not to become part of a graph.
 
     Args:
-        function: anything that enqueues its work in the current stream; called again for every replay.
+        function: anything that enqueues its work in the current stream; called again for every replay. Its last
+            argument is where it may write its result, None for memory of its own.
         inputs: what it reads, None for what there is not.
-        out: makes a tensor like the result. In a recording the result is copied into it.
+        out: makes a tensor like the result. In a recording it is what the function is given, and a result that it
+            returns in other memory is copied into it.
     """
     recording: _Recording | None = getattr(_here, "recording", None)
-    return function(*inputs) if recording is None else recording.outside(function, inputs, out())
+    return function(*inputs, None) if recording is None else recording.outside(function, inputs, out())
 
 
 _here = threading.local()
@@ -200,7 +202,9 @@ class _CallOutside:
         self._function, self._inputs, self._out = function, inputs, out
 
     def __call__(self) -> None:
-        self._out.copy_(self._function(*self._inputs))
+        result = self._function(*self._inputs, self._out)
+        if result is not self._out:
+            self._out.copy_(result)
 
 
 @contextlib.contextmanager

@@ -201,8 +201,10 @@ def again_case(rank: int, world: int) -> list[bool]:
         mesh = build_mesh(1, 2, world // 2, "cpu")
         groups = mesh_groups(mesh)
         whole = gather_rows(q, Shards((4,) * world), dist.group.WORLD)
-        out = context_parallel_attention(q, q, q, mesh=mesh, lengths=[4] * world)
+        given = torch.empty_like(q) if turn else None
+        out = context_parallel_attention(q, q, q, mesh=mesh, lengths=[4] * world, out=given)
         same.append(error(out, flash_attention(q, whole, whole)) < 1e-6 and groups.ring is mesh.get_group("ring"))
+        same.append(given is None or out is given)
         store = dist.group.WORLD.get_group_store().underlying_store
         dist.destroy_process_group()
         if not turn:
@@ -279,6 +281,11 @@ def refusals(rank: int, world: int) -> dict[str, str]:
             "transport": told(ring(transport="tcp")),
             "attention": told(ring(attention="int4")),
             "attention of one": told(ring(attention="int8" if odd else "exact")),
+            "out": told(
+                lambda: context_parallel_attention(
+                    q, q, q, mesh=build_mesh(1, 1, world, "cpu"), lengths=sizes, out=q.transpose(1, 2)
+                )
+            ),
         }
     results["grad"] = told(ring(q.clone().requires_grad_() if odd else q, scale=3.0))
     results["afterwards"] = told(ring())

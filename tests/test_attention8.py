@@ -230,7 +230,7 @@ def test_where_8_bits_were_not_measured_to_be_faster(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert int8_faster_from(device, dtype, head_dim) is None
-    assert int8_faster_from("cuda", torch.bfloat16, 128) == 10240
+    assert int8_faster_from("cuda", torch.bfloat16, 128) == 12288
 
 
 def test_importing_the_package_does_not_import_the_compiler() -> None:

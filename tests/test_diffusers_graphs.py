@@ -287,7 +287,7 @@ def test_a_failure_behind_a_call_outside_is_raised_once(monkeypatch: pytest.Monk
     block: Any = counted.pipe.transformer.single_transformer_blocks[0]  # type: ignore[union-attr]
     fails = FailsOutside()
     block.register_forward_hook(
-        lambda module, args, output: (fails(torch.clone, output[0], out=output[0].clone), output[1])
+        lambda module, args, output: (fails(lambda x, out: x.clone(), output[0], out=output[0].clone), output[1])
     )
     with torch.no_grad():
         counted.pipe.transformer(**transformer_inputs())  # type: ignore[operator]

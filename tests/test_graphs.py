@@ -22,7 +22,7 @@ class Function:
         self.added = 10.0
         self.runs = 0
 
-    def f(self, x: Tensor, none: Tensor | None) -> Tensor:
+    def f(self, x: Tensor, none: Tensor | None, out: Tensor | None) -> Tensor:
         assert none is None
         return x + self.added
 
@@ -53,12 +53,12 @@ def test_a_replay_reads_the_memory_of_the_recording_and_calls_what_is_outside() 
 
 def test_outside_of_a_recording_a_call_is_just_a_call() -> None:
     x = torch.ones(3)
-    assert outside(lambda y: y, x, out=lambda: pytest.fail("is not needed")) is x
+    assert outside(lambda y, out: y, x, out=lambda: pytest.fail("is not needed")) is x
 
 
 def test_calls_inside_of_a_call_outside_belong_to_it() -> None:
-    def inner(x: Tensor) -> Tensor:
-        return outside(lambda y: y + 1, x, out=lambda: pytest.fail("is not needed"))
+    def inner(x: Tensor, out: Tensor | None) -> Tensor:
+        return outside(lambda y, none: y + 1, x, out=lambda: pytest.fail("is not needed"))
 
     x = torch.zeros(2)
     recorded = Recorded()
@@ -67,12 +67,32 @@ def test_calls_inside_of_a_call_outside_belong_to_it() -> None:
     assert recorded.calls == 1
 
 
+def test_what_is_written_to_the_recordings_memory_is_not_copied() -> None:
+    class InPlace(Function):
+        copies = 0
+
+        def f(self, x: Tensor, none: Tensor | None, out: Tensor | None) -> Tensor:
+            assert out is not None
+            return torch.add(x, self.added, out=out)
+
+    function, copy = InPlace(), Tensor.copy_
+
+    def counted(self: Tensor, other: Tensor) -> Tensor:
+        function.copies += self.data_ptr() == other.data_ptr()
+        return copy(self, other)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "copy_", counted)
+        check_replays(function, FakeCapture())
+    assert function.copies == 0
+
+
 def fails_in_a_graph() -> Tensor:
     return torch.zeros(1) + torch.ones(1).item()
 
 
 def fails_outside() -> Tensor:
-    def fail(x: Tensor) -> Tensor:
+    def fail(x: Tensor, out: Tensor | None) -> Tensor:
         raise RuntimeError("operation failed")
 
     return outside(fail, torch.ones(1), out=lambda: torch.ones(1))
@@ -120,7 +140,7 @@ def test_memory_that_is_let_go_of_is_used_again_in_the_same_order() -> None:
         y = x
         for i in range(20):
             wide = torch.cat([y, y + 1])
-            y = outside(lambda z: z * 1.5, wide[: y.numel()] + wide[y.numel() :], out=lambda like=y: like.clone())
+            y = outside(lambda z, out: z * 1.5, wide[: y.numel()] + wide[y.numel() :], out=lambda like=y: like.clone())
             y = y * (0.25 if i % 2 else 0.3)
         return y
 

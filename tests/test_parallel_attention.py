@@ -115,7 +115,7 @@ def test_the_next_piece_is_on_its_way_while_one_is_attended() -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_meshes_of_new_groups_after_old_ones(world: int) -> None:
-    assert results(world, "again_case") == [[True, True]] * world
+    assert results(world, "again_case") == [[True] * 4] * world
 
 
 def test_compiled_code_breaks_once() -> None:
@@ -147,6 +147,7 @@ REFUSALS = {
     "transport": "transport: got 'tcp' by the argument transport",
     "attention": "attention: got 'int4', allowed is one of ['exact', 'int8']",
     "attention of one": 'attention: got "int8" on rank 1, must be "exact"',
+    "out": "out: got torch.float32 (1, 2, 4, 8) on cpu, not contiguous, must be like q: torch.float32 (1, 4, 2, 8) on cpu",
     "afterwards": "no ValueError",
 }
 

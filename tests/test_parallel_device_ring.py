@@ -39,9 +39,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def make(name: str, library: str, delay_us: int = 0) -> FakeDevice:
     """A transport with copies small enough that tiny pieces have several groups and chunks."""
-    device_ring.COPY_BYTES, host.CHUNK_BYTES = 3000, 700
+    host.CHUNK_BYTES = 700
     group = dist.group.WORLD
     assert group is not None
+    FAKES[name]._copy_bytes = 3000
     return FAKES[name](group, library, delay_us)
 
 
@@ -434,6 +435,14 @@ def test_chunks_cover_a_piece_and_have_flags(rows: int) -> None:
             assert count > 0
             reached += count
         assert reached == 24 * shape.head_bytes(owner)
+
+
+def test_groups_of_heads_are_as_large_as_a_copy_pays() -> None:
+    """Over NVLink a copy of some heads costs as much as three of theirs."""
+    flux = ((2304, 2304), 1, 24, 128, torch.bfloat16)
+    assert Shape(*flux).groups() == [(first, 3) for first in range(0, 24, 3)]
+    assert Shape(*flux, peer.PeerTransport._copy_bytes).groups() == [(0, 12), (12, 12)]
+    assert Shape((60_000, 1), 1, 3, 128, torch.bfloat16, peer.PeerTransport._copy_bytes).heads_per_flag == 1
 
 
 def test_words_are_signed() -> None:

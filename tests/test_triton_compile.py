@@ -39,6 +39,8 @@ SHARED_MEMORY_OF_A_PROGRAM = 1024  # what the system takes for each
 SPILLS = {((8, 0), 256): 768, ((8, 9), 256): 768, ((9, 0), 128): 48}
 # The loop over pieces keeps more alive; what spills does so around the tails of pieces, and in part of the main loop.
 RING_SPILLS = {((8, 0), 64): 32, ((8, 0), 256): 768, ((8, 9), 256): 768, ((9, 0), 128): 400, ((9, 0), 256): 768}
+# A parameter, which each partition reads back once.
+HOPPER_SPILLS = {(128, torch.float16, 3): 4}
 # The Hopper kernel's largest variant holds descriptors in registers that do not all fit from Triton 3.7 on.
 HOPPER_SPILLS_OF_NEWER_TRITON = {(128, torch.bfloat16, 3): 96}
 POINTER_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -225,12 +227,12 @@ def test_hopper_ring_attention(head_dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_hopper_attention(head_dim: int, dtype: torch.dtype, configs: dict[int, HopperConfig]) -> None:
-    """Nothing spills under Triton 3.6; tiles come by TMA and are multiplied by wgmma, which nothing serialises (`assemble` looks)."""
+    """Next to nothing spills under Triton 3.6; tiles come by TMA and are multiplied by wgmma, which nothing serialises (`assemble` looks)."""
     config = configs[head_dim]
     usage = compile_hopper_attention(config, head_dim, dtype)
     is_newer = not triton.__version__.startswith("3.6.")
-    spills = HOPPER_SPILLS_OF_NEWER_TRITON.get((head_dim, dtype, config.consumers), 0) if is_newer else 0
-    assert usage.spilled_bytes <= spills
+    spills = HOPPER_SPILLS_OF_NEWER_TRITON if is_newer else HOPPER_SPILLS
+    assert usage.spilled_bytes <= spills.get((head_dim, dtype, config.consumers), 0)
     programs = config.residents
     assert (usage.shared + SHARED_MEMORY_OF_A_PROGRAM) * programs <= SHARED_MEMORY[9, 0] + SHARED_MEMORY_OF_A_PROGRAM
     warps = 4 * (config.consumers + 1)

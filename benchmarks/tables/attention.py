@@ -169,3 +169,22 @@ def micro(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     return markdown_table(["operation", "shape", "dtype", "ms", "speed-up"], body, rows)
+
+
+def tail(rows: Sequence[Row]) -> str:
+    """Tiles of 192 and 128 rows, whole, and with the last round cut, by the number of parts."""
+    body = []
+    for row in rows:
+        shape, us = row["shape"], row["notes"]["microseconds"]
+        cut = {name: time for name, time in us.items() if not name.endswith("/1")}
+        best = min(cut, key=cut.__getitem__) if cut else None
+        body.append(
+            [
+                f"{shape['B']} x {shape['Sq']:,} x {shape['Sk']:,}",
+                *(f"{us[name]:.0f}" for name in ("192/1", "128/1")),
+                "-" if best is None else f"{cut[best]:.0f} ({best})",
+                f"{row['median_ms'] * 1e3:.0f} ({row['notes']['chosen']})",
+            ]
+        )
+    head = ["samples x queries x keys", "192 rows, whole, us", "128 rows, whole", "best cut (rows/parts)", "chosen"]
+    return markdown_table(head, body, rows)

@@ -53,14 +53,31 @@ def slots(rows: Sequence[Row]) -> str:
     return markdown_table(["kernel, without pause", "tokens", "ms per call", "MHz", "W"], body, rows)
 
 
+def largest(rows: Sequence[Row]) -> str:
+    """With the largest keys and without, and other orders of the work."""
+    body = [
+        [
+            row["kernel"],
+            f"{row['median_ms']:.1f}",
+            rounded(row["notes"]["clock_mhz"], 0),
+            exponent(row["notes"]["heavy_tails"]),
+            exponent(row["notes"]["two_kinds"]),
+        ]
+        for row in rows
+    ]
+    return markdown_table(
+        ["kernel, without pause", "ms per call", "MHz", "error, heavy tails", "error, keys of two kinds"], body, rows
+    )
+
+
 def quantisation(rows: Sequence[Row]) -> str:
     """By kernel."""
-    names = list(rows[0]["notes"]["us"])
+    names = list(rows[-1]["notes"]["us"])
     body = [
         [
             row["kernel"],
             f"{row['shape']['S']:,}",
-            *(str(row["notes"]["us"][name]) for name in names),
+            *(str(row["notes"]["us"].get(name, "-")) for name in names),
             f"{row['median_ms']:.2f} ms",
         ]
         for row in rows

@@ -54,6 +54,23 @@ def ranks_of_steps(rows: Sequence[Row]) -> str:
     return markdown_table([f"way, {ranks} GPUs", "ms per step", "against one GPU", "split"], body, rows)
 
 
+def tail(rows: Sequence[Row]) -> str:
+    """A step whose tiles of attention are whole, and whose last ones are cut."""
+    body = [
+        [
+            f"{row['shape']['ranks']} GPU{'s' if row['shape']['ranks'] > 1 else ''}, {row['kernel']}",
+            " and ".join(f"{us:.0f}" for us in row["notes"]["attention_us"]),
+            f"{row['notes']['shortest_us']:.0f}",
+            "-" if row["notes"]["merging_us"] is None else f"{row['notes']['merging_us']:.0f}",
+            f"{row['median_ms']:.1f}",
+        ]
+        for row in rows
+    ]
+    return markdown_table(
+        ["last round of tiles", "attention, us, on the two GPUs", "shortest", "merging, us", "ms per step"], body, rows
+    )
+
+
 def where(rows: Sequence[Row]) -> str:
     """Where the time of a step goes, on one GPU and on two."""
     body = [

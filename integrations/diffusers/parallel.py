@@ -261,14 +261,14 @@ class Spread:
         return outside(partial(self._attend_over_ranks, shards), query, key, value, lens, out=like_query)
 
     def _attend_over_ranks(
-        self, shards: Shards, query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None
+        self, shards: Shards, query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None, out: Tensor | None
     ) -> Tensor:
         forward = self._forward
         assert forward is not None
         set_layer(forward.layers)
         forward.layers += 1
         wanted = self.places.wanted.transport
-        out = context_parallel_attention(
+        result = context_parallel_attention(
             query,
             key,
             value,
@@ -278,10 +278,11 @@ class Spread:
             q_lens=lens,
             transport=wanted,
             attention=self.attention,
+            out=out,
         )
         if self.transport == NOT_YET:
             self.transport = forward.place.transport(query.device, wanted)
-        return out
+        return result
 
     def recut(self, streams: dict[str, Tensor]) -> dict[str, Tensor]:
         """Give every stream of a block's output its own rows again.
@@ -326,7 +327,10 @@ class Spread:
         if forward is None:
             return None
         rows, group = forward.streams[self._video], forward.place.sequence_group
-        gather = partial(gather_rows, shards=rows, group=group, what="what the rows have become")
+
+        def gather(own: Tensor, out: Tensor | None) -> Tensor:
+            return gather_rows(own, rows, group, what="what the rows have become")
+
         shape = (output.shape[0], rows.total, *output.shape[2:])
         return outside(gather, output, out=partial(output.new_empty, shape))
 

@@ -168,6 +168,7 @@ def context_parallel_attention(
     return_lse: Literal[False] = False,
     transport: str = "auto",
     attention: str = "exact",
+    out: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def context_parallel_attention(
@@ -183,6 +184,7 @@ def context_parallel_attention(
     return_lse: Literal[True],
     transport: str = "auto",
     attention: str = "exact",
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 def context_parallel_attention(
     q: Tensor,
@@ -197,6 +199,7 @@ def context_parallel_attention(
     return_lse: bool = False,
     transport: str = "auto",
     attention: str = "exact",
+    out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Ring and ulysses at once: heads are exchanged inside a ulysses group, keys and values go round between them.
 
@@ -206,11 +209,14 @@ def context_parallel_attention(
         mesh: a DeviceMesh with dims "ring" and "ulysses", and perhaps "batch" before them, which takes no part. Piece
             ring_rank * ulysses + ulysses_rank of the sequence belongs to a rank.
         lengths: rows of every piece, in this order.
+        out: contiguous memory like q, which the result is written to and which is returned. None: new memory.
     """
     groups = mesh_groups(mesh)
-    call = _Call(q, k, v, lengths, kv_lens, q_lens, scale, transport, attention)
-    out, lse = _attention("context_parallel", call, groups.sequence, groups.ring, groups.ulysses, return_lse)
-    return _returned(out, lse, return_lse)
+    call = _Call(q, k, v, lengths, kv_lens, q_lens, scale, transport, attention, out)
+    result, lse = _attention("context_parallel", call, groups.sequence, groups.ring, groups.ulysses, return_lse)
+    if out is not None and result is not out:
+        result = out.copy_(result)
+    return _returned(result, lse, return_lse)
 
 
 # --- the parts --------------------------------------------------------------------------------------------------------
@@ -229,6 +235,7 @@ class _Call:
     scale: float | None
     transport: str
     attention: str
+    out: Tensor | None = None
 
 
 def _attention(
@@ -249,7 +256,7 @@ def _attention(
     first = 0 if ring is None else ring.rank() * width
     neighbours = Shards(shards.sizes[first : first + width])
     q, k, v = heads_for_rows(call.q, call.k, call.v, neighbours, ulysses)
-    out, lse = _attend(replace(call, q=q, k=k, v=v), ring, shards.merged(width))
+    out, lse = _attend(replace(call, q=q, k=k, v=v, out=None), ring, shards.merged(width))
     heads, kv_heads = call.q.shape[2], call.k.shape[2]
     out = rows_for_heads(out, heads, kv_heads, neighbours, ulysses)
     if not return_lse:
@@ -274,7 +281,7 @@ def _attend(call: _Call, ring: ProcessGroup | None, shards: Shards) -> tuple[Ten
     how = {"lengths": shards.sizes, "scale": call.scale, **lens}
     if call.attention == "int8":
         return ring_int8(q, k, v, transport=transport, rank=ring.rank(), **how)
-    return transport.ring(q, k, v, **how)
+    return transport.ring(q, k, v, out=call.out, **how)
 
 
 # By what is asked for as `attention`: that of a whole sequence.
@@ -363,6 +370,8 @@ def _problem(call: _Call, lengths: tuple[int, ...] | None, group: ProcessGroup) 
         softmax_scale(call.scale, q.shape[3])
         if call.attention not in _HERE:
             raise ValueError(f"attention: got {call.attention!r}, allowed is one of {list(_HERE)}")
+        if call.out is not None:
+            _check_out(call.out, q)
         if k.shape[1] != q.shape[1]:
             raise ValueError(f"k: got {k.shape[1]} rows, must be the {q.shape[1]} of q")
         if lengths is not None:
@@ -378,6 +387,15 @@ def _check_lengths(shards: Shards, q: Tensor, group: ProcessGroup) -> None:
     if shards.sizes[group.rank()] != q.shape[1]:
         raise ValueError(
             f"q: got {q.shape[1]} rows, must be {shards.sizes[group.rank()]}, what lengths says of this rank"
+        )
+
+
+def _check_out(out: Tensor, q: Tensor) -> None:
+    if out.shape != q.shape or out.dtype != q.dtype or out.device != q.device or not out.is_contiguous():
+        layout = "contiguous" if out.is_contiguous() else "not contiguous"
+        raise ValueError(
+            f"out: got {out.dtype} {tuple(out.shape)} on {out.device}, {layout}, must be like q:"
+            f" {q.dtype} {tuple(q.shape)} on {q.device}, contiguous"
         )
 
 

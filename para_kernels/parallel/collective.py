@@ -60,8 +60,9 @@ class CollectiveTransport:
         kv_lens: Tensor | None,
         q_lens: Tensor | None,
         scale: float | None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As `Transport.ring`."""
+        """As `Transport.ring`, in memory of its own."""
         shards = Shards(tuple(lengths))
         own_q_lens = None if q_lens is None else shards.local_lens(q_lens, self.rank)
         parts = Parts(q, shards)

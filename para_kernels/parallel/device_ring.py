@@ -48,7 +48,7 @@ from para_kernels.parallel.control import Control
 from para_kernels.parallel.failure import current_timeout, exchange, raise_obstacles
 
 LIBRARY = "libcuda.so.1"
-# Copies of this size and more run at nearly the full speed of the link; a group of heads is about one.
+# Copies of this size and more run at nearly the full speed of a bus; a group of heads is about one.
 COPY_BYTES = 4 * 2**20
 MAX_CHUNKS = 1024  # `host`: pieces of a piece that have a flag in host memory
 _ALIGNMENT = 1024  # bytes: what a slot may lose to start at a whole row, at most 256 elements of 4 bytes
@@ -59,13 +59,15 @@ _SLOTS = 2
 
 @dataclass(frozen=True)
 class Shape:
-    """What a layer's pieces look like. `lengths` are in rank order."""
+    """What a layer's pieces look like. `lengths` are in rank order; a group of heads has at most `copy_bytes` bytes, if
+    it has more than one."""
 
     lengths: tuple[int, ...]
     batch: int
     heads: int
     head_dim: int
     dtype: torch.dtype
+    copy_bytes: int = COPY_BYTES
 
     @property
     def row_bytes(self) -> int:
@@ -82,7 +84,8 @@ class Shape:
     @property
     def heads_per_flag(self) -> int:
         largest = max(1, self.largest_piece // self.heads)
-        return max(1, min(self.heads, COPY_BYTES // largest))
+        most = max(1, self.copy_bytes // largest)
+        return -(-self.heads // -(-self.heads // most))  # groups of one size: the first one is waited for
 
     def groups(self) -> list[tuple[int, int]]:
         """(first head, number of heads) of each group that has a flag."""
@@ -129,6 +132,7 @@ class DeviceRing(ABC):
     name: str
     _side_streams = 2
     _chunks = 0
+    _copy_bytes = COPY_BYTES
 
     def __init__(self, group: ProcessGroup, device: torch.device, library: str = LIBRARY) -> None:
         assert ops._C is not None
@@ -176,10 +180,13 @@ class DeviceRing(ABC):
         kv_lens: Tensor | None,
         q_lens: Tensor | None,
         scale: float | None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `Transport.ring`. RankFailure, of this call or of one before it: a rank is missing."""
-        out, lse = ops._attention_outputs(q)
-        shape = Shape(tuple(lengths), k.shape[0], k.shape[2], k.shape[3], k.dtype)
+        if out is None:
+            out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+        shape = Shape(tuple(lengths), k.shape[0], k.shape[2], k.shape[3], k.dtype, self._copy_bytes)
         if not shape.largest_piece:  # No rank has any keys.
             return out.zero_(), lse.fill_(float("-inf"))
         with self._on_device(), self._layer(shape) as (layout, main, slot, epoch):

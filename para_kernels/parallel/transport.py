@@ -40,6 +40,7 @@ class Transport(Protocol):
         kv_lens: Tensor | None,
         q_lens: Tensor | None,
         scale: float | None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """This rank's rows of attention over the whole sequence; collective, arguments have been checked.
 
@@ -49,6 +50,7 @@ class Transport(Protocol):
             lengths: rows of every rank of the group, in rank order.
             kv_lens, q_lens: int32 (B,), of the whole sequence, or None.
             scale: factor on the scores, default D ** -0.5.
+            out: where the result may be written, contiguous and like q.
 
         Returns:
             out (B, S_r, H, D) in q's dtype and lse (B, H, S_r) float32, contiguous.
