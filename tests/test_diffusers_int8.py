@@ -21,8 +21,9 @@ ranks.preload("int8_ranks")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Of all blocks over four steps, measured on the CPU (float32): mean 1.3e-2, worst 1.93e-2, least cosine 0.99981.
-WORST_ERROR, LEAST_COSINE = 2e-2, 0.9995
+# Of all blocks over four steps, measured on the CPU (float32): mean 8.6e-3, worst 1.17e-2, least cosine 0.99994. With so
+# few keys all of them are among the largest.
+WORST_ERROR, LEAST_COSINE = 1.4e-2, 0.9998
 
 
 def test_error_on_a_trained_models_inputs() -> None:
