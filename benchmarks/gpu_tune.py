@@ -24,6 +24,7 @@ from para_kernels.triton_kernels import hopper_attention as hopper_kernel
 from para_kernels.triton_kernels import hopper_choice
 from para_kernels.triton_kernels import residual_diff as residual_kernel
 from para_kernels.triton_kernels.attention import AttentionConfig, attention_forward
+from para_kernels.triton_kernels.tail import MOST_CUTS, Cut
 
 from .inputs import attention_flops, attention_inputs, hidden_states
 from .record import OURS, Record, write_records
@@ -52,6 +53,8 @@ SMALL = (
     (1, 4096, 256),
     (4, 4096, 256),
     (1, 4096, 512),
+    (1, 1024, 4608),
+    (1, 2304, 4608),
 )
 # Around the sizes at which cuDNN is faster: (batch, queries, keys)
 SHORT = (
@@ -105,7 +108,10 @@ def _sweep_portable(device: torch.device) -> list[Record]:
 
 
 def _sweep_hopper(device: torch.device) -> list[Record]:
-    """Every way to cut a problem at every small shape: what the constants of the Hopper kernel's choice rest on."""
+    """Every way to cut a problem at every small shape: what the constants of the Hopper kernel's choice rest on.
+
+    The last round of tiles is left whole, and cut into two to eight parts.
+    """
     records = []
     chosen = hopper_kernel.choose
     large, small = hopper_choice.CONFIGS[128], hopper_choice.SMALL_CONFIGS[128]
@@ -115,17 +121,32 @@ def _sweep_hopper(device: torch.device) -> list[Record]:
         shape = {"B": batch, "Sq": queries, "Sk": keys, "H": HEADS, "D": 128}
         q = attention_inputs(batch, queries, HEADS, 128, torch.bfloat16, device)[0]
         k, v = attention_inputs(batch, keys, HEADS, 128, torch.bfloat16, device)[:2]
-        for choice in choices:
+        for choice in choices + _cut(choices, queries, batch, device):
             hopper_kernel.choose = lambda *_, choice=choice, **__: choice
             _forget_plans(hopper_kernel)
             calls = [functools.partial(flash_attention, q, k, v)] * 10
             ms = graph_medians_ms({OURS: calls}, device)[OURS]
             rows = {"consumers": choice.config.consumers, "active": choice.active, "stays": int(choice.stays)}
+            rows["cuts"] = choice.cut.cuts if choice.cut else 1
             records.append(Record("tune_hopper", shape | rows, "bfloat16", "hopper", ms))
             print(shape, rows, f"{ms * 1e3:.1f} us", flush=True)
     hopper_kernel.choose = chosen
     _forget_plans(hopper_kernel)
     return records
+
+
+def _cut(
+    choices: list[hopper_choice.Choice], queries: int, batch: int, device: torch.device
+) -> list[hopper_choice.Choice]:
+    """Those whose programs stay, with the tiles behind the last whole round in parts."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    cut = []
+    for choice in choices:
+        tiles = choice.tiles(queries, HEADS, batch)
+        if choice.stays and tiles % processors:
+            whole = tiles // processors * processors
+            cut += [choice._replace(cut=Cut(whole, cuts)) for cuts in range(2, MOST_CUTS + 1)]
+    return cut
 
 
 def _sweep_cudnn(device: torch.device) -> list[Record]:

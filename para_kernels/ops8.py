@@ -288,8 +288,8 @@ def _attend_rounded(
         sums = weights.sum(2)
         weights = to_e4m3(weights)
         product = torch.einsum("hqk,khd->qhd", weights, values.rows)
-        # Rounded in another block than before, a score may exceed the maximum a little.
-        again = (_scores(own, of_largest) * factor - largest[..., None]).clamp(max=0.5)
+        # Rounded in another block than before, a score may exceed the maximum a little: up to 448 / 256.
+        again = _scores(own, of_largest) * factor - largest[..., None]
         product += torch.einsum("hqk,khd->qhd", to_e4m3(torch.exp2(again + LOG2_OF_WEIGHTS)), lacking)
         out[rows] = (product / sums.T[..., None] * values.scale + values.mean).to(out.dtype)
         left_out = torch.einsum("qhd,hd->hq", q[rows], k_mean) * scale

@@ -281,11 +281,18 @@ def refusals(rank: int, world: int) -> dict[str, str]:
             "transport": told(ring(transport="tcp")),
             "attention": told(ring(attention="int4")),
             "attention of one": told(ring(attention="int8" if odd else "exact")),
-            "out": told(
-                lambda: context_parallel_attention(
-                    q, q, q, mesh=build_mesh(1, 1, world, "cpu"), lengths=sizes, out=q.transpose(1, 2)
+            **{
+                name: told(
+                    lambda out=out: context_parallel_attention(
+                        q, q, q, mesh=build_mesh(1, 1, world, "cpu"), lengths=sizes, out=out
+                    )
                 )
-            ),
+                for name, out in (
+                    ("out", q.transpose(1, 2)),
+                    ("out, misaligned", torch.empty(q.numel() + 1)[1:].view(q.shape)),
+                    ("out, shared", q),
+                )
+            },
         }
     results["grad"] = told(ring(q.clone().requires_grad_() if odd else q, scale=3.0))
     results["afterwards"] = told(ring())

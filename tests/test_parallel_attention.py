@@ -148,6 +148,8 @@ REFUSALS = {
     "attention": "attention: got 'int4', allowed is one of ['exact', 'int8']",
     "attention of one": 'attention: got "int8" on rank 1, must be "exact"',
     "out": "out: got torch.float32 (1, 2, 4, 8) on cpu, not contiguous, must be like q: torch.float32 (1, 4, 2, 8) on cpu",
+    "out, misaligned": "must be a multiple of 16 bytes",
+    "out, shared": "out: shares memory with q, which is still read",
     "afterwards": "no ValueError",
 }
 

@@ -442,6 +442,9 @@ def test_groups_of_heads_are_as_large_as_a_copy_pays() -> None:
     flux = ((2304, 2304), 1, 24, 128, torch.bfloat16)
     assert Shape(*flux).groups() == [(first, 3) for first in range(0, 24, 3)]
     assert Shape(*flux, peer.PeerTransport._copy_bytes).groups() == [(0, 12), (12, 12)]
+    four_ranks = ((1152,) * 4, *flux[1:])
+    assert Shape(*four_ranks, peer.PeerTransport._copy_bytes).groups() == [(0, 12), (12, 12)]
+    assert Shape((100, 100), *flux[1:], peer.PeerTransport._copy_bytes).groups() == [(0, 24)]
     assert Shape((60_000, 1), 1, 3, 128, torch.bfloat16, peer.PeerTransport._copy_bytes).heads_per_flag == 1
 
 

@@ -14,15 +14,24 @@ import torch
 import triton
 import triton.language as tl
 
-from .format8 import LARGEST_KEYS
+from .format8 import HIGHEST_E4M3, LARGEST_KEYS
 from .launch import Launcher
 from .quantize_int8 import K_BLOCK, Keys8, Queries8, _length
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LOG2_OF_WEIGHTS = tl.constexpr(8.0)
+_HIGHEST_WEIGHT = tl.constexpr(HIGHEST_E4M3)
 _K_BLOCK = tl.constexpr(K_BLOCK)
 _BLOCKS_OF_LARGEST = tl.constexpr(LARGEST_KEYS // K_BLOCK)
+
+
+@triton.jit
+def _scores(q, q_factor, keys, first, k, k_scales, BLOCK_D: tl.constexpr):
+    """Of a block of keys, in exponents of two."""
+    k_tile = tl.load(k + keys[:, None].to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :])
+    factor = q_factor * tl.load(k_scales + first // _K_BLOCK)
+    return tl.dot(q, k_tile.T, out_dtype=tl.int32).to(tl.float32) * factor[:, None]
 
 
 @triton.jit
@@ -33,9 +42,7 @@ def _attend_block(
     """Take one block of keys through the online softmax. `m_i` is in exponents of two."""
     keys = first + tl.arange(0, BLOCK_N)
     channels = tl.arange(0, BLOCK_D)
-    k_tile = tl.load(k + keys[:, None].to(tl.int64) * BLOCK_D + channels[None, :])
-    factor = q_factor * tl.load(k_scales + first // _K_BLOCK)
-    scaled = tl.dot(q, k_tile.T, out_dtype=tl.int32).to(tl.float32) * factor[:, None]
+    scaled = _scores(q, q_factor, keys, first, k, k_scales, BLOCK_D)
     if MASKED:
         scaled = tl.where((keys < kv_len)[None, :], scaled, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(scaled, 1))
@@ -55,11 +62,9 @@ def _add_lacking(
     """Add what the values of some of the largest keys lack, which have been attended before."""
     keys = first + tl.arange(0, BLOCK_N)
     channels = tl.arange(0, BLOCK_D)
-    k_tile = tl.load(k + keys[:, None].to(tl.int64) * BLOCK_D + channels[None, :])
-    factor = q_factor * tl.load(k_scales + first // _K_BLOCK)
-    scaled = tl.dot(q, k_tile.T, out_dtype=tl.int32).to(tl.float32) * factor[:, None]
-    # Rounded in another block than before, a score may exceed the maximum a little.
-    p = tl.math.exp2(tl.minimum(scaled - m_i[:, None], 0.5) + _LOG2_OF_WEIGHTS)
+    scaled = _scores(q, q_factor, keys, first, k, k_scales, BLOCK_D)
+    # Rounded in another block than before, a score may exceed the maximum a little: up to 448 / 256.
+    p = tl.minimum(tl.math.exp2(scaled - (m_i - _LOG2_OF_WEIGHTS)[:, None]), _HIGHEST_WEIGHT)
     v_tile = tl.load(v + channels[:, None].to(tl.int64) * padded_k + keys[None, :])
     return acc + tl.dot(p.to(v_tile.dtype), v_tile.T)
 

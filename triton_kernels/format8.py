@@ -20,8 +20,8 @@ HIGHEST_E4M3 = 448.0
 # Of a channel's values in e4m3: so many scales within an octave are tried, on so many rows.
 SCALES_TRIED = 16
 SCALES_FROM = 512
-# Of a sample's keys so many groups, as even as they can be, give their largest one: what its values lack in e4m3 is
-# multiplied by the same weights. Where tails are heavy, few keys decide, and these are among them.
+# Of a sample's keys at most so many groups, all of the same size but the last, give their largest one: what its values
+# lack in e4m3 is multiplied by the same weights. Where tails are heavy, few keys decide, and these are among them.
 LARGEST_KEYS = 512
 LEAST_HEAD_DIM = 64
 _WIDEST_ROTATION = 128

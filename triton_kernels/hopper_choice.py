@@ -73,21 +73,23 @@ class _Problem(NamedTuple):
     def blocks(self) -> int:
         return -(-self.keys // KEYS)
 
-    def cut(self, choice: Choice, of_tile: float, of_block: float, whole: bool) -> tuple[Choice, float]:
+    def cut(self, choice: Choice, of_tile: float, of_block: float, whole: bool, pieces: int) -> tuple[Choice, float]:
         """The choice with its tiles cut in the best way, and the microseconds of its rounds; `whole`: cut none."""
         tiles = choice.tiles(self.max_q, self.heads, self.samples)
         most = {"most": 1} if whole else {}
-        cut, time = cheapest_cut(tiles, self.blocks, self.processors, of_tile=of_tile, of_block=of_block, **most)
+        cut, time = cheapest_cut(
+            tiles, self.blocks, self.processors, of_tile=of_tile, of_block=of_block, pieces=pieces, **most
+        )
         return choice._replace(cut=None if cut.cuts == 1 else cut), time
 
 
-def _microseconds_of_rows(problem: _Problem, uneven: bool, whole: bool) -> dict[Choice, float]:
+def _microseconds_of_rows(problem: _Problem, uneven: bool, whole: bool, pieces: int = 1) -> dict[Choice, float]:
     """What the variant of three consumers should take with tiles of 192 and of 128 rows."""
     large = CONFIGS[problem.head_dim]
     stays = problem.blocks <= _BLOCKS_OF_A_PROGRAM and not uneven
     whole = whole or uneven  # Which tiles end last is not known.
-    rows_192, time_192 = problem.cut(Choice(large, 3, stays), 3.3, 0.9, whole)
-    rows_128, time_128 = problem.cut(Choice(large, 2, stays), 2.7, 0.68, whole)
+    rows_192, time_192 = problem.cut(Choice(large, 3, stays), 3.3, 0.9, whole, pieces)
+    rows_128, time_128 = problem.cut(Choice(large, 2, stays), 2.7, 0.68, whole, pieces)
     return {rows_192: 4.0 + time_192, rows_128: 3.5 + time_128}
 
 
@@ -95,9 +97,9 @@ def _fastest(microseconds: dict[Choice, float]) -> Choice:
     return min(microseconds, key=microseconds.__getitem__)
 
 
-def choose_rows(*problem: int, uneven: bool) -> Choice:
-    """As `choose`, among the tiles of the variant of three consumers alone."""
-    return _fastest(_microseconds_of_rows(_Problem(*problem), uneven, False))
+def choose_rows(*problem: int, uneven: bool, pieces: int) -> Choice:
+    """As `choose`, among the tiles of the variant of three consumers alone, for keys in pieces."""
+    return _fastest(_microseconds_of_rows(_Problem(*problem), uneven, False, pieces))
 
 
 def choose(*problem: int, uneven: bool = False, whole: bool = False) -> Choice:

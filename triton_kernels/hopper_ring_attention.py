@@ -473,6 +473,7 @@ def _plan(
     q_shape: tuple[int, ...],
     q_stride: tuple[int, ...],
     keys: int,
+    pieces: int,
     kv_heads: int,
     flags: int,
     own_start: int,
@@ -484,7 +485,8 @@ def _plan(
         return None
     q_map = _descriptor(q_shape, q_stride)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    choice = choose_rows(head_dim, rows_q, keys, heads, batches, processors, uneven=batches > 1 and flags != 0)
+    uneven = batches > 1 and flags != 0
+    choice = choose_rows(head_dim, rows_q, keys, heads, batches, processors, uneven=uneven, pieces=pieces)
     tiles = choice.tiles(rows_q, heads, batches)
     cut = choice.cut or Cut(tiles, 1)
     items = cut.items(tiles)
@@ -495,6 +497,18 @@ def _plan(
     integers = (heads // kv_heads, rows_q, flags, heads, blocks, items, *cut, choice.active, own_start)
     tail = Tail(cut, cut.parts(tiles), choice.active * ROWS, blocks, heads_last=True)
     return _Plan(_launcher(device, dtype, head_dim), (programs, 1, 1), q_map, integers, tail)
+
+
+# What `_compile_merging` has been done for.
+_compiled: set[tuple[torch.device, torch.dtype, int]] = set()
+
+
+def _compile_merging(out: torch.Tensor, lse: torch.Tensor, tail: Tail) -> None:
+    """At the first call, on all ranks alike: no later length waits for it."""
+    key = (out.device, out.dtype, out.shape[3])
+    if key not in _compiled:
+        tail.compile(out, lse)
+        _compiled.add(key)
 
 
 def hopper_ring_attention_forward(
@@ -517,13 +531,14 @@ def hopper_ring_attention_forward(
     of 16 bytes and with strides that are multiples of 16 bytes.
     """
     flags = (q_lens is not None) * _HAS_Q_LENS.value | (kv_lens is not None) * _HAS_KV_LENS.value
-    plan = _plan(q.shape, q.stride(), keys, kv_heads, flags, own_start, q.dtype, q.device)
+    plan = _plan(q.shape, q.stride(), keys, pieces.table.shape[0], kv_heads, flags, own_start, q.dtype, q.device)
     if plan is None or q.data_ptr() % 16:
         return None
     launcher, grid, q_map, integers, tail = plan
     memory = pieces.memory
     # A pointer that is not followed stands in for what there is not: None would be another compiled variant.
     unused = out.view(torch.int32) if q_lens is None or kv_lens is None else None
+    _compile_merging(out, lse, tail)
     scratch = tail.scratch(out) if tail.parts else out.view(torch.float32)
     launcher(
         grid, (q, *q_map), (memory, tuple(memory.shape), (memory.shape[1], 1)), out, lse, scratch,

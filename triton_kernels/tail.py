@@ -22,6 +22,8 @@ MOST_CUTS = 8
 # What the second launch and its kernel take, and what a part takes more than its share of a tile, in microseconds.
 MERGING = 8.0
 OF_PART = 3.0
+# Where it should gain less than this, tiles stay whole: one launch, and no scratch memory.
+_LEAST_GAIN = 0.02
 _ROWS = 16  # of a program
 
 
@@ -45,22 +47,32 @@ class Cut(NamedTuple):
 
 
 def cheapest_cut(
-    tiles: int, blocks: int, processors: int, *, of_tile: float, of_block: float, most: int = MOST_CUTS
+    tiles: int,
+    blocks: int,
+    processors: int,
+    *,
+    of_tile: float,
+    of_block: float,
+    most: int = MOST_CUTS,
+    pieces: int = 1,
 ) -> tuple[Cut, float]:
     """The cut that should take the fewest microseconds, and those, of tiles with `blocks` blocks of keys each.
 
     Args:
         of_tile, of_block: what a tile's start and end take, and each block.
         most: parts of a tile.
+        pieces: in which keys come, of about the same size; a part has its share of each.
     """
     full, left = divmod(tiles, processors)
-    choices = {Cut(tiles, 1): (full + (left > 0)) * (of_tile + of_block * blocks)}
+    whole = (full + (left > 0)) * (of_tile + of_block * blocks)
+    choices = {Cut(tiles, 1): whole * (1 - _LEAST_GAIN)}
     for cuts in range(2, min(most, blocks) + 1) if left else ():
         rounds = -(-left * cuts // processors)
-        last = rounds * (of_tile + OF_PART + of_block * -(-blocks // cuts)) + MERGING
+        of_part = pieces * -(-blocks // (pieces * cuts))
+        last = rounds * (of_tile + OF_PART + of_block * of_part) + MERGING
         choices[Cut(full * processors, cuts)] = full * (of_tile + of_block * blocks) + last
     best = min(choices, key=choices.__getitem__)
-    return best, choices[best]
+    return best, whole if best.cuts == 1 else choices[best]
 
 
 @triton.jit(

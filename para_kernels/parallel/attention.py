@@ -209,7 +209,8 @@ def context_parallel_attention(
         mesh: a DeviceMesh with dims "ring" and "ulysses", and perhaps "batch" before them, which takes no part. Piece
             ring_rank * ulysses + ulysses_rank of the sequence belongs to a rank.
         lengths: rows of every piece, in this order.
-        out: contiguous memory like q, which the result is written to and which is returned. None: new memory.
+        out: contiguous memory like q, which the result is written to and which is returned; it starts at a multiple of
+            16 bytes and shares nothing with q, k and v. None: new memory.
     """
     groups = mesh_groups(mesh)
     call = _Call(q, k, v, lengths, kv_lens, q_lens, scale, transport, attention, out)
@@ -295,6 +296,8 @@ def _returned(out: Tensor, lse: Tensor | None, return_lse: bool) -> Tensor | tup
     return out, lse
 
 
+_ALIGNMENT = 16  # bytes, of what kernels write
+
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 _agreed: WeakKeyDictionary[ProcessGroup, set[tuple]] = WeakKeyDictionary()
@@ -371,7 +374,7 @@ def _problem(call: _Call, lengths: tuple[int, ...] | None, group: ProcessGroup) 
         if call.attention not in _HERE:
             raise ValueError(f"attention: got {call.attention!r}, allowed is one of {list(_HERE)}")
         if call.out is not None:
-            _check_out(call.out, q)
+            _check_out(call.out, q, k, call.v)
         if k.shape[1] != q.shape[1]:
             raise ValueError(f"k: got {k.shape[1]} rows, must be the {q.shape[1]} of q")
         if lengths is not None:
@@ -390,13 +393,25 @@ def _check_lengths(shards: Shards, q: Tensor, group: ProcessGroup) -> None:
         )
 
 
-def _check_out(out: Tensor, q: Tensor) -> None:
+def _check_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
     if out.shape != q.shape or out.dtype != q.dtype or out.device != q.device or not out.is_contiguous():
         layout = "contiguous" if out.is_contiguous() else "not contiguous"
         raise ValueError(
             f"out: got {out.dtype} {tuple(out.shape)} on {out.device}, {layout}, must be like q:"
             f" {q.dtype} {tuple(q.shape)} on {q.device}, contiguous"
         )
+    if out.data_ptr() % _ALIGNMENT:
+        raise ValueError(f"out: starts at {out.data_ptr():#x}, must be a multiple of {_ALIGNMENT} bytes")
+    first, end = _span(out)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if out.numel() and x.numel() and first < _span(x)[1] and _span(x)[0] < end:
+            raise ValueError(f"out: shares memory with {name}, which is still read when the first rows are written")
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """The addresses between which a tensor lies."""
+    extent = 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + extent * x.element_size()
 
 
 def _check_range(name: str, lens: Tensor | None, total: int) -> None:

@@ -83,9 +83,11 @@ class Shape:
 
     @property
     def heads_per_flag(self) -> int:
+        """In groups of one size, for the first one is waited for; of what is more than a small copy there are two."""
         largest = max(1, self.largest_piece // self.heads)
-        most = max(1, self.copy_bytes // largest)
-        return -(-self.heads // -(-self.heads // most))  # groups of one size: the first one is waited for
+        groups = -(-self.heads // max(1, self.copy_bytes // largest))
+        at_least = min(2, self.heads, -(-self.largest_piece // COPY_BYTES))
+        return -(-self.heads // max(1, groups, at_least))
 
     def groups(self) -> list[tuple[int, int]]:
         """(first head, number of heads) of each group that has a flag."""
@@ -189,15 +191,18 @@ class DeviceRing(ABC):
         shape = Shape(tuple(lengths), k.shape[0], k.shape[2], k.shape[3], k.dtype, self._copy_bytes)
         if not shape.largest_piece:  # No rank has any keys.
             return out.zero_(), lse.fill_(float("-inf"))
-        with self._on_device(), self._layer(shape) as (layout, main, slot, epoch):
-            self._wait_for_slot.run([main], epoch)
-            self._pack(k, v, layout.memory, layout.place.first_row(slot))
-            self._announce.run([main], epoch)
-            if self._launches_block:
-                layout.transfers[slot].run(self._sides, epoch)
-            finish = self._attend(q, layout, slot, epoch, out, lse, q_lens, kv_lens, scale)
-            if not self._launches_block:
-                layout.transfers[slot].run(self._sides, epoch)
+        with self._on_device(), contextlib.ExitStack() as in_trouble:
+            with self._layer(shape) as (layout, main, slot, epoch):
+                self._wait_for_slot.run([main], epoch)
+                self._pack(k, v, layout.memory, layout.place.first_row(slot))
+                self._announce.run([main], epoch)
+                if self._launches_block:
+                    layout.transfers[slot].run(self._sides, epoch)
+                finish = self._attend(q, layout, slot, epoch, out, lse, q_lens, kv_lens, scale)
+                in_trouble.callback(_without_error, finish)  # what the kernel marks as no result becomes so in `out`
+                if not self._launches_block:
+                    layout.transfers[slot].run(self._sides, epoch)
+            in_trouble.pop_all()
             finish()
         return out, lse
 
@@ -399,6 +404,11 @@ class DeviceRing(ABC):
 
     def _on_device(self) -> Any:
         return torch.cuda.device(self.device)
+
+
+def _without_error(function: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):
+        function()
 
 
 def unavailable_here(group: ProcessGroup, device: torch.device) -> str | None:
