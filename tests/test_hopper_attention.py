@@ -8,8 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
+from benchmarks import ring_launches
 from para_kernels import flash_attention, flash_attention_varlen
-from para_kernels.triton_kernels import hopper_attention, hopper_choice, hopper_parts, launch, tail
+from para_kernels.triton_kernels import (
+    hopper_attention,
+    hopper_choice,
+    hopper_parts,
+    hopper_ring_attention,
+    launch,
+    tail,
+)
 from para_kernels.triton_kernels.tail import Cut
 from tests.reference import TOLERANCES, attention_batch, error
 
@@ -238,3 +246,41 @@ class TestOnHopper:
         assert error(out, expected) < TOLERANCES[torch.bfloat16]
         torch.testing.assert_close(lse.double(), expected_lse.double(), rtol=1e-4, atol=1e-4)
         assert torch.equal(out, again[0])
+
+    @pytest.mark.parametrize("dtype", HALF, ids=str)
+    @pytest.mark.parametrize(
+        ("lengths", "kv_lens"),
+        [((190, 1, 0, 70, 450), None), ((190, 1, 0, 70, 450), (200,)), ((300, 500), (0, 777)), ((64, 64), None)],
+    )
+    def test_tiles_over_pieces_that_are_cut(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        dtype: torch.dtype,
+        lengths: tuple[int, ...],
+        kv_lens: tuple[int, ...] | None,
+    ) -> None:
+        """Parts that end inside a piece, that have nothing of one, and whose pieces are still on their way."""
+        batches = 1 if kv_lens is None else len(kv_lens)
+        for active, cuts in ((3, 3), (2, 5)):
+            choice = hopper_choice.Choice(hopper_choice.CONFIGS[128], active, True)
+            tiles = choice.tiles(lengths[0], 4, batches)
+            for whole in (0, tiles - 1):
+                cut = choice._replace(cut=Cut(whole, cuts))
+                monkeypatch.setattr(hopper_ring_attention, "choose_rows", lambda *_, cut=cut, **__: cut)
+                hopper_ring_attention._plan.cache_clear()
+                worst = ring_launches.error_of(lengths, 4, 2, 128, kv_lens, dtype, torch.device("cuda"))
+                assert worst <= 2 * TOLERANCES[dtype]
+        hopper_ring_attention._plan.cache_clear()
+
+    def test_a_graph_of_a_launch_whose_last_round_is_cut(self) -> None:
+        q = random(1, 2304, 24, 128, dtype=torch.bfloat16)
+        k, v = (random(1, 4608, 24, 128, dtype=torch.bfloat16) for _ in range(2))
+        assert hopper_choice.choose(128, 2304, 4608, 24, 1, 132).cut is not None
+        expected = flash_attention(q, k, v)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = flash_attention(q, k, v)
+        for _ in range(2):
+            out.fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(out, expected)
