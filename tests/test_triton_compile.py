@@ -31,8 +31,8 @@ from para_kernels.triton_kernels.hopper_choice import HopperConfig  # noqa: E402
 # Shared memory that one program may use, in bytes (CUDA C++ programming guide, table of compute capabilities).
 # Of each multiprocessor, in bytes, without what the system takes for the first program.
 SHARED_MEMORY = {(8, 0): 163 * 1024, (8, 9): 99 * 1024, (9, 0): 227 * 1024}
-# Once per tile, outside the loop over blocks of keys (36 bytes under Triton 3.6, 48 under 3.9).
-HOPPER_RING_SPILLS = {(128, torch.bfloat16): 48}
+# Once per tile or piece, outside of the loops over blocks of keys; none under Triton 3.6, so many under 3.9.
+HOPPER_RING_SPILLS = {(128, torch.bfloat16): 128}
 SHARED_MEMORY_OF_A_PROGRAM = 1024  # what the system takes for each
 # Bytes that may spill. D = 256 does not fit the registers of sm80 and sm89, which hold q and the accumulators; on sm90
 # at D = 128 two programs share a multiprocessor, each at the limit of 255 registers, with a few spilled bytes.
@@ -231,7 +231,7 @@ def test_hopper_attention(head_dim: int, dtype: torch.dtype, configs: dict[int, 
     config = configs[head_dim]
     usage = compile_hopper_attention(config, head_dim, dtype)
     is_newer = not triton.__version__.startswith("3.6.")
-    spills = HOPPER_SPILLS_OF_NEWER_TRITON if is_newer else HOPPER_SPILLS
+    spills = HOPPER_SPILLS | (HOPPER_SPILLS_OF_NEWER_TRITON if is_newer else {})
     assert usage.spilled_bytes <= spills.get((head_dim, dtype, config.consumers), 0)
     programs = config.residents
     assert (usage.shared + SHARED_MEMORY_OF_A_PROGRAM) * programs <= SHARED_MEMORY[9, 0] + SHARED_MEMORY_OF_A_PROGRAM
