@@ -16,7 +16,8 @@ import triton.language as tl
 
 from .format8 import HIGHEST_E4M3, LARGEST_KEYS
 from .launch import Launcher
-from .quantize_int8 import K_BLOCK, Keys8, Queries8, _length
+from .quantize_int8 import K_BLOCK, Keys8, Queries8
+from .quantize_int8_kernels import _length
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)

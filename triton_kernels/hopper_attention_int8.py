@@ -414,12 +414,6 @@ def _consumer(
                 KEYS, D, STAGES,
             )  # fmt: skip
             mbarrier.arrive(_queries_empty(barriers, i, STAGES, Q_STAGES))
-            # Derived once more, for else it would occupy registers in the loop over keys.
-            first_m, head, sample = _place(parameters, i, CONSUMERS)
-            row = first_m + consumer * _ROWS
-            at_q = sample * _integer(parameters, _HEADS) + head
-            at_k = at_q // _integer(parameters, _HEADS_PER_KV)
-            stored = _integer(parameters, _ROWS_Q) - row
             alive = q_len - row
             acc, m_i = _rescaled(acc, m_i, l_i, scales, at_q, at_k, row, alive, D)
             _write_rows(

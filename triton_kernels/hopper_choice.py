@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .tail import Cut, cheapest_cut
+from .tail import MOST_CUTS, Cut, cheapest_cut
 
 # Rows of one consumer's queries, and of a block of keys or values.
 ROWS = 64
@@ -76,10 +76,10 @@ class _Problem(NamedTuple):
     def cut(self, choice: Choice, of_tile: float, of_block: float, whole: bool, pieces: int) -> tuple[Choice, float]:
         """The choice with its tiles cut in the best way, and the microseconds of its rounds; `whole`: cut none."""
         tiles = choice.tiles(self.max_q, self.heads, self.samples)
-        most = {"most": 1} if whole else {}
         cut, time = cheapest_cut(
-            tiles, self.blocks, self.processors, of_tile=of_tile, of_block=of_block, pieces=pieces, **most
-        )
+            tiles, self.blocks, self.processors, of_tile=of_tile, of_block=of_block,
+            most=1 if whole else MOST_CUTS, pieces=pieces,
+        )  # fmt: skip
         return choice._replace(cut=None if cut.cuts == 1 else cut), time
 
 
