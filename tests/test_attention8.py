@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -138,6 +139,35 @@ def test_lengths_and_groups(head_dim: int, device: str) -> None:
     assert lse_error(lse, ref_lse) <= 3e-2
     assert (out[2] == 0).all()
     assert (out[1] == 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_many_tiles_of_a_program(head_dim: int) -> None:
+    """A program of the Hopper kernel attends three or four of these, over what the one before has left in its memory."""
+    q, k, v = inputs(700, 1300, 24, 8, head_dim, batch=4, dtype=torch.bfloat16, device="cuda")
+    q_lens, kv_lens = [700, 5, 640, 333], [1300, 130, 0, 1]
+    out, lse = flash_attention_int8(
+        q, k, v, q_lens=lens_of(q_lens, "cuda"), kv_lens=lens_of(kv_lens, "cuda"), return_lse=True
+    )
+    ref, ref_lse = attention_batch(q, k, v, kv_lens, q_lens)
+    for b in range(4):
+        assert error(out[b], ref[b]) <= NORMAL, b
+    assert lse_error(lse, ref_lse) <= 3e-2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rise", [0.15, 0.75, 4.0])
+def test_scores_that_rise_from_block_to_block(rise: float, device: str) -> None:
+    """By so many powers of two: by less than e4m3 has room for, all but as much as that, and by more."""
+    q, k, v = inputs(200, 40 * 128 + 77, dtype=torch.bfloat16, device=device)
+    q[..., 0] = 16.0
+    block = torch.arange(k.shape[1], device=device) // 128 % 20
+    k[..., 0] = (block * rise * math.log(2.0) * 128**0.5 / 16.0)[None, :, None].to(k.dtype)
+    out, lse = flash_attention_int8(q, k, v, return_lse=True)
+    ref, ref_lse = attention_batch(q, k, v)
+    assert error(out, ref) <= 5e-2
+    assert lse_error(lse, ref_lse) <= 0.1
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -9,9 +9,11 @@ particular to 8 bits:
   maximum is taken of the integers, which the chip does for three at a time.
 - Values lie channel by channel, with the keys of each 16 permuted, so that the weights are the second product's left
   operand as they stand in the registers, converted four at a time.
-- The tensor cores add up e4m3 products in about 22 bits (Zhang et al. 2024, arXiv 2411.10958, section 3.3). The weights
-  of each block of keys meet the values in an accumulator of their own, which float32 arithmetic adds to the output in
-  the multiply-add that rescales it anyway.
+- The tensor cores add up e4m3 products in about 22 bits (Zhang et al. 2024, arXiv 2411.10958, section 3.3), which leak
+  over a long row. So they add up only a few blocks of keys; float32 sums of these stand in shared memory.
+- What stands for a row's maximum follows only scores that exceed it by more than e4m3 has room for: mostly nothing is
+  rescaled, which a warp decides by a branch.
+- Queries stay in registers, which spares shared memory a third of what the scores would read of it.
 - The keys' last block, which is masked, comes first; the loop over the others has no mask.
 - After all keys the largest come once more, with what e4m3 has taken from their values: the same weights, which nothing
   sums up again and no maximum is taken for.
@@ -70,7 +72,10 @@ from .quantize_int8 import K_BLOCK, Keys8, Queries8
 
 CONSUMERS = 2  # warpgroups of ROWS query rows each
 STAGES = 4  # slots of the ring of keys and values
-REGISTERS = 240  # of the second consumer's threads; the first one has what is left, as many
+# Of the second consumer's threads; the first one has what is left, as many. With 240 ptxas issues the next scores among
+# the first exponentials: 182.5 ms at 119,056 tokens instead of 175.1. With 216 they come after the last one: 182.4.
+REGISTERS = 224
+PRODUCER_REGISTERS = 56  # what the consumers leave of 65,536
 
 _ROWS = gl.constexpr(ROWS)
 _K_BLOCK = gl.constexpr(K_BLOCK)
@@ -80,6 +85,9 @@ _BITS_OF_OFFSET = gl.constexpr(0x4B400000)
 _OFFSET = gl.constexpr(12582912.0)  # 1.5 * 2^23
 _LOWEST_SCORE = gl.constexpr(0x4B000000)  # 2^23, that is a score of -2^22; none lies below -2^21
 _LOG2_OF_WEIGHTS = gl.constexpr(8.0)
+_LOG2_OF_HEADROOM = gl.constexpr(0.8)  # e4m3 ends at 448: so much may a score exceed what stands for its row's maximum
+_BLOCKS_OF_A_SUM = gl.constexpr(16)  # of keys, in the tensor cores' accumulator; with 32, sums of one sign leak 1.6 %
+_RESCALED_AT_A_TIME = gl.constexpr(32)
 _CHAINS = gl.constexpr(4)
 _FLOAT_LOG2_E = gl.constexpr(_LOG2_E)
 
@@ -93,13 +101,33 @@ def _weights_asm() -> str:
     return "{.reg .f32 p<16>; .reg .b16 h<8>;\n" + body + "}"
 
 
+def _rescaling_asm(count: int) -> str:
+    """So many elements of an accumulator times their rows' factors; skipped where those of a warp's rows are all 1."""
+    body = "".join(f"mul.f32 ${i}, ${i}, ${2 * count + i};\n" for i in range(count))
+    return (
+        "{.reg .pred p, q;\n"
+        # An accumulator's elements in a thread are two of one row, then two of another.
+        f"setp.neu.f32 p, ${2 * count}, 0f3F800000;\n"
+        f"setp.neu.or.f32 q, ${2 * count + 2}, 0f3F800000, p;\n"
+        "vote.sync.any.pred p, q, 0xffffffff;\n"
+        f"@!p bra SAME;\n{body}SAME:\n}}"
+    )
+
+
+def _rescaling_constraints(count: int) -> str:
+    return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["f"] * count)
+
+
 _ASM = gl.constexpr(_weights_asm())
 _CONSTRAINTS = gl.constexpr(",".join(["=r"] * 4 + ["=f"] * 16 + ["f"] * 16))
+_RESCALING_ASM = gl.constexpr(_rescaling_asm(_RESCALED_AT_A_TIME.value))
+_RESCALING_CONSTRAINTS = gl.constexpr(_rescaling_constraints(_RESCALED_AT_A_TIME.value))
 
 
 @gluon.jit
 def _maximum(scores, m_i, factor):
-    """The running maximum, in exponents of two, after these scores (integers with their offset).
+    """What stands for the rows' maximum, in exponents of two, after these scores (integers with their offset): no score
+    exceeds it by more than the headroom.
 
     In steps, so that what depends on what is short: a row's 32 scores in a thread are four chains instead of one, and
     both rows of a thread go through the shuffles together.
@@ -110,7 +138,8 @@ def _maximum(scores, m_i, factor):
     x = gl.max(x.reshape([rows, 2, 2, _CHAINS, 2 * eighths // _CHAINS]), 4)
     highest = gl.max(gl.max(gl.max(x, 3), 2), 1)
     highest = gl.convert_layout(highest, m_i.type.layout, assert_trivial=True).to(gl.float32, bitcast=True)
-    return gl.maximum(m_i, (highest - _OFFSET) * factor)
+    highest = (highest - _OFFSET) * factor
+    return gl.where(highest > m_i + _LOG2_OF_HEADROOM, highest, m_i)
 
 
 @gluon.jit
@@ -140,6 +169,11 @@ def _weights(exponents, layout: gl.constexpr):
     return p, gl.sum(exact, 2)
 
 
+@gluon.constexpr_function
+def _layout_of_scores(keys: int):
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, keys, 32])
+
+
 @gluon.jit
 def _scores(q, k, layout: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr):
     """q k^T of a block with its offset, in flight."""
@@ -149,10 +183,24 @@ def _scores(q, k, layout: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def _product(p, v, layout: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr):
-    """Weights times values of a block, in flight."""
-    values = v.reshape([D, KEYS]).permute((1, 0))
-    return warpgroup_mma(p, values, gl.zeros([_ROWS, D], gl.float32, layout), use_acc=False, is_async=True)
+def _product(product, p, v, KEYS: gl.constexpr, D: gl.constexpr):
+    """`product` and weights times values of a block, in flight."""
+    return warpgroup_mma(p, v.reshape([D, KEYS]).permute((1, 0)), product, is_async=True)
+
+
+@gluon.jit
+def _by_rows(x, like):
+    """(rows, 1), in the layout of `like`."""
+    return gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, like.type.layout)), 1)
+
+
+@gluon.jit
+def _followed(product, alpha):
+    """`product` rescaled to another maximum."""
+    return gl.inline_asm_elementwise(
+        _RESCALING_ASM, _RESCALING_CONSTRAINTS, [product, _by_rows(alpha, product)], dtype=gl.float32, is_pure=False,
+        pack=_RESCALED_AT_A_TIME,
+    )  # fmt: skip
 
 
 # More parameters that wait in shared memory, see `hopper_parts`.
@@ -279,14 +327,8 @@ def _exists(kv_len, layout: gl.constexpr, KEYS: gl.constexpr):
 
 
 @gluon.jit
-def _added(acc, alpha, product):
-    """acc * alpha + product, alpha by rows."""
-    return gl.fma(acc, gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout)), 1), product)
-
-
-@gluon.jit
 def _attend(
-    q, keys, values, barriers, turn, kv_len, q_factor, k_scales, first_of_largest,
+    q, keys, values, total, barriers, turn, kv_len, q_factor, k_scales, first_of_largest,
     KEYS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A consumer's 64 rows over all keys: (accumulator, m_i, l_i by rows, the next turn).
@@ -294,12 +336,12 @@ def _attend(
     The product of the next block's scores runs under this block's exponentials, and that of this one's weights under
     the next one's maximum. After the last block the same keys are taken once more for nothing, which is cheaper than a
     branch. `q_factor` is the rows' scale times that of softmax, for exponents of two; `k_scales` points to the head's,
-    and `first_of_largest` is the row at which the largest keys begin.
+    and `first_of_largest` is the row at which the largest keys begin. `total`, in shared memory, is where float32 sums
+    of `product` gather; `since` is what they have to be rescaled by since the last one was added.
 
-    Nothing is in flight from one iteration to the next: the assembler would wait for it before anything else. Nor is
-    what has arrived added up before the next iteration: it would wait for that before it takes the maximum.
+    Nothing is in flight from one iteration to the next: the assembler would wait for it before anything else.
     """
-    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 32])
+    S: gl.constexpr = _layout_of_scores(KEYS)
     OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 32])
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=4)
     last = (kv_len - 1) // KEYS
@@ -319,38 +361,46 @@ def _attend(
     lowest = gl.full([_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
     m_i = _maximum(gl.where(exists, s, _LOWEST_SCORE), lowest, factor)
     p, l_i = _weights(_masked(_exponents(s, m_i, factor), exists), P)
-    product = _product(p, values.index(slot), OUT, KEYS, D)
+    product = _product(gl.zeros([_ROWS, D], gl.float32, OUT), p, values.index(slot), KEYS, D)
     s = warpgroup_mma_wait(1, deps=(scores,))
     factor = q_factor * k_scale
     m_next = _maximum(s, m_i, factor)
     ahead = gl.minimum(ahead + 1, end)
     _wait_full(barriers, ahead, STAGES)
-    done, m_next = warpgroup_mma_wait(0, deps=(product, m_next))
+    product, m_next = warpgroup_mma_wait(0, deps=(product, m_next))
     _free(slot)
-    acc = gl.zeros([_ROWS, D], gl.float32, OUT)
-    alpha = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, S))
+    alpha = gl.exp2(m_i - m_next)
+    m_i = m_next
+    product = _followed(product, alpha)
+    total.store(gl.zeros([_ROWS, D], gl.float32, OUT))
+    since = gl.full([_ROWS], 1.0, gl.float32, alpha.type.layout)
 
-    for block in range(last):
-        acc = _added(acc, alpha, done)
-        k_scale = gl.load(k_scales + gl.where(block + 1 < last, block + 1, behind))
-        alpha = gl.exp2(m_i - m_next)
-        m_i = m_next
-        p, sums = _weights(_exponents(s, m_i, factor), P)
-        l_i = _added(l_i, alpha, sums)
-        slot = next_slot
-        next_slot = _slot(ahead, STAGES)
-        scores = _scores(q, keys.index(next_slot), S, KEYS, D)
-        product = _product(p, values.index(slot), OUT, KEYS, D)
-        s = warpgroup_mma_wait(1, deps=(scores,))
-        factor = q_factor * k_scale
-        m_next = _maximum(s, m_i, factor)
-        # The wait for the next keys stands here since the assembler moves the wait for the product up to the last
-        # branch: without one in between, the maximum would come after it.
-        ahead = gl.minimum(ahead + 1, end)
-        _wait_full(barriers, ahead, STAGES)
-        done, m_next = warpgroup_mma_wait(0, deps=(product, m_next))
-        _free(slot)
-    acc = _added(acc, alpha, done)
+    for first in range(0, last, _BLOCKS_OF_A_SUM):
+        for block in range(first, gl.minimum(first + _BLOCKS_OF_A_SUM, last)):
+            k_scale = gl.load(k_scales + gl.where(block + 1 < last, block + 1, behind))
+            p, sums = _weights(_exponents(s, m_i, factor), P)
+            l_i = gl.fma(l_i, _by_rows(alpha, l_i), sums)
+            slot = next_slot
+            next_slot = _slot(ahead, STAGES)
+            scores = _scores(q, keys.index(next_slot), S, KEYS, D)
+            product = _product(product, p, values.index(slot), KEYS, D)
+            s = warpgroup_mma_wait(1, deps=(scores,))
+            factor = q_factor * k_scale
+            m_next = _maximum(s, m_i, factor)
+            # The wait for the next keys stands here since the assembler moves the wait for the product up to the last
+            # branch: without one in between, the maximum would come after it.
+            ahead = gl.minimum(ahead + 1, end)
+            _wait_full(barriers, ahead, STAGES)
+            product, m_next = warpgroup_mma_wait(0, deps=(product, m_next))
+            _free(slot)
+            alpha = gl.exp2(m_i - m_next)
+            m_i = m_next
+            since *= alpha
+            product = _followed(product, alpha)
+        total.store(gl.fma(total.load(OUT), _by_rows(since, product), product))
+        product = gl.zeros([_ROWS, D], gl.float32, OUT)
+        since = gl.full([_ROWS], 1.0, gl.float32, since.type.layout)
+    l_i *= _by_rows(alpha, l_i)
     for block in range(last, blocks):
         # What the values of the largest keys lack; their weights have been summed up before.
         k_scale = gl.load(k_scales + behind + gl.minimum(block + 1, blocks - 1) - last)
@@ -358,14 +408,14 @@ def _attend(
         slot = next_slot
         next_slot = _slot(ahead, STAGES)
         scores = _scores(q, keys.index(next_slot), S, KEYS, D)
-        product = _product(p, values.index(slot), OUT, KEYS, D)
+        product = _product(product, p, values.index(slot), KEYS, D)
         s = warpgroup_mma_wait(1, deps=(scores,))
         factor = q_factor * k_scale
         ahead = gl.minimum(ahead + 1, end)
         _wait_full(barriers, ahead, STAGES)
-        done = warpgroup_mma_wait(0, deps=(product,))
+        product = warpgroup_mma_wait(0, deps=(product,))
         _free(slot)
-        acc += done
+    acc = gl.fma(total.load(OUT), _by_rows(since, product), product)
     return acc, m_i, gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, S)), end + 1
 
 
@@ -378,7 +428,7 @@ def _rescaled(acc, m_i, l_i, scales, at_q, at_k, row, alive_rows, D: gl.constexp
     channels = gl.arange(0, D, layout=gl.SliceLayout(0, acc.type.layout))
     scale = gl.expand_dims(gl.load(v_scales + channels), 0)
     mean = gl.expand_dims(gl.load(v_scales + D + channels), 0)
-    sums = gl.expand_dims(gl.convert_layout(l_i, gl.SliceLayout(1, acc.type.layout)), 1)
+    sums = _by_rows(l_i, acc)
     own = gl.arange(0, _ROWS, layout=m_i.type.layout)
     left_out = gl.load(means_of_scores + own, mask=own < alive_rows, other=0.0)
     return acc * scale + mean * sums, m_i - _LOG2_OF_WEIGHTS + left_out * _FLOAT_LOG2_E
@@ -386,9 +436,13 @@ def _rescaled(acc, m_i, l_i, scales, at_q, at_k, row, alive_rows, D: gl.constexp
 
 @gluon.jit
 def _consumer(
-    queries, keys, values, stages, barriers, parameters, scales, scale_log2, consumer: gl.constexpr,
+    queries, keys, values, totals, barriers, parameters, scales, scale_log2, consumer: gl.constexpr,
     CONSUMERS: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+    OUT: gl.constexpr,
 ):  # fmt: skip
+    total = totals.index(consumer)
+    stage = total._reinterpret(OUT, [_ROWS, D], gl.NVMMASharedLayout.get_default_for([_ROWS, D], OUT))
+    S: gl.constexpr = _layout_of_scores(KEYS)
     turn = gl.to_tensor(0)
     for i in range(_turns(parameters)):
         first_m, head, sample = _place(parameters, i, CONSUMERS)
@@ -401,25 +455,29 @@ def _consumer(
             at_q = sample * heads + head
             at_k = at_q // _integer(parameters, _HEADS_PER_KV)
             q = queries.index(i % Q_STAGES * CONSUMERS + consumer).reshape([_ROWS, D])
+            q = q.load(gl.DotOperandLayout(operand_index=0, parent=S, k_width=4))
+            mbarrier.arrive(_queries_empty(barriers, i, STAGES, Q_STAGES))
             padded_q = _integer(scales, _PADDED_Q)
-            S: gl.constexpr = gl.NVMMADistributedLayout(
-                version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 32]
-            )
             own = row + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, S))
             q_scales = _pointer(scales, _Q_SCALES, gl.float32) + at_q.to(gl.int64) * padded_q
             q_factor = gl.load(q_scales + own, mask=own < padded_q, other=0.0) * scale_log2
             of_head = _pointer(scales, _K_SCALES, gl.float32) + at_k * (_integer(scales, _PADDED_K) // _K_BLOCK)
             acc, m_i, l_i, turn = _attend(
-                q, keys, values, barriers, turn, kv_len, q_factor, of_head, _first_of_largest(parameters),
+                q, keys, values, total, barriers, turn, kv_len, q_factor, of_head, _first_of_largest(parameters),
                 KEYS, D, STAGES,
             )  # fmt: skip
-            mbarrier.arrive(_queries_empty(barriers, i, STAGES, Q_STAGES))
+            # Derived once more, for else it would occupy registers in the loop over keys.
+            first_m, head, sample = _place(parameters, i, CONSUMERS)
+            row = first_m + consumer * _ROWS
+            at_q = sample * _integer(parameters, _HEADS) + head
+            at_k = at_q // _integer(parameters, _HEADS_PER_KV)
+            stored = _integer(parameters, _ROWS_Q) - row
             alive = q_len - row
             acc, m_i = _rescaled(acc, m_i, l_i, scales, at_q, at_k, row, alive, D)
-            _write_rows(
-                parameters, row, head, sample, _WHOLE_TILE, alive, stored, stages.index(consumer), acc, m_i, l_i,
-                consumer, D,
-            )  # fmt: skip
+            # No warp writes to the stage before all have read their sums, nor sums before all have read the stage.
+            _thread_barrier()
+            _write_rows(parameters, row, head, sample, _WHOLE_TILE, alive, stored, stage, acc, m_i, l_i, consumer, D)
+            _thread_barrier()
         else:
             for _ in range((kv_len + KEYS - 1) // KEYS + _blocks_of_largest(kv_len)):
                 _wait_full(barriers, turn, STAGES)
@@ -428,7 +486,7 @@ def _consumer(
             mbarrier.arrive(_queries_empty(barriers, i, STAGES, Q_STAGES))
             if stored > 0:
                 _write_empty_rows(
-                    parameters, row, head, sample, _WHOLE_TILE, stored, stages.dtype, 0.0, float("-inf"), consumer, D
+                    parameters, row, head, sample, _WHOLE_TILE, stored, OUT, 0.0, float("-inf"), consumer, D
                 )
 
 
@@ -442,7 +500,7 @@ def _hopper_attention_int8(
     q, k, v, q_scales, k_scales, v_scales, means_of_scores, out, lse, q_lens, kv_lens, scale_log2, heads_per_kv,
     rows_q, rows_k, flags, heads, blocks, tiles, padded_q, padded_k,
     CONSUMERS: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """q, k, v: descriptors of int8 (B, H, S, D) and e4m3 (B, H, D, S), in blocks of 64 rows and of KEYS keys; `lens`
     pointers are read where `flags` says so. `tiles` = samples x heads x blocks of CONSUMERS x 64 queries."""
@@ -451,8 +509,9 @@ def _hopper_attention_int8(
     queries = gl.allocate_shared_memory(q.dtype, [Q_STAGES * CONSUMERS, 1, 1, _ROWS, D], q.layout)
     keys = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, KEYS, D], k.layout)
     values = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, D, KEYS], v.layout)
-    stage_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_ROWS, D], out.dtype.element_ty)
-    stages = gl.allocate_shared_memory(out.dtype.element_ty, [CONSUMERS, _ROWS, D], stage_layout)
+    OUT: gl.constexpr = out.dtype.element_ty
+    # A thread reads what it has written, two elements at a time: eight rows lie in different banks.
+    totals = gl.allocate_shared_memory(gl.float32, [CONSUMERS, _ROWS, D], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
     barriers = gl.allocate_shared_memory(gl.int64, [2 * (STAGES + Q_STAGES), 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):  # Of the keys' "empty" barriers, whose places stay free, see `_free`.
         mbarrier.init(barriers.index(i), count=1)
@@ -470,24 +529,25 @@ def _hopper_attention_int8(
     gl.warp_specialize(
         [
             (_consumer, (
-                queries, keys, values, stages, barriers, parameters, scales, scale_log2, 0, CONSUMERS, KEYS, D, STAGES,
-                Q_STAGES,
+                queries, keys, values, totals, barriers, parameters, scales, scale_log2, 0, CONSUMERS, KEYS, D, STAGES,
+                Q_STAGES, OUT,
             )),
             (_consumer, (
-                queries, keys, values, stages, barriers, parameters, scales, scale_log2, 1, CONSUMERS, KEYS, D, STAGES,
-                Q_STAGES,
+                queries, keys, values, totals, barriers, parameters, scales, scale_log2, 1, CONSUMERS, KEYS, D, STAGES,
+                Q_STAGES, OUT,
             )),
             (_producer, (q, k, v, queries, keys, values, barriers, parameters, CONSUMERS, KEYS, STAGES, Q_STAGES)),
         ],
         [4, 1],
-        [REGISTERS, 24],
+        [REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
 
 
 def constants(head_dim: int) -> dict[str, object]:
     """The kernel's compile-time constants."""
     return {
-        "CONSUMERS": CONSUMERS, "KEYS": K_BLOCK, "D": head_dim, "STAGES": STAGES, "Q_STAGES": 2, "REGISTERS": REGISTERS
+        "CONSUMERS": CONSUMERS, "KEYS": K_BLOCK, "D": head_dim, "STAGES": STAGES, "Q_STAGES": 1,
+        "REGISTERS": REGISTERS, "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
     }  # fmt: skip
 
 
