@@ -136,6 +136,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Row]], str]]] = {
     "int8-clocks": (("int8-clocks",), int8.clocks),
     "int8-power": (("int8-speed",), int8.power),
     "int8-largest": (("int8-largest",), int8.largest),
+    "int8-issue": (("int8-issue",), int8.issue),
     "int8-slots": (("int8-slots",), int8.slots),
     "int8-quantisation": (("int8-quantisation",), int8.quantisation),
     "policies": (("policies-cpu",), policies.settings),

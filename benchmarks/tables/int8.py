@@ -70,6 +70,23 @@ def largest(rows: Sequence[Row]) -> str:
     )
 
 
+def issue(rows: Sequence[Row]) -> str:
+    """Where ptxas issues the next scores, and what it makes of the time."""
+    body = [
+        [
+            row["kernel"],
+            f"{row['median_ms']:.1f}",
+            rounded(row["notes"]["clock_mhz"], 0),
+            " and ".join(map(str, row["notes"].get("scores_at", ["-"]))),
+            str(row["notes"].get("instructions", "-")),
+        ]
+        for row in rows
+    ]
+    return markdown_table(
+        ["kernel, without pause", "ms per call", "MHz", "next scores at instruction", "of"], body, rows
+    )
+
+
 def quantisation(rows: Sequence[Row]) -> str:
     """By kernel."""
     names = list(rows[-1]["notes"]["us"])
