@@ -82,8 +82,8 @@ def flash_attention_int8(
 
 
 # Keys from which on 8 bits, the rounding included, take less time than 16, by compute capability and head dim; 24 heads
-# on an H200: 1.08x at 16,384 keys (benchmarks/results/int8-speed.json). At 8,192 an earlier kernel was 0.98x without the
-# largest keys (ring-int8.json).
+# on an H200: 1.08x at 16,384 keys (benchmarks/results/int8-speed.json). At 8,192 an earlier kernel was 0.98x, without
+# the largest keys (ring-int8.json).
 _FASTER_FROM = {((9, 0), 128): 12288}
 
 
