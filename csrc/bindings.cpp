@@ -276,22 +276,35 @@ AttentionOutputs flash_attention_varlen_cuda(
 
 using Source = std::optional<std::pair<std::vector<std::int64_t>, std::vector<std::int64_t>>>;
 
-void keep_attention_plan(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& q_lens,
-    const OptionalTensor& kv_lens, std::optional<std::int64_t> packed_max_q, py::object launch,
-    const para_kernels::Grid& grid, const std::array<Source, 3>& sources, bool has_scratch, bool lens_are_pointers,
-    std::vector<std::int64_t> integers) {
+// (kernel_launcher, grid, integers, elements of the scratch memory)
+using Merge = std::optional<std::tuple<py::object, para_kernels::Grid, std::vector<std::int64_t>, std::int64_t>>;
+
+const para_kernels::KernelLauncher* launcher_of(const py::object& launch) {
   TORCH_CHECK_TYPE(PyCFunction_Check(launch.ptr()), "launch: must come from kernel_launcher");
   const auto* launcher =
       static_cast<para_kernels::KernelLauncher*>(PyCapsule_GetPointer(PyCFunction_GET_SELF(launch.ptr()), nullptr));
   if (launcher == nullptr) {
     throw py::error_already_set();
   }
+  return launcher;
+}
+
+void keep_attention_plan(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& q_lens,
+    const OptionalTensor& kv_lens, std::optional<std::int64_t> packed_max_q, py::object launch,
+    const para_kernels::Grid& grid, const std::array<Source, 3>& sources, bool has_scratch, bool lens_are_pointers,
+    std::vector<std::int64_t> integers, Merge merge) {
+  const auto* launcher = launcher_of(launch);
   para_kernels::AttentionPlan plan{std::move(launch), launcher, grid, {}, has_scratch, lens_are_pointers, std::move(integers)};
   for (std::size_t i = 0; i < sources.size(); ++i) {
     if (sources[i]) {
       plan.sources[i] = {sources[i]->first, sources[i]->second};
     }
+  }
+  if (merge) {
+    auto& [launch_merge, merge_grid, merge_integers, scratch_elements] = *merge;
+    const auto* merge_launcher = launcher_of(launch_merge);
+    plan.merge = {std::move(launch_merge), merge_launcher, merge_grid, std::move(merge_integers), scratch_elements};
   }
   para_kernels::keep_attention_plan({q, k, v, q_lens, kv_lens, 0.0, packed_max_q}, std::move(plan));
 }
@@ -323,6 +336,7 @@ void bind_attention(py::module_& m) {
       "keep_attention_plan", &keep_attention_plan, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"),
       py::arg("q_lens"), py::arg("kv_lens"), py::arg("packed_max_q"), py::arg("launch"), py::arg("grid"),
       py::arg("sources"), py::arg("has_scratch"), py::arg("lens_are_pointers"), py::arg("integers"),
+      py::arg("merge") = py::none(),
       "Launch calls like this one, whatever their addresses, lengths and scale, without Python from now on.");
   m.def(
       "keep_cudnn_plan",

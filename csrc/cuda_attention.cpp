@@ -6,6 +6,7 @@
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <limits>
 #include <memory>
 #include <string>
@@ -74,23 +75,35 @@ bool pass_lens(Call& call, const OptionalTensor& lens, const AttentionPlan& plan
   return plan.lens_are_pointers ? call.pass_unfollowed(out) : call.pass_none();
 }
 
+bool pass_integers(Call& call, const std::vector<std::int64_t>& integers) {
+  return std::all_of(integers.begin(), integers.end(), [&](std::int64_t integer) { return call.pass(integer); });
+}
+
+at::Tensor scratch_of(const AttentionPlan& plan, const at::Tensor& out) {
+  return plan.merge ? at::empty({plan.merge->scratch_elements}, out.options().dtype(at::kFloat)) : out;
+}
+
 bool launch(
     const AttentionPlan& plan, const AttentionInputs& inputs, const at::Tensor& out, const at::Tensor& lse,
     std::uint64_t stream) {
+  const at::Tensor scratch = scratch_of(plan, out);
   Call call(*plan.launcher);
-  bool fits = pass_source(call, inputs.q, plan.sources[0]) && pass_source(call, inputs.k, plan.sources[1]) &&
-              pass_source(call, inputs.v, plan.sources[2]) && call.pass(out) && call.pass(lse) &&
-              (!plan.has_scratch || call.pass_unfollowed(out)) &&
-              pass_lens(call, inputs.q_lens, plan, out) && pass_lens(call, inputs.kv_lens, plan, out) &&
-              call.pass(inputs.scale * kLog2E);
-  for (const std::int64_t integer : plan.integers) {
-    fits = fits && call.pass(integer);
-  }
+  const bool fits = pass_source(call, inputs.q, plan.sources[0]) && pass_source(call, inputs.k, plan.sources[1]) &&
+                    pass_source(call, inputs.v, plan.sources[2]) && call.pass(out) && call.pass(lse) &&
+                    (!plan.has_scratch || call.pass_unfollowed(scratch)) &&
+                    pass_lens(call, inputs.q_lens, plan, out) && pass_lens(call, inputs.kv_lens, plan, out) &&
+                    call.pass(inputs.scale * kLog2E) && pass_integers(call, plan.integers);
   if (fits && inputs.packed_max_q) {
     plan.launcher->fill(out, 0, stream);
     plan.launcher->fill(lse, kMinusInfinity, stream);
   }
-  return fits && call.submit(plan.grid, stream);
+  if (!plan.merge) {
+    return fits && call.submit(plan.grid, stream);
+  }
+  Call merge(*plan.merge->launcher);
+  return fits && merge.pass(scratch) && merge.pass(out) && merge.pass(lse) &&
+         pass_integers(merge, plan.merge->integers) && call.submit(plan.grid, stream) &&
+         merge.submit(plan.merge->grid, stream);
 }
 
 bool launch_as_planned(

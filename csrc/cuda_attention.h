@@ -35,14 +35,22 @@ struct AttentionPlan {
     std::vector<std::int64_t> shape;
     std::vector<std::int64_t> strides;
   };
+  struct Merge {  // a second kernel, of (scratch, out, lse, integers): the outputs of what the first one leaves in scratch
+    pybind11::object owner;  // of the launcher
+    const KernelLauncher* launcher;
+    Grid grid;
+    std::vector<std::int64_t> integers;
+    std::int64_t scratch_elements;  // float32
+  };
 
   pybind11::object owner;  // of the launcher
   const KernelLauncher* launcher;
   Grid grid;
   std::array<Source, 3> sources;
-  bool has_scratch;        // a pointer to memory that the kernel does not need in these calls
+  bool has_scratch;        // a pointer to float32 memory, which the kernel follows only if there is a `merge`
   bool lens_are_pointers;  // lengths that are not given: pointers that the kernel does not follow, not None
   std::vector<std::int64_t> integers;
+  std::optional<Merge> merge = std::nullopt;
 };
 
 // Empty and contiguous (out, lse): like q (B, S, H, D) and float32 (B, H, S); packed (T, H, D) and (H, T).

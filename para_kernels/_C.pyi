@@ -57,8 +57,10 @@ def keep_attention_plan(
     launch: Launch,
     grid: tuple[int, int, int],
     sources: tuple[Source, Source, Source],
+    has_scratch: bool,
     lens_are_pointers: bool,
     integers: Sequence[int],
+    merge: tuple[Launch, tuple[int, int, int], Sequence[int], int] | None = None,
 ) -> None:
     """Launch calls like this one, whatever their addresses, lengths and scale, without Python from now on."""
 

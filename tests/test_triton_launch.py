@@ -35,6 +35,7 @@ from para_kernels.triton_kernels import (  # noqa: E402
     merge_states,
     residual_diff,
     ring_attention,
+    tail,
 )
 from para_kernels.triton_kernels.launch import Launcher, declared_sizes  # noqa: E402
 
@@ -69,6 +70,7 @@ def fresh(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ring_attention._launcher,
         hopper_ring_attention._launcher,
         ring_attention._packer,
+        tail._launcher,
     ):
         launchers.cache_clear()
     hopper_attention._launchers.cache_clear()
@@ -327,6 +329,52 @@ def test_planned_launches_are_those_of_triton(
     if packed_max_q is not None:
         assert not out.any()
         assert (lse == float("-inf")).all()
+
+
+def test_planned_launches_of_cut_tiles_are_those_of_triton(fake: FakeCuda) -> None:
+    """Two kernels, and between them memory that is another one in each call."""
+    op = Attention((9, 0))
+    _C.use_attention_forward(op.forward)
+    arguments = (*tensors(1, 700, 4, 64), *tensors(1, 3000, 4, 64, count=2), None, None)
+    kept: list[tuple[Tensor, Tensor]] = []
+    try:
+        calls = [fake.launches_of(lambda: kept.append(op(*arguments))) for _ in range(3)]
+    finally:
+        _C.use_attention_forward(ops._attention_forward)
+    assert op.in_python == 1
+    assert [[launched.by_triton for launched in launches] for launches in calls] == [[True] * 2] + [[False] * 2] * 2
+    named = []
+    for (attended, merged), (out, lse) in zip(calls, kept, strict=True):
+        scratch = merged.parameters[0]
+        assert attended.parameters.count(scratch) == 1
+        assert [address(p) for p in merged.parameters[1:3]] == [out.data_ptr(), lse.data_ptr()]
+        kernels = (without_outputs(attended, out, lse), without_outputs(merged, out, lse))
+        named.append([["scratch" if p == scratch else p for p in kernel] for kernel in kernels])
+    assert named[1] == named[0]
+    assert named[2] == named[0]
+
+
+def test_a_cut_that_triton_has_to_merge_leaves_no_plan(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = Attention((9, 0))
+    _C.use_attention_forward(op.forward)
+    direct = launch._direct_launch
+    refused: list[str] = []
+
+    def without_merging(compiled: Any, device: torch.device) -> Any:
+        if "merge" in compiled.metadata.name:
+            refused.append(compiled.metadata.name)
+            return "for this test"
+        return direct(compiled, device)
+
+    monkeypatch.setattr(launch, "_direct_launch", without_merging)
+    arguments = (*tensors(1, 700, 4, 64), *tensors(1, 3000, 4, 64, count=2), None, None)
+    try:
+        for calls in (1, 2):
+            assert len(fake.launches_of(lambda: op(*arguments))) == 2
+            assert op.in_python == calls
+    finally:
+        _C.use_attention_forward(ops._attention_forward)
+    assert refused
 
 
 def test_calls_unlike_the_planned_ones_go_through_python(fake: FakeCuda, attention_op: Attention) -> None:

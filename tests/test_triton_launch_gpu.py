@@ -49,11 +49,13 @@ def calls(device: str) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
     starts = torch.tensor([0, 200, 300], dtype=torch.int32, device=device)
     (lse,) = (x.float() for x in tensors(device, 2, 4, 300, count=1))
     hidden = tensors(device, 2, 100, 96, count=3)
+    long_k, long_v = tensors(device, 1, 3000, 4, 128, count=2)  # so few queries that all tiles are cut along the keys
     by_head = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
     return {
         "attention": lambda: flash_attention(q, k, v, return_lse=True),
         "attention, lengths": lambda: flash_attention(q, k, v, kv_lens=lens, q_lens=lens, return_lse=True),
         "attention, by head": lambda: flash_attention(*by_head, return_lse=True),
+        "attention, cut": lambda: flash_attention(q[:1], long_k, long_v, return_lse=True),
         "attention, float32": lambda: flash_attention(q.float(), k.float(), v.float(), return_lse=True),
         "packed": lambda: flash_attention_varlen(q[0], k[0], v[0], starts, starts, 200, 200, return_lse=True),
         "merge_states": lambda: merge_states(q, lse, k, lse.flip(0)),

@@ -433,7 +433,7 @@ def hopper_attention_forward(
 
     It takes bfloat16 and float16 with D = 64 and 128, starting at a multiple of 16 bytes and with strides that are
     multiples of 16 bytes. With `keep_plan`, calls of the operator like this one are launched like this from now on, by
-    C++ alone, unless they need a second kernel.
+    C++ alone.
     """
     if packed_max_q is None:
         samples, flags = q.shape[0], 0
@@ -457,10 +457,11 @@ def hopper_attention_forward(
     _compile_all(out, lse, tail, arguments)
     launcher(grid, *arguments)
     tail.merge(scratch, out, lse)
-    if keep_plan and not tail.parts:
+    if keep_plan:
         launcher.keep_attention_plan(
             q=q, k=k, v=v, q_lens=q_lens, kv_lens=kv_lens, packed_max_q=packed_max_q, grid=grid,
             sources=(q_map, k_map, v_map), has_scratch=True, lens_are_pointers=True, integers=integers,
+            merge=tail.merging(out, scratch.numel()) if tail.parts else None,
         )  # fmt: skip
     return True
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from triton import knobs
@@ -116,10 +116,13 @@ class Launcher:
         if direct is None or _launch_hooks() or not direct(grid, _current_stream(self._device_index), arguments):
             self._launch_through_triton(grid, arguments)
 
-    def keep_attention_plan(self, **plan: object) -> None:
-        """Let C++ make calls like the last one, `plan`, alone: for a kernel of attention."""
-        if _extension is not None and self._direct is not None:
-            _extension.module.keep_attention_plan(launch=self._direct, **plan)
+    def keep_attention_plan(self, merge: Merge | None = None, **plan: object) -> None:
+        """Let C++ make calls like the last one, `plan`, alone: for a kernel of attention, and for one that merges what
+        the first one has left in scratch memory."""
+        if _extension is None or self._direct is None or (merge is not None and merge.launcher._direct is None):
+            return
+        second = None if merge is None else (merge.launcher._direct, *merge[1:])
+        _extension.module.keep_attention_plan(launch=self._direct, merge=second, **plan)
 
     def compile(self, *arguments: object) -> None:
         """Compile the variant that such arguments take, or load it from the disk, and launch nothing."""
@@ -144,6 +147,15 @@ class Launcher:
                 self._launches[compiled] = _direct_launch(compiled, self._device)
         launch = self._launches[compiled]
         self._direct, self.not_direct = (None, launch) if isinstance(launch, str) else (launch, None)
+
+
+class Merge(NamedTuple):
+    """The launch behind an attention kernel, of (scratch, out, lse, integers); the scratch has so many `elements`."""
+
+    launcher: Launcher
+    grid: Grid
+    integers: tuple[int, ...]
+    elements: int
 
 
 def _launch_hooks() -> bool:

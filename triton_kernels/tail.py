@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Launcher
+from .launch import Launcher, Merge
 
 MOST_CUTS = 8
 # What the second launch and its kernel take, and what a part takes more than its share of a tile, in microseconds.
@@ -146,7 +146,8 @@ class Tail(NamedTuple):
 
     def scratch(self, out: torch.Tensor) -> torch.Tensor:
         """Memory for the parts of `out` (B, S, H, D), float32: their rows, then their lse."""
-        return torch.empty(self.parts * self.rows_of_tile * (out.shape[3] + 1), dtype=torch.float32, device=out.device)
+        elements = self.parts * self.rows_of_tile * (out.shape[3] + 1)
+        return torch.empty(elements, dtype=torch.float32, device=out.device)
 
     def compile(self, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Compile the kernel for outputs like these: no later length waits for it."""
@@ -155,13 +156,17 @@ class Tail(NamedTuple):
 
     def merge(self, scratch: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Write the rows of `out` and `lse`, both contiguous, that the parts in `scratch` make up, if any."""
-        if not self.parts:
-            return
+        if self.parts:
+            merge = self.merging(out, scratch.numel())
+            merge.launcher(merge.grid, scratch, out, lse, *merge.integers)
+
+    def merging(self, out: torch.Tensor, elements: int) -> Merge:
+        """The launch of `merge`, for a scratch memory of so many elements."""
         batches, rows_q, heads, head_dim = out.shape
         plane = self.parts * self.rows_of_tile
-        _launcher(out.device, out.dtype, head_dim, self.heads_last)(
-            (plane // self.cut.cuts // _ROWS, 1, 1), scratch, out, lse, plane, self.cut.whole, self.cut.cuts,
-            self.rows_of_tile, rows_q, heads, batches, self.blocks,
+        return Merge(
+            _launcher(out.device, out.dtype, head_dim, self.heads_last), (plane // self.cut.cuts // _ROWS, 1, 1),
+            (plane, *self.cut, self.rows_of_tile, rows_q, heads, batches, self.blocks), elements,
         )  # fmt: skip
 
 
