@@ -327,6 +327,24 @@ def _exists(kv_len, layout: gl.constexpr, KEYS: gl.constexpr):
 
 
 @gluon.jit
+def _under_product(
+    scores, product, m_i, factor, barriers, slot, ahead, end, STAGES: gl.constexpr, FOLLOWS: gl.constexpr
+):  # fmt: skip
+    """The next block's scores, and where it FOLLOWS what stands for the maximum after them, while the product of this
+    block, in `slot`, is in flight: (scores, product, m_i, the next turn that is waited for)."""
+    s = warpgroup_mma_wait(1, deps=(scores,))
+    if FOLLOWS:
+        m_i = _maximum(s, m_i, factor)
+    # The wait for the next keys stands here since the assembler moves the wait for the product up to the last branch:
+    # without one in between, the maximum would come after it.
+    ahead = gl.minimum(ahead + 1, end)
+    _wait_full(barriers, ahead, STAGES)
+    product, m_i = warpgroup_mma_wait(0, deps=(product, m_i))
+    _free(slot)
+    return s, product, m_i, ahead
+
+
+@gluon.jit
 def _attend(
     q, keys, values, total, barriers, turn, kv_len, q_factor, k_scales, first_of_largest,
     KEYS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
@@ -362,13 +380,10 @@ def _attend(
     m_i = _maximum(gl.where(exists, s, _LOWEST_SCORE), lowest, factor)
     p, l_i = _weights(_masked(_exponents(s, m_i, factor), exists), P)
     product = _product(gl.zeros([_ROWS, D], gl.float32, OUT), p, values.index(slot), KEYS, D)
-    s = warpgroup_mma_wait(1, deps=(scores,))
     factor = q_factor * k_scale
-    m_next = _maximum(s, m_i, factor)
-    ahead = gl.minimum(ahead + 1, end)
-    _wait_full(barriers, ahead, STAGES)
-    product, m_next = warpgroup_mma_wait(0, deps=(product, m_next))
-    _free(slot)
+    s, product, m_next, ahead = _under_product(
+        scores, product, m_i, factor, barriers, slot, ahead, end, STAGES, FOLLOWS=True
+    )
     alpha = gl.exp2(m_i - m_next)
     m_i = m_next
     product = _followed(product, alpha)
@@ -384,15 +399,10 @@ def _attend(
             next_slot = _slot(ahead, STAGES)
             scores = _scores(q, keys.index(next_slot), S, KEYS, D)
             product = _product(product, p, values.index(slot), KEYS, D)
-            s = warpgroup_mma_wait(1, deps=(scores,))
             factor = q_factor * k_scale
-            m_next = _maximum(s, m_i, factor)
-            # The wait for the next keys stands here since the assembler moves the wait for the product up to the last
-            # branch: without one in between, the maximum would come after it.
-            ahead = gl.minimum(ahead + 1, end)
-            _wait_full(barriers, ahead, STAGES)
-            product, m_next = warpgroup_mma_wait(0, deps=(product, m_next))
-            _free(slot)
+            s, product, m_next, ahead = _under_product(
+                scores, product, m_i, factor, barriers, slot, ahead, end, STAGES, FOLLOWS=True
+            )
             alpha = gl.exp2(m_i - m_next)
             m_i = m_next
             since *= alpha
@@ -409,12 +419,10 @@ def _attend(
         next_slot = _slot(ahead, STAGES)
         scores = _scores(q, keys.index(next_slot), S, KEYS, D)
         product = _product(product, p, values.index(slot), KEYS, D)
-        s = warpgroup_mma_wait(1, deps=(scores,))
         factor = q_factor * k_scale
-        ahead = gl.minimum(ahead + 1, end)
-        _wait_full(barriers, ahead, STAGES)
-        product = warpgroup_mma_wait(0, deps=(product,))
-        _free(slot)
+        s, product, m_i, ahead = _under_product(
+            scores, product, m_i, factor, barriers, slot, ahead, end, STAGES, FOLLOWS=False
+        )
     acc = gl.fma(total.load(OUT), _by_rows(since, product), product)
     return acc, m_i, gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, S)), end + 1
 
