@@ -80,7 +80,7 @@ from .hopper_parts import (
     _write_rows,
 )
 from .launch import Launcher
-from .tail import Cut, Tail
+from .tail import Tail
 
 
 @gluon.jit
@@ -404,16 +404,12 @@ def _plan(
     uneven = samples > 1 and flags != 0
     packed = packed_max_q is not None
     choice = choose(head_dim, max_q, rows_k, heads, samples, processors, uneven=uneven, whole=packed)
-    tiles = choice.tiles(max_q, heads, samples)
-    cut = choice.cut or Cut(tiles, 1)
-    items = cut.items(tiles)
-    if None in descriptors or items >= 2**31:
+    work = choice.work(max_q, heads, samples, processors, heads_last=False)
+    if None in descriptors or work.items >= 2**31:
         return None
-    programs = min(items, processors * choice.config.residents) if choice.stays else items
-    blocks = -(-max_q // (choice.active * ROWS))
-    integers = (heads // kv_heads, rows_q, rows_k, flags, heads, blocks, items, *cut, choice.active)
-    tail = Tail(cut, cut.parts(tiles), choice.active * ROWS, blocks, heads_last=False)
-    return _Plan(_launchers(device, dtype, head_dim)[choice.config], (programs, 1, 1), descriptors, integers, tail)  # pyright: ignore[reportArgumentType]
+    launcher = _launchers(device, dtype, head_dim)[choice.config]
+    integers = (heads // kv_heads, rows_q, rows_k, flags, heads, *work.integers)
+    return _Plan(launcher, (work.programs, 1, 1), descriptors, integers, work.tail)  # pyright: ignore[reportArgumentType]
 
 
 def hopper_attention_forward(

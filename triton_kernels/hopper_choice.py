@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .tail import MOST_CUTS, Cut, cheapest_cut
+from .tail import MOST_CUTS, Cut, Tail, cheapest_cut
 
 # Rows of one consumer's queries, and of a block of keys or values.
 ROWS = 64
@@ -51,6 +51,32 @@ class Choice(NamedTuple):
 
     def tiles(self, max_q: int, heads: int, samples: int) -> int:
         return -(-max_q // (self.active * ROWS)) * heads * samples
+
+    def work(self, max_q: int, heads: int, samples: int, processors: int, *, heads_last: bool) -> Work:
+        tiles = self.tiles(max_q, heads, samples)
+        cut = self.cut or Cut(tiles, 1)
+        items = cut.items(tiles)
+        programs = min(items, processors * self.config.residents) if self.stays else items
+        blocks = -(-max_q // (self.active * ROWS))
+        tail = Tail(cut, cut.parts(tiles), self.active * ROWS, blocks, heads_last)
+        return Work(programs, items, (blocks, items, *cut, self.active), tail)
+
+
+class Work(NamedTuple):
+    """What is launched for a choice.
+
+    Attributes:
+        programs: of the launch.
+        items: tiles, and parts of tiles.
+        integers: what the kernel is told of it: blocks of queries, items, whole tiles, parts of a cut one, and the
+            consumers that compute.
+        tail: what comes behind it.
+    """
+
+    programs: int
+    items: int
+    integers: tuple[int, int, int, int, int]
+    tail: Tail
 
 
 # From so many blocks of keys on, what a tile's start and end cost is less than what the hardware gains by giving a free

@@ -73,7 +73,7 @@ from .hopper_parts import (
 )
 from .launch import Launcher, MakeDescriptor
 from .ring_attention import Pieces, _looks, _signed
-from .tail import Cut, Tail
+from .tail import Tail
 
 # Parameters behind those of the other kernel.
 _TABLE = gl.constexpr(16)
@@ -487,16 +487,11 @@ def _plan(
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     uneven = batches > 1 and flags != 0
     choice = choose_rows(head_dim, rows_q, keys, heads, batches, processors, uneven=uneven, pieces=pieces)
-    tiles = choice.tiles(rows_q, heads, batches)
-    cut = choice.cut or Cut(tiles, 1)
-    items = cut.items(tiles)
-    if q_map is None or items >= 2**31:
+    work = choice.work(rows_q, heads, batches, processors, heads_last=True)
+    if q_map is None or work.items >= 2**31:
         return None
-    programs = min(items, processors) if choice.stays else items
-    blocks = -(-rows_q // (choice.active * ROWS))
-    integers = (heads // kv_heads, rows_q, flags, heads, blocks, items, *cut, choice.active, own_start)
-    tail = Tail(cut, cut.parts(tiles), choice.active * ROWS, blocks, heads_last=True)
-    return _Plan(_launcher(device, dtype, head_dim), (programs, 1, 1), q_map, integers, tail)
+    integers = (heads // kv_heads, rows_q, flags, heads, *work.integers, own_start)
+    return _Plan(_launcher(device, dtype, head_dim), (work.programs, 1, 1), q_map, integers, work.tail)
 
 
 # What `_compile_merging` has been done for.
