@@ -61,7 +61,7 @@ def _attention_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return out, q.new_empty((*batch, heads, length), dtype=torch.float32)
 
 
-def _prepared_outputs(projections: list[Tensor], streams: int) -> list[Tensor]:
+def prepared_outputs(projections: list[Tensor], streams: int) -> list[Tensor]:
     """Empty (B, sum of S, H, D), stored (B, H, sum of S, D): one for each projection of a stream."""
     each = len(projections) // streams
     batch, _, heads, head_dim = projections[0].shape
@@ -118,7 +118,7 @@ def _prepare_fake(
     sin: list[Tensor | None],
     half: bool,
 ) -> list[Tensor]:
-    return _prepared_outputs(projections, len(cos))
+    return prepared_outputs(projections, len(cos))
 
 
 # --- CPU: torch's own flash attention on the true lengths, C++ for the reductions -------------------------------------
@@ -236,8 +236,8 @@ def _residual_diff_torch(hidden_in: Tensor, hidden_out: Tensor, previous: Tensor
     return residual, torch.stack([(before - after).abs().sum(), before.abs().sum()]).float()
 
 
-@torch.library.impl(_library, "prepare", "CPU")
-def _prepare_cpu(
+def _prepare_cpu_into(
+    outputs: list[Tensor],
     projections: list[Tensor],
     weights: list[Tensor | None],
     biases: list[Tensor | None],
@@ -246,9 +246,8 @@ def _prepare_cpu(
     cos: list[Tensor | None],
     sin: list[Tensor | None],
     half: bool,
-) -> list[Tensor]:
+) -> None:
     """The expressions of diffusers one after the other, in their order and dtypes."""
-    outputs = _prepared_outputs(projections, len(cos))
     each = len(outputs)
     first = 0
     for stream, (cos_of_stream, sin_of_stream) in enumerate(zip(cos, sin, strict=True)):
@@ -259,7 +258,6 @@ def _prepare_cpu(
                 x = _rotated(x, cos_of_stream, sin_of_stream, half)
             out[:, first : first + x.shape[1]] = x
         first += projections[stream * each].shape[1]
-    return outputs
 
 
 def _normed(x: Tensor, norm: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -389,8 +387,25 @@ def _residual_diff_cuda(hidden_in: Tensor, hidden_out: Tensor, previous: Tensor 
     return _triton().residual_diff.residual_diff_forward(hidden_in, hidden_out, previous)
 
 
-@torch.library.impl(_library, "prepare", "CUDA")
-def _prepare_cuda(
+def prepare_into(
+    outputs: list[Tensor],
+    projections: list[Tensor],
+    weights: list[Tensor | None],
+    biases: list[Tensor | None],
+    norms: list[int],
+    eps: list[float],
+    cos: list[Tensor | None],
+    sin: list[Tensor | None],
+    half: bool,
+) -> None:
+    """As the operator `prepare`, into the caller's memory, in which a head's rows lie one behind the other."""
+    if outputs[0].device.type == "cpu":
+        _prepare_cpu_into(outputs, projections, weights, biases, norms, eps, cos, sin, half)
+    else:
+        _triton().prepare.prepare_forward(projections, outputs, weights, biases, norms, eps, cos, sin, half)
+
+
+def _prepare(
     projections: list[Tensor],
     weights: list[Tensor | None],
     biases: list[Tensor | None],
@@ -400,6 +415,10 @@ def _prepare_cuda(
     sin: list[Tensor | None],
     half: bool,
 ) -> list[Tensor]:
-    outputs = _prepared_outputs(projections, len(cos))
-    _triton().prepare.prepare_forward(projections, outputs, weights, biases, norms, eps, cos, sin, half)
+    outputs = prepared_outputs(projections, len(cos))
+    prepare_into(outputs, projections, weights, biases, norms, eps, cos, sin, half)
     return outputs
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("prepare", _prepare, _device)

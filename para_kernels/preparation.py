@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,6 +78,96 @@ class Stream(NamedTuple):
 RotaryForm = Literal["interleaved", "half"]
 
 
+Fill = Callable[[Tensor, Tensor, Tensor], None]
+"""Writes queries, keys and values, in the current stream, to what it is given: (B, S, H, D), in which a head's rows lie
+one behind the other; keys and values with the same strides."""
+
+
+class Unprepared(NamedTuple):
+    """What queries, keys and values will be made of, checked: for whoever has memory of his own for them.
+
+    Made by `unprepared`. All but `value` is what the operator `prepare` takes: one entry for each projection of a
+    stream, of each stream in turn; `cos` and `sin` one for each stream.
+    """
+
+    projections: list[Tensor]
+    weights: list[Tensor | None]
+    biases: list[Tensor | None]
+    norms: list[int]
+    eps: list[float]
+    cos: list[Tensor | None]
+    sin: list[Tensor | None]
+    half: bool
+    value: Tensor | None = None
+
+    def prepared(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As `prepare_attention`; what nothing is to be done to is returned as it is."""
+        if self.is_prepared:
+            assert self.value is not None
+            return self.projections[0], self.projections[1], self.value
+        outputs = _prepare(*self[:-1])
+        q, k, v = outputs if self.value is None else (*outputs, self.value)
+        return q, k, v
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether there is nothing to be done."""
+        one_stream = self.value is not None and len(self.cos) == 1
+        return one_stream and self.cos[0] is None and not any(self.norms)
+
+    def outputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Memory like that of the prepared q, k and v."""
+        q, k, v = ops.prepared_outputs(self._with_values().projections, len(self.cos))
+        return q, k, v
+
+    @torch.no_grad()  # as below an operator
+    def write(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Prepare into these: a `Fill`. Joined values are copied."""
+        ops.prepare_into([q, k, v], *self._with_values()[:-1])
+
+    def new_result(self) -> Tensor:
+        """Memory for attention's output, (B, sum of S, H, D), contiguous."""
+        batch, _, heads, head_dim = self.projections[0].shape
+        each = len(self.projections) // len(self.cos)
+        tokens = sum(x.shape[1] for x in self.projections[::each])
+        return self.projections[0].new_empty((batch, tokens, heads, head_dim))
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """All that is in it, None where there is none."""
+        return [*self.projections, *self.weights, *self.biases, *self.cos, *self.sin, self.value]
+
+    def without_tensors(self) -> Unprepared:
+        """What is left for `with_tensors`, which keeps no memory from others."""
+        return self.with_tensors([None] * len(self.tensors))
+
+    def with_tensors(self, tensors: Sequence[Tensor | None]) -> Unprepared:
+        """The same of other tensors, in the order of `tensors`."""
+        left = iter(tensors)
+        lists = [
+            [next(left) for _ in mine] for mine in (self.projections, self.weights, self.biases, self.cos, self.sin)
+        ]
+        projections, weights, biases, cos, sin = lists
+        return Unprepared(projections, weights, biases, self.norms, self.eps, cos, sin, self.half, next(left))  # pyright: ignore[reportArgumentType]
+
+    def _with_values(self) -> Unprepared:
+        """Each stream with its part of the joined values."""
+        if self.value is None:
+            return self
+        rows = self.value.split([x.shape[1] for x in self.projections[::2]], dim=1)
+
+        def behind_keys(of_projections: list[Any], of_values: Sequence[Any]) -> list[Any]:
+            pairs = zip(of_projections[::2], of_projections[1::2], of_values, strict=True)
+            return [x for of_stream in pairs for x in of_stream]
+
+        none = [None] * len(rows)
+        return Unprepared(
+            behind_keys(self.projections, rows), behind_keys(self.weights, none), behind_keys(self.biases, none),
+            behind_keys(self.norms, [0] * len(rows)), behind_keys(self.eps, [0.0] * len(rows)), self.cos, self.sin,
+            self.half,
+        )  # fmt: skip
+
+
 def prepare_attention(
     streams: Sequence[Stream], *, value: Tensor | None = None, rotary_form: RotaryForm = "interleaved"
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,16 +189,29 @@ def prepare_attention(
     Raises:
         ValueError: for another dtype, or tensors that do not fit together.
     """
+    return unprepared(streams, value=value, rotary_form=rotary_form).prepared()
+
+
+def unprepared(
+    streams: Sequence[Stream], *, value: Tensor | None = None, rotary_form: RotaryForm = "interleaved"
+) -> Unprepared:
+    """What `prepare_attention` does but the work. Arguments and errors as there."""
     key = _key(streams, value, rotary_form)
     if key is None or key not in _known_good:
         _check(streams, value, rotary_form)
         _remember(key)
-    if value is not None:
-        q, k = _prepared([[(s.query, s.norm_query), (s.key, s.norm_key)] for s in streams], streams, rotary_form)
-        return q, k, value
-    parts = [[(s.query, s.norm_query), (s.key, s.norm_key), (s.value, None)] for s in streams]
-    q, k, v = _prepared(parts, streams, rotary_form)
-    return q, k, v
+    parts = [[(s.query, s.norm_query), (s.key, s.norm_key)] for s in streams]
+    if value is None:
+        for part, stream in zip(parts, streams, strict=True):
+            assert stream.value is not None
+            part.append((stream.value, None))
+    return _unprepared(parts, streams, rotary_form)._replace(value=value)
+
+
+def as_they_are(q: Tensor, k: Tensor, v: Tensor) -> Unprepared:
+    """Queries, keys and values (B, S, H, D) to which nothing is to be done."""
+    none: list[Tensor | None] = [None, None]
+    return Unprepared([q, k], none, none, [0, 0], [0.0, 0.0], [None], [None], False, v)
 
 
 def prepare_projection(
@@ -129,16 +232,16 @@ def prepare_projection(
         _check_norm("norm", norm, projection)
         _check_rotary("rotary", rotary, projection)
         _remember(key)
-    (out,) = _prepared([[(projection, norm)]], [alone], rotary_form)
+    (out,) = _prepare(*_unprepared([[(projection, norm)]], [alone], rotary_form)[:-1])
     return out
 
 
-def _prepared(
-    parts: Sequence[Sequence[tuple[Tensor | None, Norm | None]]], streams: Sequence[Stream], rotary_form: RotaryForm
-) -> list[Tensor]:
+def _unprepared(
+    parts: Sequence[Sequence[tuple[Tensor, Norm | None]]], streams: Sequence[Stream], rotary_form: RotaryForm
+) -> Unprepared:
     flat = [part for of_stream in parts for part in of_stream]
     norms = [norm for _, norm in flat]
-    return _prepare(
+    return Unprepared(
         [x for x, _ in flat],
         [None if norm is None else norm.weight for norm in norms],
         [None if norm is None else norm.bias for norm in norms],

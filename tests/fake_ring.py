@@ -87,6 +87,9 @@ class FakeDevice(DeviceRing):
         piece = memory[first_row : first_row + 2 * batch * heads * rows].view(heads, batch, 2, rows, dim)
         self._launch(lambda: piece.copy_(torch.stack((k, v), 2).permute(3, 0, 2, 1, 4)))
 
+    def _fill(self, fill: Callable[[Tensor, Tensor, Tensor], None], q: Tensor, k: Tensor, v: Tensor) -> None:
+        self._launch(lambda: fill(q, k, v))
+
     def _attend(
         self,
         q: Tensor,

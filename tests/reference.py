@@ -75,6 +75,20 @@ def lse_error(lse: Tensor, ref: Tensor) -> float:
     return (lse - ref)[~empty].abs().max().item() if (~empty).any() else 0.0
 
 
+def write_all(sources: tuple[Tensor, ...], *targets: Tensor) -> None:
+    """What `fill` of attention over ranks does."""
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
+
+
+def piece_of(q: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, S, H, D) as they lie in a ring's piece, NaN, behind a row of others."""
+    batch, rows, heads, head_dim = shape
+    memory = q.new_full((1 + 2 * batch * rows * heads, head_dim), float("nan"))
+    keys, values = memory[1:].view(heads, batch, 2, rows, head_dim).permute(2, 1, 3, 0, 4)
+    return keys, values
+
+
 def prepared(streams: list[Stream], half: bool) -> list[Tensor]:
     """q, k, v (B, sum of S, H, D) float64: RoPE as a product of complex numbers."""
     queries = [rotated(normed(stream.query, stream.norm_query), stream.rotary, half) for stream in streams]

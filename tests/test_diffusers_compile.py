@@ -29,6 +29,7 @@ from para_kernels.integrations.diffusers import generate as generate_module
 from para_kernels.integrations.diffusers.compiled import CompiledForward
 from para_kernels.integrations.diffusers.generate import Acceleration
 from para_kernels.integrations.diffusers.outside import Outside
+from para_kernels.preparation import Norm, Stream, Unprepared, as_they_are, unprepared
 
 ranks.preload("compile_ranks")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -122,22 +123,29 @@ def test_inductor() -> None:
 def test_the_operator_of_attention_outside() -> None:
     called = []
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lens: torch.Tensor | None) -> torch.Tensor:
+    def attend(streams: Unprepared, lens: torch.Tensor | None) -> torch.Tensor:
         called.append(lens)
-        return flash_attention(q, k, v, kv_lens=lens).transpose(1, 2).contiguous().transpose(1, 2)
+        return flash_attention(*streams.prepared(), kv_lens=lens).transpose(1, 2).contiguous().transpose(1, 2)
 
     outside = Outside(joint=attend, video=flash_attention_alone)
-    q, k, v = torch.randn(3, 2, 5, 3, 16).unbind()
-    lens = torch.tensor([3, 5], dtype=torch.int32)
+    text, image = torch.randn(3, 2, 2, 3, 16).unbind(), torch.randn(3, 2, 3, 3, 16).unbind()
+    norm = Norm("rms", torch.randn(16))
+    lens = torch.tensor([2, 3], dtype=torch.int32)
     op: Any = torch.ops.para_kernels.attend_outside.default
-    torch.library.opcheck(op, (outside.ticket, False, q, k, v, lens))
-    assert all(seen is not None for seen in called)
-    assert torch.equal(op(outside.ticket, False, q, k, v, lens), outside.joint(q, k, v, lens))
-    assert torch.equal(op(outside.ticket, True, q, k, v, None), outside.video(q, k, v, None))
+    rotary = (torch.rand(3, 16), torch.rand(3, 16))
+    parted = unprepared([Stream(*text, norm, None), Stream(*image, None, norm, rotary)])
+    joined = unprepared([Stream(*image[:2], None, norm)], value=image[2])
+    for streams in (parted, joined, as_they_are(*image)):
+        torch.library.opcheck(op, (outside.ticket, False, *streams, lens))
+        assert all(seen is not None for seen in called)
+        assert torch.equal(op(outside.ticket, False, *streams, lens), outside.joint.unprepared(streams, lens))
+        assert torch.equal(op(outside.ticket, True, *streams, None), flash_attention(*streams.prepared()))
+        called.clear()
+    assert torch.equal(outside.video(*image, None), flash_attention(*image))
 
 
-def flash_attention_alone(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lens: torch.Tensor | None) -> torch.Tensor:
-    return flash_attention(q, k, v)
+def flash_attention_alone(streams: Unprepared, lens: torch.Tensor | None) -> torch.Tensor:
+    return flash_attention(*streams.prepared())
 
 
 # --- hooks ------------------------------------------------------------------------------------------------------------

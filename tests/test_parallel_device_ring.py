@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import os
 import random
 import signal
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import launch
-from reference import attention_batch, error, lse_error
+from reference import attention_batch, error, lse_error, write_all
 
 pytest.importorskip("para_kernels._C")
 nvidia = pytest.importorskip("triton.backends.nvidia.driver")
@@ -76,9 +77,10 @@ def differences(rank: int, world: int, name: str, library: str, delay_us: int, l
         mine = slice(start, start + lengths[rank])
         if random.random() < 0.3:
             time.sleep(random.random() * 0.02)
-        out, lse = transport.ring(
-            q[:, mine], k[:, mine], v[:, mine], lengths=lengths, kv_lens=lens[0], q_lens=lens[1], scale=None
-        )
+        own, fill = (q[:, mine], k[:, mine], v[:, mine]), None
+        if layer % 4 >= 2:  # to be written by the ring's main stream, and keys and values into its buffer
+            own, fill = tuple(torch.full_like(x, float("nan")) for x in own), functools.partial(write_all, own)
+        out, lse = transport.ring(*own, lengths=lengths, kv_lens=lens[0], q_lens=lens[1], scale=None, fill=fill)
         expected, expected_lse = attention_batch(q, k, v, kv_lens, q_lens)
         seen.append((index, out, lse, expected[:, mine], expected_lse[:, :, mine]))
     assert transport.memory_bytes > 0

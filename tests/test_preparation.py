@@ -12,12 +12,19 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.normalization import FP32LayerNorm, MochiRMSNorm, RMSNorm
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from reference import prepared
+from reference import piece_of, prepared
 from torch import Tensor, nn
 
 from para_kernels import ops, preparation
 from para_kernels.integrations.diffusers.norms import left_to_norm
-from para_kernels.preparation import Norm, Stream, prepare_attention, prepare_projection
+from para_kernels.preparation import (
+    Norm,
+    Stream,
+    as_they_are,
+    prepare_attention,
+    prepare_projection,
+    unprepared,
+)
 
 # One rounding of each step, of which the norm has up to three: diffusers' own expressions come as near.
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
@@ -218,6 +225,38 @@ def test_values_that_are_joined_already_are_not_copied() -> None:
     assert v2 is v
     assert torch.equal(q, q2)
     assert torch.equal(k, k2)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_written_to_memory_of_the_callers(name: str, joined: bool) -> None:
+    """As in a ring's buffer; and of other tensors, as a graph's replay has them."""
+    streams = CASES[name].streams()
+    expected = prepare_attention(streams, rotary_form=CASES[name].form)
+    value = None
+    if joined:
+        value = torch.cat([stream.value for stream in streams if stream.value is not None], dim=1)
+        streams = [stream._replace(value=None) for stream in streams]
+    later = unprepared(streams, value=value, rotary_form=CASES[name].form)
+    later = later.without_tensors().with_tensors(later.tensors)
+    q, k, v = later.outputs()
+    assert [x.shape for x in (q, k, v)] == [x.shape for x in expected]
+    assert later.new_result().shape == q.shape
+    k, v = piece_of(q, k.shape)
+    later.write(q, k, v)
+    for out, wanted in zip((q, k, v), expected, strict=True):
+        assert torch.equal(out, wanted)
+    for out, wanted in zip(later.prepared(), expected, strict=True):
+        assert torch.equal(out, wanted)
+
+
+def test_what_nothing_is_to_be_done_to_is_returned() -> None:
+    q, k, v = torch.randn(3, 2, 5, 3, 16).unbind()
+    streams = as_they_are(q, k, v)
+    assert streams.is_prepared
+    assert all(one is other for one, other in zip(streams.prepared(), (q, k, v), strict=True))
+    assert not unprepared([Stream(q, k, v)]).is_prepared
+    assert not unprepared([Stream(q, k, norm_key=Norm("rms"))], value=v).is_prepared
 
 
 @pytest.mark.parametrize("name", ["rms, half", "layer with bias, half", "over all heads", "an empty stream", "no norm"])

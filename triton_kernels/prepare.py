@@ -28,7 +28,7 @@ from .launch import Launcher
 TILE, HEADS, WARPS = 2048, 8, 4
 
 _RUNTIME_INTEGERS = (
-    "rows", "heads", "total", "first", "groups", "group", "row_blocks",
+    "rows", "heads", "q_out_b", "q_out_h", "out_b", "out_h", "first", "groups", "group", "row_blocks",
     "q_stride_b", "q_stride_s", "q_stride_h", "k_stride_b", "k_stride_s", "k_stride_h",
     "v_stride_b", "v_stride_s", "v_stride_h", "angle_stride_s", "angle_stride_h",
 )  # fmt: skip
@@ -115,7 +115,7 @@ def _normed(
 @triton.jit
 def _prepare_rows(
     x, out, weight, bias, eps, cos, sin, row_block, batch, head, last_head,
-    rows, heads, total, first, stride_b, stride_s, stride_h, angle_stride_s, angle_stride_h,
+    rows, heads, out_b, out_h, first, stride_b, stride_s, stride_h, angle_stride_s, angle_stride_h,
     D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
     PAIRED: tl.constexpr, OF_HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -129,7 +129,7 @@ def _prepare_rows(
     angle_d = pair if PAIRED else d
     s = s.to(tl.int64)[:, None]
     source = x + batch * stride_b + s * stride_s
-    target = out + (batch * heads * total + first + s) * D
+    target = out + (batch * out_b + first + s) * D
 
     row_cos, row_sin = 0.0, 0.0
     if cos is not None and not OF_HEADS:
@@ -173,20 +173,21 @@ def _prepare_rows(
                 e = _load_angles(sin + angles, angle_d, mask, D, HALF, PAIRED)
             a, b = a.to(tl.float32), b.to(tl.float32)
             a, b = a * c - b * e, b * c + a * e
-        _store_pairs(target + h * total * D, d, mask, a.to(dtype), b.to(dtype), D, HALF)
+        _store_pairs(target + h * out_h * D, d, mask, a.to(dtype), b.to(dtype), D, HALF)
 
 
 @triton.jit(do_not_specialize=_RUNTIME_INTEGERS)
 def _prepare(
     q, k, v, q_out, k_out, v_out, q_weight, q_bias, k_weight, k_bias, q_eps, k_eps, cos, sin,
-    rows, heads, total, first, groups, group, row_blocks,
+    rows, heads, q_out_b, q_out_h, out_b, out_h, first, groups, group, row_blocks,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     angle_stride_s, angle_stride_h,
     D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, Q_NORM: tl.constexpr,
     K_NORM: tl.constexpr, PAIRED: tl.constexpr, OF_HEADS: tl.constexpr, COUNT: tl.constexpr, VEC: tl.constexpr,
     ANGLE_VEC: tl.constexpr,
 ):  # fmt: skip
-    """COUNT of (q, k, v) of one stream, into the rows from `first` on of out (B, heads, total, D).
+    """COUNT of (q, k, v) of one stream, into the rows from `first` on of outputs whose samples are `out_b` rows apart
+    and heads `out_h`; queries have their own.
 
     The programs of one block of rows follow each other, so that its angles are read from memory once. Strides arrive
     divided by VEC, those of the angles by ANGLE_VEC.
@@ -197,27 +198,28 @@ def _prepare(
     row_block = (pid // (COUNT * groups)) % row_blocks
     batch = (pid // (COUNT * groups * row_blocks)).to(tl.int64)
     last_head = tl.minimum(head + group, heads)
-    total = total.to(tl.int64)
+    q_out_b, q_out_h, out_b, out_h = q_out_b.to(tl.int64), q_out_h.to(tl.int64), out_b.to(tl.int64), out_h.to(tl.int64)
     angle_stride_s = angle_stride_s.to(tl.int64) * ANGLE_VEC
     angle_stride_h = angle_stride_h.to(tl.int64) * ANGLE_VEC
     if which == 0:
         _prepare_rows(
-            q, q_out, q_weight, q_bias, q_eps, cos, sin, row_block, batch, head, last_head, rows, heads, total, first,
-            q_stride_b.to(tl.int64) * VEC, q_stride_s.to(tl.int64) * VEC, q_stride_h.to(tl.int64) * VEC,
+            q, q_out, q_weight, q_bias, q_eps, cos, sin, row_block, batch, head, last_head, rows, heads, q_out_b,
+            q_out_h, first, q_stride_b.to(tl.int64) * VEC, q_stride_s.to(tl.int64) * VEC, q_stride_h.to(tl.int64) * VEC,
             angle_stride_s, angle_stride_h, D, BLOCK_S, BLOCK_D, HALF, Q_NORM, PAIRED, OF_HEADS,
         )  # fmt: skip
     if COUNT > 1:  # noqa: SIM102 (decided before compilation, which `and` would not be)
         if which == 1:
             _prepare_rows(
-                k, k_out, k_weight, k_bias, k_eps, cos, sin, row_block, batch, head, last_head, rows, heads, total,
-                first, k_stride_b.to(tl.int64) * VEC, k_stride_s.to(tl.int64) * VEC, k_stride_h.to(tl.int64) * VEC,
+                k, k_out, k_weight, k_bias, k_eps, cos, sin, row_block, batch, head, last_head, rows, heads, out_b,
+                out_h, first,
+                k_stride_b.to(tl.int64) * VEC, k_stride_s.to(tl.int64) * VEC, k_stride_h.to(tl.int64) * VEC,
                 angle_stride_s, angle_stride_h, D, BLOCK_S, BLOCK_D, HALF, K_NORM, PAIRED, OF_HEADS,
             )  # fmt: skip
     if COUNT > 2:  # noqa: SIM102
         if which == 2:
             _prepare_rows(
-                v, v_out, None, None, 0.0, None, None, row_block, batch, head, last_head, rows, heads, total, first,
-                v_stride_b.to(tl.int64) * VEC, v_stride_s.to(tl.int64) * VEC, v_stride_h.to(tl.int64) * VEC,
+                v, v_out, None, None, 0.0, None, None, row_block, batch, head, last_head, rows, heads, out_b, out_h,
+                first, v_stride_b.to(tl.int64) * VEC, v_stride_s.to(tl.int64) * VEC, v_stride_h.to(tl.int64) * VEC,
                 angle_stride_s, angle_stride_h, D, BLOCK_S, BLOCK_D, HALF, 0, False, False,
             )  # fmt: skip
 
@@ -278,13 +280,15 @@ def prepare_forward(
 
     Args:
         projections: (B, S, H, D), D contiguous; q, or q and k, or q, k and v of the first stream, then of the next.
-        outputs: (B, sum of S, H, D) stored (B, H, sum of S, D), as many as a stream has projections.
+        outputs: (B, sum of S, H, D), as many as a stream has projections: rows of a head one behind the other, samples
+            and heads any number of rows apart, the same for keys and values.
         weights, biases, norms, eps: of the norm of each projection.
         cos, sin: RoPE's angles of each stream.
         half: whether channels i and i + D / 2 make a pair, not 2i and 2i + 1.
     """
     count = len(outputs)
-    _, total, heads, _ = outputs[0].shape
+    heads = outputs[0].shape[2]
+    of_queries, of_keys = _rows_apart(outputs[0]), _rows_apart(outputs[min(1, count - 1)])
     first = 0
     for i in range(len(cos)):
         begin = i * count
@@ -298,10 +302,19 @@ def prepare_forward(
             )  # fmt: skip
             arguments = _of_stream(parts, outputs, weights[begin:], biases[begin:], eps[begin:])
             plan.launcher(
-                (plan.programs, 1, 1), *arguments, angle, sin[i], parts[0].shape[1], heads, total, first,
-                *plan.groups, *plan.strides,
+                (plan.programs, 1, 1), *arguments, angle, sin[i], parts[0].shape[1], heads, *of_queries, *of_keys,
+                first, *plan.groups, *plan.strides,
             )  # fmt: skip
         first += parts[0].shape[1]
+
+
+def _rows_apart(out: torch.Tensor) -> tuple[int, int]:
+    """Of an output's samples and heads."""
+    samples, rows, heads, head_dim = out.stride(0), out.stride(1), out.stride(2), out.shape[3]
+    assert out.stride(3) == 1
+    assert samples % head_dim == heads % head_dim == 0
+    assert rows == head_dim or out.shape[1] <= 1
+    return samples // head_dim, heads // head_dim
 
 
 def _of_stream(

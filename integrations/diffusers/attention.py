@@ -13,8 +13,8 @@ from torch import Tensor
 from para_kernels import flash_attention
 from para_kernels.attention8 import flash_attention_int8
 from para_kernels.integrations.diffusers.norms import left_to_norm
-from para_kernels.integrations.diffusers.outside import Attend
-from para_kernels.preparation import Rotary, Stream, prepare_attention
+from para_kernels.integrations.diffusers.outside import Attend, AttendOutside
+from para_kernels.preparation import Rotary, Stream, Unprepared, as_they_are, unprepared
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,20 @@ class Shard:
     attend: Attend
     joint_rows: slice
     attend_video: Attend
+
+    def attend_unprepared(self, streams: Unprepared, lens: Tensor | None) -> Tensor:
+        """As `attend`, of what queries, keys and values are still to be made of: over ranks, in the ring's buffer."""
+        return _attend_unprepared(self.attend, streams, lens)
+
+    def attend_video_unprepared(self, streams: Unprepared, lens: Tensor | None) -> Tensor:
+        """The same of the video alone."""
+        return _attend_unprepared(self.attend_video, streams, lens)
+
+
+def _attend_unprepared(attend: Attend, streams: Unprepared, lens: Tensor | None) -> Tensor:
+    if isinstance(attend, AttendOutside):
+        return attend.unprepared(streams, lens)
+    return attend(*streams.prepared(), lens)
 
 
 def attend_here(query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None) -> Tensor:
@@ -169,7 +183,7 @@ class ParaAttnProcessor(Signed):
         """
         if encoder_hidden_states is None:
             lens = self.lengths.text(attention_mask)
-            query, key, value = self_attention(attn, hidden_states, image_rotary_emb)
+            query, key, value = self_attention(attn, hidden_states, image_rotary_emb).prepared()
             return video_out(attn, attend_here(query, key, value, lens).flatten(2))
 
         cut = hidden_states.shape[1]
@@ -177,7 +191,8 @@ class ParaAttnProcessor(Signed):
         lens = self._joint_lengths(shard.video_tokens, attention_mask)
         rotary = None if image_rotary_emb is None else rotary_rows(image_rotary_emb, shard.rows)
         streams = _single_stream if attn.add_q_proj is None else _dual_stream
-        out = shard.attend(*streams(attn, hidden_states, encoder_hidden_states, rotary), lens).flatten(2)
+        joint = streams(attn, hidden_states, encoder_hidden_states, rotary)
+        out = shard.attend_unprepared(joint, lens).flatten(2)
         return video_out(attn, out[:, :cut]), text_out(attn, out[:, cut:])
 
     def _joint_lengths(self, video_tokens: int, mask: Tensor | None) -> Tensor | None:
@@ -203,16 +218,16 @@ def rotary_rows(rotary: Rotary, rows: slice) -> Rotary:
     return cos[rows], sin[rows]
 
 
-def self_attention(attn: Any, states: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+def self_attention(attn: Any, states: Tensor, rotary: Rotary | None) -> Unprepared:
     """One stream, which needs no joining: what is neither normed nor rotated stays where it is."""
     stream = projected(attn, states, rotary)
     assert stream.value is not None
     if stream.norm_query is None and stream.norm_key is None and rotary is None:
-        return stream.query, stream.key, stream.value
-    return prepare_attention([stream._replace(value=None)], value=stream.value)
+        return as_they_are(stream.query, stream.key, stream.value)
+    return unprepared([stream._replace(value=None)], value=stream.value)
 
 
-def _single_stream(attn: Any, video: Tensor, text: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+def _single_stream(attn: Any, video: Tensor, text: Tensor, rotary: Rotary | None) -> Unprepared:
     """One set of projections for both streams, of which the values are joined already; RoPE is for the video's rows.
 
     The angles say which rows those are: on a rank without text the block takes the video for the text (`x[:, -0:]` is
@@ -228,12 +243,12 @@ def _single_stream(attn: Any, video: Tensor, text: Tensor, rotary: Rotary | None
         joint._replace(query=query[:, :rows], key=key[:, :rows], value=None, rotary=on_device_of(rotary, query)),
         joint._replace(query=query[:, rows:], key=key[:, rows:], value=None),
     ]
-    return prepare_attention(streams, value=joint.value)
+    return unprepared(streams, value=joint.value)
 
 
-def _dual_stream(attn: Any, video: Tensor, text: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+def _dual_stream(attn: Any, video: Tensor, text: Tensor, rotary: Rotary | None) -> Unprepared:
     """Projections of their own for each stream, joined with the text behind the video."""
-    return prepare_attention([projected(attn, video, rotary), text_projected(attn, text, None)])
+    return unprepared([projected(attn, video, rotary), text_projected(attn, text, None)])
 
 
 def projected(attn: Any, states: Tensor, rotary: Rotary | None) -> Stream:

@@ -24,6 +24,7 @@ from para_kernels.parallel.attention import context_parallel_attention
 from para_kernels.parallel.collective import gather_rows
 from para_kernels.parallel.failure import deadline, raise_on_failure, set_layer
 from para_kernels.parallel.sharding import Shards
+from para_kernels.preparation import Unprepared
 
 from .agreement import agree
 from .attention import ATTEND, AttentionLengths, Shard
@@ -229,14 +230,14 @@ class Spread:
         )
         return args, kwargs
 
-    def _attend_joint(self, query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None) -> Tensor:
+    def _attend_joint(self, streams: Unprepared, lens: Tensor | None) -> Tensor:
         assert self._forward is not None
         assert self._forward.shards is not None
-        return self._attend(self._forward.shards, query, key, value, lens)
+        return self._attend(self._forward.shards, streams, lens)
 
-    def _attend_video(self, query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None) -> Tensor:
+    def _attend_video(self, streams: Unprepared, lens: Tensor | None) -> Tensor:
         assert self._forward is not None
-        return self._attend(self._forward.streams[self._video], query, key, value, lens)
+        return self._attend(self._forward.streams[self._video], streams, lens)
 
     def _count_prefix(
         self, argument: Argument, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -249,25 +250,31 @@ class Spread:
         return argument.replaced(args, kwargs, min(max(count - own.start, 0), own.stop - own.start))
 
     @torch._disable_dynamo
-    def _attend(self, shards: Shards, query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None) -> Tensor:
+    def _attend(self, shards: Shards, streams: Unprepared, lens: Tensor | None) -> Tensor:
         """This rank's rows of attention over all that `shards` shares out, whose lengths are `lens`."""
         forward = self._forward
         assert forward is not None
         if forward.place.pieces == 1:
             set_layer(forward.layers)
             forward.layers += 1
-            return ATTEND[self.attention](query, key, value, lens)
-        like_query = partial(torch.empty_like, query, memory_format=torch.contiguous_format)
-        return outside(partial(self._attend_over_ranks, shards), query, key, value, lens, out=like_query)
+            return ATTEND[self.attention](*streams.prepared(), lens)
+
+        attend = partial(self._attend_outside, shards, streams.without_tensors())
+        return outside(attend, *streams.tensors, lens, out=streams.new_result)
+
+    def _attend_outside(self, shards: Shards, streams: Unprepared, *tensors: Tensor | None) -> Tensor:
+        *of_streams, lens, out = tensors
+        return self._attend_over_ranks(shards, streams.with_tensors(of_streams), lens, out)
 
     def _attend_over_ranks(
-        self, shards: Shards, query: Tensor, key: Tensor, value: Tensor, lens: Tensor | None, out: Tensor | None
+        self, shards: Shards, streams: Unprepared, lens: Tensor | None, out: Tensor | None
     ) -> Tensor:
         forward = self._forward
         assert forward is not None
         set_layer(forward.layers)
         forward.layers += 1
         wanted = self.places.wanted.transport
+        query, key, value = streams.prepared() if streams.is_prepared else streams.outputs()
         result = context_parallel_attention(
             query,
             key,
@@ -279,6 +286,7 @@ class Spread:
             transport=wanted,
             attention=self.attention,
             out=out,
+            fill=None if streams.is_prepared else streams.write,
         )
         if self.transport == NOT_YET:
             self.transport = forward.place.transport(query.device, wanted)

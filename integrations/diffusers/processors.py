@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from para_kernels import flash_attention
-from para_kernels.preparation import Rotary, Stream, prepare_attention, prepare_projection
+from para_kernels.preparation import Rotary, Stream, prepare_projection, unprepared
 
 from .attention import (
     AttentionLengths,
@@ -60,11 +60,11 @@ class FluxProcessor(Processor):
         shard = self.shard(hidden_states.shape[1])
         rotary = None if image_rotary_emb is None else rotary_rows(image_rotary_emb, shard.joint_rows)
         if encoder_hidden_states is None:
-            return shard.attend(*self_attention(attn, hidden_states, rotary), None).flatten(2)
+            return shard.attend_unprepared(self_attention(attn, hidden_states, rotary), None).flatten(2)
         cut = encoder_hidden_states.shape[1]
         of_text, of_image = (None, None) if rotary is None else (rotary_rows(rotary, r) for r in _parted(cut))
         streams = [text_projected(attn, encoder_hidden_states, of_text), projected(attn, hidden_states, of_image)]
-        out = shard.attend(*prepare_attention(streams), None).flatten(2)
+        out = shard.attend_unprepared(unprepared(streams), None).flatten(2)
         return video_out(attn, out[:, cut:]), text_out(attn, out[:, :cut])
 
 
@@ -85,7 +85,7 @@ class Flux2Processor(FluxProcessor):
         key, norm_key = left_to_norm(attn.norm_k, key)
         rotary = on_device_of(rotary_rows(image_rotary_emb, shard.joint_rows), query)
         stream = Stream(query, key, None, norm_query, norm_key, rotary)
-        out = shard.attend(*prepare_attention([stream], value=value), None).flatten(2)
+        out = shard.attend_unprepared(unprepared([stream], value=value), None).flatten(2)
         return attn.to_out(torch.cat([out, attn.mlp_act_fn(both[..., width:])], dim=-1))
 
 
@@ -107,7 +107,7 @@ class CogVideoXProcessor(Processor):
         text, video = (joint._replace(query=joint.query[:, r], key=joint.key[:, r], value=None) for r in _parted(cut))
         if rotary is not None:
             video = video._replace(rotary=on_device_of(rotary, hidden_states))
-        out = shard.attend(*prepare_attention([text, video], value=joint.value), None).flatten(2)
+        out = shard.attend_unprepared(unprepared([text, video], value=joint.value), None).flatten(2)
         out = video_out(attn, out)
         return out[:, cut:], out[:, :cut]
 
@@ -130,11 +130,12 @@ class JointProcessor(Processor):
         cut = hidden_states.shape[1]
         shard = self.shard(cut)
         if encoder_hidden_states is None:
-            return video_out(attn, shard.attend_video(*self_attention(attn, hidden_states, None), None).flatten(2))
+            alone = self_attention(attn, hidden_states, None)
+            return video_out(attn, shard.attend_video_unprepared(alone, None).flatten(2))
         rotary = None if image_rotary_emb is None else rotary_rows(image_rotary_emb, shard.rows)
         streams = [projected(attn, hidden_states, rotary), text_projected(attn, encoder_hidden_states, None)]
         lens = self.lengths.joint(shard.video_tokens, None)
-        out = shard.attend(*prepare_attention(streams), lens).flatten(2)
+        out = shard.attend_unprepared(unprepared(streams), lens).flatten(2)
         return video_out(attn, out[:, :cut]), text_out(attn, out[:, cut:])
 
 
@@ -156,7 +157,8 @@ class WanProcessor(Processor):
         # From (1, S, 1, D); Wan's buffers may have been cast with the model.
         rotary = None if rotary_emb is None else (rotary_emb[0][0, :, 0].float(), rotary_emb[1][0, :, 0].float())
         rotary = None if rotary is None else rotary_rows(rotary, shard.rows)
-        return video_out(attn, shard.attend_video(*self_attention(attn, hidden_states, rotary), None).flatten(2))
+        streams = self_attention(attn, hidden_states, rotary)
+        return video_out(attn, shard.attend_video_unprepared(streams, None).flatten(2))
 
     def _crossed(self, attn: Any, video: Tensor, seen: Tensor) -> Tensor:
         """Rows see all of the text: nothing of it is spread over ranks. The last 512 tokens are the text."""

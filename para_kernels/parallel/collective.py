@@ -17,6 +17,7 @@ from para_kernels.attention import flash_attention
 from para_kernels.parallel.failure import global_rank, named, other_ranks, stream_ordered, wait, watch_progress
 from para_kernels.parallel.parts import Parts
 from para_kernels.parallel.sharding import Shards
+from para_kernels.preparation import Fill
 
 # --- the ring ---------------------------------------------------------------------------------------------------------
 
@@ -61,8 +62,11 @@ class CollectiveTransport:
         q_lens: Tensor | None,
         scale: float | None,
         out: Tensor | None = None,
+        fill: Fill | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `Transport.ring`, in memory of its own."""
+        if fill is not None:
+            fill(q, k, v)
         shards = Shards(tuple(lengths))
         own_q_lens = None if q_lens is None else shards.local_lens(q_lens, self.rank)
         parts = Parts(q, shards)
@@ -71,7 +75,7 @@ class CollectiveTransport:
         def kv_of(owner: int, memory: Tensor) -> Tensor:
             return memory.view(k.dtype).view(2, batch, shards.sizes[owner], heads, dim)
 
-        def fill(memory: Tensor) -> None:
+        def put(memory: Tensor) -> None:
             torch.stack((k, v), out=kv_of(self.rank, memory))
 
         def use(owner: int, memory: Tensor) -> None:
@@ -80,7 +84,7 @@ class CollectiveTransport:
             how = {"kv_lens": lens, "q_lens": own_q_lens}
             parts.add(lambda: flash_attention(q, keys, values, scale=scale, return_lse=True, **how))
 
-        self.circulate([2 * batch * rows * heads * dim * k.itemsize for rows in lengths], fill, use)
+        self.circulate([2 * batch * rows * heads * dim * k.itemsize for rows in lengths], put, use)
         return parts.result()
 
     def circulate(

@@ -2,9 +2,9 @@
 
 One layer, on each rank (epoch e counts layers; a slot is e modulo 2):
 
-    main stream   waits until every peer has taken this rank's piece of epoch e - 2, packs k and v into the slot,
-                  announces that by a word that peers and the own side streams wait for, then runs the attention kernel,
-                  which waits for the flags of the pieces that it reads
+    main stream   waits until every peer has taken this rank's piece of epoch e - 2, packs k and v into the slot, or
+                  has them made there, announces that by a word that peers and the own side streams wait for, then runs
+                  the attention kernel, which waits for the flags of the pieces that it reads
     side streams  wait until this rank has announced its piece, and the peers theirs; bring the pieces head by head in
                   the order in which the kernel reads them; write a flag behind each group of heads; at last write the
                   credit: all pieces of epoch e have been taken
@@ -46,6 +46,7 @@ from para_kernels import ops
 from para_kernels.attention import softmax_scale
 from para_kernels.parallel.control import Control
 from para_kernels.parallel.failure import current_timeout, exchange, raise_obstacles
+from para_kernels.preparation import Fill
 
 LIBRARY = "libcuda.so.1"
 # Copies of this size and more run at nearly the full speed of a bus; a group of heads is about one.
@@ -183,18 +184,22 @@ class DeviceRing(ABC):
         q_lens: Tensor | None,
         scale: float | None,
         out: Tensor | None = None,
+        fill: Fill | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `Transport.ring`. RankFailure, of this call or of one before it: a rank is missing."""
         if out is None:
             out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
         shape = Shape(tuple(lengths), k.shape[0], k.shape[2], k.shape[3], k.dtype, self._copy_bytes)
-        if not shape.largest_piece:  # No rank has any keys.
+        if not shape.largest_piece:  # No rank has any keys, nor queries.
             return out.zero_(), lse.fill_(float("-inf"))
         with self._on_device(), contextlib.ExitStack() as in_trouble:
             with self._layer(shape) as (layout, main, slot, epoch):
                 self._wait_for_slot.run([main], epoch)
-                self._pack(k, v, layout.memory, layout.place.first_row(slot))
+                if fill is None:
+                    self._pack(k, v, layout.memory, layout.place.first_row(slot))
+                else:
+                    self._fill(fill, q, *_piece(layout.memory, layout.place.first_row(slot), k.shape))
                 self._announce.run([main], epoch)
                 if self._launches_block:
                     layout.transfers[slot].run(self._sides, epoch)
@@ -297,6 +302,9 @@ class DeviceRing(ABC):
 
     def _pack(self, k: Tensor, v: Tensor, memory: Tensor, first_row: int) -> None:
         ops._triton().ring_attention.pack_piece(k, v, memory, first_row)
+
+    def _fill(self, fill: Fill, q: Tensor, k: Tensor, v: Tensor) -> None:
+        fill(q, k, v)
 
     # Layouts.
 
@@ -404,6 +412,16 @@ class DeviceRing(ABC):
 
     def _on_device(self) -> Any:
         return torch.cuda.device(self.device)
+
+
+def _piece(memory: Tensor, first_row: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Where keys and values (B, n, Hk, D) of the piece that starts at `first_row` lie: by heads, then samples, whose
+    keys come before the values.
+    """
+    batch, rows, heads, dim = shape
+    piece = memory[first_row : first_row + 2 * batch * heads * rows].view(heads, batch, 2, rows, dim)
+    keys, values = piece.permute(2, 1, 3, 0, 4)
+    return keys, values
 
 
 def _without_error(function: Callable[[], None]) -> None:

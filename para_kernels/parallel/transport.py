@@ -21,6 +21,7 @@ from torch.distributed import ProcessGroup
 from para_kernels.parallel.collective import CollectiveTransport
 from para_kernels.parallel.failure import RankFailure, exchange, global_rank
 from para_kernels.parallel.mesh import TRANSPORTS
+from para_kernels.preparation import Fill
 
 ENVIRONMENT = "PARA_KERNELS_TRANSPORT"
 
@@ -41,6 +42,7 @@ class Transport(Protocol):
         q_lens: Tensor | None,
         scale: float | None,
         out: Tensor | None = None,
+        fill: Fill | None = None,
     ) -> tuple[Tensor, Tensor]:
         """This rank's rows of attention over the whole sequence; collective, arguments have been checked.
 
@@ -51,6 +53,7 @@ class Transport(Protocol):
             kv_lens, q_lens: int32 (B,), of the whole sequence, or None.
             scale: factor on the scores, default D ** -0.5.
             out: where the result may be written, contiguous and like q.
+            fill: what is still to write q, k and v; None: it has been done.
 
         Returns:
             out (B, S_r, H, D) in q's dtype and lse (B, H, S_r) float32, contiguous.

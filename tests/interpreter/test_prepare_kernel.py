@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from reference import prepared
+from reference import piece_of, prepared
 from torch import Tensor
 
 from para_kernels import ops
-from para_kernels.preparation import Norm, Stream, prepare_attention, prepare_projection
+from para_kernels.preparation import Norm, Stream, prepare_attention, prepare_projection, unprepared
 from para_kernels.triton_kernels.prepare import HEADS, TILE, prepare_forward
 
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 1.5e-3}
@@ -25,7 +25,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """The public functions run the kernel, whose outputs hold NaN before."""
 
     def prepare(projections: list[Tensor], *arguments: Any) -> list[Tensor]:
-        outputs = ops._prepared_outputs(projections, len(arguments[4]))
+        outputs = ops.prepared_outputs(projections, len(arguments[4]))
         for out in outputs:
             out.fill_(float("nan"))
         prepare_forward(projections, outputs, *arguments)
@@ -126,6 +126,27 @@ def test_large_means_and_values() -> None:
     half = [stream._replace(query=stream.query.half() * 3000) for stream in Case(tokens=(4,), angles="none").streams()]
     out = prepare_projection(half[0].query, Norm("rms"))
     assert (out - prepared([half[0]._replace(norm_query=Norm("rms"))], half=False)[0]).abs().max() <= 4e-3
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_into_the_piece_of_a_ring(case: Case, joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare_into(outputs: list[Tensor], *arguments: Any) -> None:
+        prepare_forward(arguments[0], outputs, *arguments[1:])
+
+    monkeypatch.setattr(ops, "prepare_into", prepare_into)
+    streams = case.streams()
+    expected = prepare_attention(streams, rotary_form=case.form)
+    value = None
+    if joined:
+        value = torch.cat([stream.value for stream in streams if stream.value is not None], dim=1)
+        streams = [stream._replace(value=None) for stream in streams]
+    later = unprepared(streams, value=value, rotary_form=case.form)
+    q, k, v = later.outputs()
+    k, v = piece_of(q.fill_(float("nan")), k.shape)
+    later.write(q, k, v)
+    for out, wanted in zip((q, k, v), expected, strict=True):
+        assert torch.equal(out, wanted)
 
 
 def test_one_projection_alone() -> None:
