@@ -387,6 +387,9 @@ def _residual_diff_cuda(hidden_in: Tensor, hidden_out: Tensor, previous: Tensor 
     return _triton().residual_diff.residual_diff_forward(hidden_in, hidden_out, previous)
 
 
+# --- both -------------------------------------------------------------------------------------------------------------
+
+
 def prepare_into(
     outputs: list[Tensor],
     projections: list[Tensor],

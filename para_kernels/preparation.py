@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -78,13 +78,22 @@ class Stream(NamedTuple):
 RotaryForm = Literal["interleaved", "half"]
 
 
-Fill = Callable[[Tensor, Tensor, Tensor], None]
-"""Writes queries, keys and values, in the current stream, to what it is given: (B, S, H, D), in which a head's rows lie
-one behind the other; keys and values with the same strides."""
+class Source(Protocol):
+    """What queries, keys and values can still be made of: in new memory, or where somebody wants them."""
+
+    def prepared(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, each (B, S, H, D)."""
+        ...
+
+    def write(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Write them, in the current stream, to memory in which a head's rows lie one behind the other; that of k and v
+        has the same strides.
+        """
+        ...
 
 
 class Unprepared(NamedTuple):
-    """What queries, keys and values will be made of, checked: for whoever has memory of his own for them.
+    """What queries, keys and values will be made of, checked: a `Source`, for whoever has memory of his own for them.
 
     Made by `unprepared`. All but `value` is what the operator `prepare` takes: one entry for each projection of a
     stream, of each stream in turn; `cos` and `sin` one for each stream.
@@ -105,6 +114,10 @@ class Unprepared(NamedTuple):
         if self.is_prepared:
             assert self.value is not None
             return self.projections[0], self.projections[1], self.value
+        return self.made()
+
+    def made(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As `prepare_attention`."""
         outputs = _prepare(*self[:-1])
         q, k, v = outputs if self.value is None else (*outputs, self.value)
         return q, k, v
@@ -115,22 +128,25 @@ class Unprepared(NamedTuple):
         one_stream = self.value is not None and len(self.cos) == 1
         return one_stream and self.cos[0] is None and not any(self.norms)
 
-    def outputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Memory like that of the prepared q, k and v."""
-        q, k, v = ops.prepared_outputs(self._with_values().projections, len(self.cos))
-        return q, k, v
-
     @torch.no_grad()  # as below an operator
     def write(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Prepare into these: a `Fill`. Joined values are copied."""
+        """Prepare into these. Joined values are copied."""
         ops.prepare_into([q, k, v], *self._with_values()[:-1])
+
+    @property
+    def outline(self) -> Tensor:
+        """Like the queries, the keys and the values, (B, sum of S, H, D), without memory for what is in them."""
+        return self.projections[0].new_empty(self.projections[0].shape[3]).expand(self._shape)
 
     def new_result(self) -> Tensor:
         """Memory for attention's output, (B, sum of S, H, D), contiguous."""
+        return self.projections[0].new_empty(self._shape)
+
+    @property
+    def _shape(self) -> tuple[int, int, int, int]:
         batch, _, heads, head_dim = self.projections[0].shape
         each = len(self.projections) // len(self.cos)
-        tokens = sum(x.shape[1] for x in self.projections[::each])
-        return self.projections[0].new_empty((batch, tokens, heads, head_dim))
+        return batch, sum(x.shape[1] for x in self.projections[::each]), heads, head_dim
 
     @property
     def tensors(self) -> list[Tensor | None]:
@@ -189,7 +205,7 @@ def prepare_attention(
     Raises:
         ValueError: for another dtype, or tensors that do not fit together.
     """
-    return unprepared(streams, value=value, rotary_form=rotary_form).prepared()
+    return unprepared(streams, value=value, rotary_form=rotary_form).made()
 
 
 def unprepared(
@@ -298,6 +314,8 @@ def _check(streams: Sequence[Stream], value: Tensor | None, rotary_form: str) ->
         check_shape("value", value, (batch, tokens, heads, head_dim), "B, sum of S, H, D")
         check_device("value", value, first.device)
         check_dtype("value", value, (first.dtype,))
+        check_contiguous_last("value", value)
+        check_inference(value=value)
 
 
 def _check_form(rotary_form: str) -> None:

@@ -26,6 +26,7 @@ from para_kernels.parallel.device_ring import DeviceRing, Layout
 from para_kernels.parallel.failure import current_timeout
 from para_kernels.parallel.host import HostTransport
 from para_kernels.parallel.peer import PeerTransport
+from para_kernels.preparation import Source
 
 CPU = torch.device("cpu")
 MAIN = 0x100
@@ -87,8 +88,8 @@ class FakeDevice(DeviceRing):
         piece = memory[first_row : first_row + 2 * batch * heads * rows].view(heads, batch, 2, rows, dim)
         self._launch(lambda: piece.copy_(torch.stack((k, v), 2).permute(3, 0, 2, 1, 4)))
 
-    def _fill(self, fill: Callable[[Tensor, Tensor, Tensor], None], q: Tensor, k: Tensor, v: Tensor) -> None:
-        self._launch(lambda: fill(q, k, v))
+    def _prepare(self, source: Source, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self._launch(lambda: source.write(q, k, v))
 
     def _attend(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -75,10 +77,23 @@ def lse_error(lse: Tensor, ref: Tensor) -> float:
     return (lse - ref)[~empty].abs().max().item() if (~empty).any() else 0.0
 
 
-def write_all(sources: tuple[Tensor, ...], *targets: Tensor) -> None:
-    """What `fill` of attention over ranks does."""
-    for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
+class Made(NamedTuple):
+    """A `Source` of q, k and v that are there already."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    def prepared(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q, self.k, self.v
+
+    def write(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        for target, source in zip((q, k, v), self, strict=True):
+            target.copy_(source)
+
+    @property
+    def outlines(self) -> list[Tensor]:
+        return [x.new_full((x.shape[-1],), float("nan")).expand(x.shape) for x in self]
 
 
 def piece_of(q: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import functools
 import os
 import random
 import signal
@@ -16,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import launch
-from reference import attention_batch, error, lse_error, write_all
+from reference import Made, attention_batch, error, lse_error
 
 pytest.importorskip("para_kernels._C")
 nvidia = pytest.importorskip("triton.backends.nvidia.driver")
@@ -77,10 +76,11 @@ def differences(rank: int, world: int, name: str, library: str, delay_us: int, l
         mine = slice(start, start + lengths[rank])
         if random.random() < 0.3:
             time.sleep(random.random() * 0.02)
-        own, fill = (q[:, mine], k[:, mine], v[:, mine]), None
-        if layer % 4 >= 2:  # to be written by the ring's main stream, and keys and values into its buffer
-            own, fill = tuple(torch.full_like(x, float("nan")) for x in own), functools.partial(write_all, own)
-        out, lse = transport.ring(*own, lengths=lengths, kv_lens=lens[0], q_lens=lens[1], scale=None, fill=fill)
+        own, source = [q[:, mine], k[:, mine], v[:, mine]], None
+        if layer % 4 >= 2:  # to be made in the ring's main stream, keys and values in its buffer
+            source = Made(*own)
+            own = source.outlines
+        out, lse = transport.ring(*own, lengths=lengths, kv_lens=lens[0], q_lens=lens[1], scale=None, source=source)
         expected, expected_lse = attention_batch(q, k, v, kv_lens, q_lens)
         seen.append((index, out, lse, expected[:, mine], expected_lse[:, :, mine]))
     assert transport.memory_bytes > 0
@@ -249,6 +249,39 @@ def refused(rank: int, world: int, name: str, library: str) -> str:
         except RuntimeError as failure:
             return str(failure)
     return "nothing"
+
+
+class Broken(Made):
+    def write(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        raise ValueError("for this test")
+
+
+def unprepared_in_time(rank: int, world: int, name: str, library: str) -> tuple[str, float]:
+    """Rank 0 cannot prepare its keys in the second layer, between the wait for its slot and the announcement."""
+    transport = make(name, library)
+    if rank == 0:  # in place of the fake's, which prepares in a thread
+        transport._prepare = lambda source, q, k, v: device_ring.DeviceRing._prepare(transport, source, q, k, v)
+    q = torch.ones(1, 4, 2, 8)
+    began = time.monotonic()
+    for layer in range(2):
+        transport._synchronize()
+        source = Broken(q, q, q) if (rank, layer) == (0, 1) else Made(q, q, q)
+        try:
+            transport.ring(*source.outlines, lengths=(4,) * world, kv_lens=None, q_lens=None, scale=None, source=source)
+            if layer:
+                transport._synchronize()
+                transport.check()
+        except (ValueError, RankFailure) as failure:
+            return f"{type(failure).__name__}: {failure}", time.monotonic() - began
+    return "nothing", time.monotonic() - began
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_cannot_prepare_ends_the_others(name: str, library: str) -> None:
+    (first, _), (second, seconds) = launch(2, unprepared_in_time, name, library)
+    assert first == "ValueError: for this test"
+    assert "was ended by rank 0" in second
+    assert seconds < 20
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -443,9 +476,9 @@ def test_groups_of_heads_are_as_large_as_a_copy_pays() -> None:
     """Over NVLink a copy of some heads costs as much as three of theirs."""
     flux = ((2304, 2304), 1, 24, 128, torch.bfloat16)
     assert Shape(*flux).groups() == [(first, 3) for first in range(0, 24, 3)]
-    assert Shape(*flux, peer.PeerTransport._copy_bytes).groups() == [(0, 12), (12, 12)]
+    assert Shape(*flux, peer.PeerTransport._copy_bytes).groups() == [(0, 5), (5, 5), (10, 5), (15, 5), (20, 4)]
     four_ranks = ((1152,) * 4, *flux[1:])
-    assert Shape(*four_ranks, peer.PeerTransport._copy_bytes).groups() == [(0, 12), (12, 12)]
+    assert Shape(*four_ranks, peer.PeerTransport._copy_bytes).groups() == [(0, 8), (8, 8), (16, 8)]
     assert Shape((100, 100), *flux[1:], peer.PeerTransport._copy_bytes).groups() == [(0, 24)]
     assert Shape((60_000, 1), 1, 3, 128, torch.bfloat16, peer.PeerTransport._copy_bytes).heads_per_flag == 1
 

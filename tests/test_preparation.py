@@ -239,10 +239,9 @@ def test_written_to_memory_of_the_callers(name: str, joined: bool) -> None:
         streams = [stream._replace(value=None) for stream in streams]
     later = unprepared(streams, value=value, rotary_form=CASES[name].form)
     later = later.without_tensors().with_tensors(later.tensors)
-    q, k, v = later.outputs()
-    assert [x.shape for x in (q, k, v)] == [x.shape for x in expected]
-    assert later.new_result().shape == q.shape
-    k, v = piece_of(q, k.shape)
+    q = torch.empty_like(expected[0])
+    assert later.new_result().shape == later.outline.shape == q.shape
+    k, v = piece_of(q, q.shape)
     later.write(q, k, v)
     for out, wanted in zip((q, k, v), expected, strict=True):
         assert torch.equal(out, wanted)
@@ -257,6 +256,7 @@ def test_what_nothing_is_to_be_done_to_is_returned() -> None:
     assert all(one is other for one, other in zip(streams.prepared(), (q, k, v), strict=True))
     assert not unprepared([Stream(q, k, v)]).is_prepared
     assert not unprepared([Stream(q, k, norm_key=Norm("rms"))], value=v).is_prepared
+    assert prepare_attention([Stream(q, k)], value=v)[0] is not q
 
 
 @pytest.mark.parametrize("name", ["rms, half", "layer with bias, half", "over all heads", "an empty stream", "no norm"])
@@ -328,6 +328,18 @@ def bad_inputs() -> dict[str, tuple[Any, ...]]:
 def test_bad_streams_are_refused(message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prepare_attention(*bad_inputs()[message])
+
+
+def test_joined_values_are_checked_as_streams_are() -> None:
+    streams = [Case(tokens=(5,)).streams()[0]._replace(value=None)]
+    for value, message in (
+        (torch.ones(2, 5, 16, 3).transpose(2, 3), "value: got strides"),
+        (torch.ones(2, 5, 3, 16, requires_grad=True), "value"),
+        (torch.ones(2, 4, 3, 16), "value: got shape"),
+        (torch.ones(2, 5, 3, 16).half(), "value: got dtype"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            unprepared(streams, value=value)
 
 
 def test_bad_arguments_are_refused() -> None:

@@ -54,8 +54,8 @@ def ranks_of_steps(rows: Sequence[Row]) -> str:
     return markdown_table([f"way, {ranks} GPUs", "ms per step", "against one GPU", "split"], body, rows)
 
 
-def tail(rows: Sequence[Row]) -> str:
-    """A step whose tiles of attention are whole, and whose last ones are cut."""
+def attention_of_steps(rows: Sequence[Row]) -> str:
+    """Attention within steps, by how it is cut and what travels in one copy."""
     body = [
         [
             f"{row['shape']['ranks']} GPU{'s' if row['shape']['ranks'] > 1 else ''}, {row['kernel']}",
@@ -67,7 +67,7 @@ def tail(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     return markdown_table(
-        ["last round of tiles", "attention, us, on the two GPUs", "shortest", "merging, us", "ms per step"], body, rows
+        ["steps as graphs", "attention, us, on the two GPUs", "shortest", "merging, us", "ms per step"], body, rows
     )
 
 

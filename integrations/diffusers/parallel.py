@@ -274,7 +274,7 @@ class Spread:
         set_layer(forward.layers)
         forward.layers += 1
         wanted = self.places.wanted.transport
-        query, key, value = streams.prepared() if streams.is_prepared else streams.outputs()
+        query, key, value = streams.prepared() if streams.is_prepared else (streams.outline,) * 3
         result = context_parallel_attention(
             query,
             key,
@@ -286,7 +286,7 @@ class Spread:
             transport=wanted,
             attention=self.attention,
             out=out,
-            fill=None if streams.is_prepared else streams.write,
+            source=None if streams.is_prepared else streams,
         )
         if self.transport == NOT_YET:
             self.transport = forward.place.transport(query.device, wanted)

@@ -20,7 +20,7 @@ from para_kernels.parallel.ring8 import ring_int8
 from para_kernels.parallel.sharding import Shards
 from para_kernels.parallel.transport import give_up_transports, select_transport
 from para_kernels.parallel.ulysses import heads_for_rows, rows_for_heads
-from para_kernels.preparation import Fill
+from para_kernels.preparation import Source
 
 
 @overload
@@ -170,7 +170,7 @@ def context_parallel_attention(
     transport: str = "auto",
     attention: str = "exact",
     out: Tensor | None = None,
-    fill: Fill | None = None,
+    source: Source | None = None,
 ) -> Tensor: ...
 @overload
 def context_parallel_attention(
@@ -187,7 +187,7 @@ def context_parallel_attention(
     transport: str = "auto",
     attention: str = "exact",
     out: Tensor | None = None,
-    fill: Fill | None = None,
+    source: Source | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 def context_parallel_attention(
     q: Tensor,
@@ -203,7 +203,7 @@ def context_parallel_attention(
     transport: str = "auto",
     attention: str = "exact",
     out: Tensor | None = None,
-    fill: Fill | None = None,
+    source: Source | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Ring and ulysses at once: heads are exchanged inside a ulysses group, keys and values go round between them.
 
@@ -215,12 +215,12 @@ def context_parallel_attention(
         lengths: rows of every piece, in this order.
         out: contiguous memory like q, which the result is written to and which is returned; it starts at a multiple of
             16 bytes and shares nothing with q, k and v. None: new memory.
-        fill: called once, with q and with keys and values (B, S_r, Hk, D), to write them: k and v may then be a ring's
-            own buffer, in which a head's rows lie one behind the other. What q, k and v hold before does not matter,
-            and k and v afterwards may not hold anything. None: they have been written.
+        source: what q, k and v are still to be made of (`para_kernels.preparation.unprepared`), if they can in a ring's
+            own buffer. Then of q, k and v only shape, dtype and device count: they may be outlines. None: q, k and v
+            are there.
     """
     groups = mesh_groups(mesh)
-    call = _Call(q, k, v, lengths, kv_lens, q_lens, scale, transport, attention, out, fill)
+    call = _Call(q, k, v, lengths, kv_lens, q_lens, scale, transport, attention, out, source)
     result, lse = _attention("context_parallel", call, groups.sequence, groups.ring, groups.ulysses, return_lse)
     if out is not None and result is not out:
         result = out.copy_(result)
@@ -244,14 +244,14 @@ class _Call:
     transport: str
     attention: str
     out: Tensor | None = None
-    fill: Fill | None = None
+    source: Source | None = None
 
-    def filled(self) -> _Call:
-        """With q, k and v written, where they have not been."""
-        if self.fill is None:
+    def made(self) -> _Call:
+        """With q, k and v, where they are still to be made."""
+        if self.source is None:
             return self
-        self.fill(self.q, self.k, self.v)
-        return replace(self, fill=None)
+        q, k, v = self.source.prepared()
+        return replace(self, q=q, k=k, v=v, source=None)
 
 
 def _attention(
@@ -271,7 +271,7 @@ def _attention(
     width = ulysses.size()
     first = 0 if ring is None else ring.rank() * width
     neighbours = Shards(shards.sizes[first : first + width])
-    call = call.filled()
+    call = call.made()
     q, k, v = heads_for_rows(call.q, call.k, call.v, neighbours, ulysses)
     out, lse = _attend(replace(call, q=q, k=k, v=v, out=None), ring, shards.merged(width))
     heads, kv_heads = call.q.shape[2], call.k.shape[2]
@@ -289,18 +289,19 @@ _untraced_attention = torch._disable_dynamo(_attention)
 
 def _attend(call: _Call, ring: ProcessGroup | None, shards: Shards) -> tuple[Tensor, Tensor]:
     """Around the ring, or at once where it is of one rank; a rank may hold no heads, and then its ring holds none."""
+    alone = ring is None or ring.size() == 1
+    if alone or call.attention == "int8":
+        call = call.made()
     q, k, v, lens = call.q, call.k, call.v, {"kv_lens": call.kv_lens, "q_lens": call.q_lens}
     if not q.shape[2]:
         return q.new_empty(q.shape), q.new_empty((q.shape[0], 0, q.shape[1]), dtype=torch.float32)
     if ring is None or ring.size() == 1:
-        call.filled()
         return _HERE[call.attention](q, k, v, scale=call.scale, return_lse=True, **lens)
     transport = select_transport(ring, q.device, call.transport)
     how = {"lengths": shards.sizes, "scale": call.scale, **lens}
     if call.attention == "int8":
-        call.filled()
         return ring_int8(q, k, v, transport=transport, rank=ring.rank(), **how)
-    return transport.ring(q, k, v, out=call.out, fill=call.fill, **how)
+    return transport.ring(q, k, v, out=call.out, source=call.source, **how)
 
 
 # By what is asked for as `attention`: that of a whole sequence.

@@ -17,7 +17,7 @@ from para_kernels.attention import flash_attention
 from para_kernels.parallel.failure import global_rank, named, other_ranks, stream_ordered, wait, watch_progress
 from para_kernels.parallel.parts import Parts
 from para_kernels.parallel.sharding import Shards
-from para_kernels.preparation import Fill
+from para_kernels.preparation import Source
 
 # --- the ring ---------------------------------------------------------------------------------------------------------
 
@@ -62,11 +62,11 @@ class CollectiveTransport:
         q_lens: Tensor | None,
         scale: float | None,
         out: Tensor | None = None,
-        fill: Fill | None = None,
+        source: Source | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `Transport.ring`, in memory of its own."""
-        if fill is not None:
-            fill(q, k, v)
+        if source is not None:
+            q, k, v = source.prepared()
         shards = Shards(tuple(lengths))
         own_q_lens = None if q_lens is None else shards.local_lens(q_lens, self.rank)
         parts = Parts(q, shards)

@@ -46,7 +46,7 @@ from para_kernels import ops
 from para_kernels.attention import softmax_scale
 from para_kernels.parallel.control import Control
 from para_kernels.parallel.failure import current_timeout, exchange, raise_obstacles
-from para_kernels.preparation import Fill
+from para_kernels.preparation import Source
 
 LIBRARY = "libcuda.so.1"
 # Copies of this size and more run at nearly the full speed of a bus; a group of heads is about one.
@@ -184,7 +184,7 @@ class DeviceRing(ABC):
         q_lens: Tensor | None,
         scale: float | None,
         out: Tensor | None = None,
-        fill: Fill | None = None,
+        source: Source | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `Transport.ring`. RankFailure, of this call or of one before it: a rank is missing."""
         if out is None:
@@ -196,10 +196,11 @@ class DeviceRing(ABC):
         with self._on_device(), contextlib.ExitStack() as in_trouble:
             with self._layer(shape) as (layout, main, slot, epoch):
                 self._wait_for_slot.run([main], epoch)
-                if fill is None:
+                if source is None:
                     self._pack(k, v, layout.memory, layout.place.first_row(slot))
                 else:
-                    self._fill(fill, q, *_piece(layout.memory, layout.place.first_row(slot), k.shape))
+                    q = q.new_empty((q.shape[0], q.shape[2], q.shape[1], q.shape[3])).transpose(1, 2)
+                    self._prepare(source, q, *_piece(layout.memory, layout.place.first_row(slot), k.shape))
                 self._announce.run([main], epoch)
                 if self._launches_block:
                     layout.transfers[slot].run(self._sides, epoch)
@@ -303,8 +304,8 @@ class DeviceRing(ABC):
     def _pack(self, k: Tensor, v: Tensor, memory: Tensor, first_row: int) -> None:
         ops._triton().ring_attention.pack_piece(k, v, memory, first_row)
 
-    def _fill(self, fill: Fill, q: Tensor, k: Tensor, v: Tensor) -> None:
-        fill(q, k, v)
+    def _prepare(self, source: Source, q: Tensor, k: Tensor, v: Tensor) -> None:
+        source.write(q, k, v)
 
     # Layouts.
 

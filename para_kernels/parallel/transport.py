@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 from para_kernels.parallel.collective import CollectiveTransport
 from para_kernels.parallel.failure import RankFailure, exchange, global_rank
 from para_kernels.parallel.mesh import TRANSPORTS
-from para_kernels.preparation import Fill
+from para_kernels.preparation import Source
 
 ENVIRONMENT = "PARA_KERNELS_TRANSPORT"
 
@@ -42,7 +42,7 @@ class Transport(Protocol):
         q_lens: Tensor | None,
         scale: float | None,
         out: Tensor | None = None,
-        fill: Fill | None = None,
+        source: Source | None = None,
     ) -> tuple[Tensor, Tensor]:
         """This rank's rows of attention over the whole sequence; collective, arguments have been checked.
 
@@ -53,7 +53,7 @@ class Transport(Protocol):
             kv_lens, q_lens: int32 (B,), of the whole sequence, or None.
             scale: factor on the scores, default D ** -0.5.
             out: where the result may be written, contiguous and like q.
-            fill: what is still to write q, k and v; None: it has been done.
+            source: what q, k and v, which are outlines then, are still to be made of; None: they are there.
 
         Returns:
             out (B, S_r, H, D) in q's dtype and lse (B, H, S_r) float32, contiguous.

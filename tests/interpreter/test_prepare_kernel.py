@@ -142,8 +142,8 @@ def test_into_the_piece_of_a_ring(case: Case, joined: bool, monkeypatch: pytest.
         value = torch.cat([stream.value for stream in streams if stream.value is not None], dim=1)
         streams = [stream._replace(value=None) for stream in streams]
     later = unprepared(streams, value=value, rotary_form=case.form)
-    q, k, v = later.outputs()
-    k, v = piece_of(q.fill_(float("nan")), k.shape)
+    q = torch.full_like(expected[0], float("nan"))
+    k, v = piece_of(q, q.shape)
     later.write(q, k, v)
     for out, wanted in zip((q, k, v), expected, strict=True):
         assert torch.equal(out, wanted)
