@@ -145,8 +145,8 @@ def test_lengths_and_groups(head_dim: int, device: str) -> None:
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_many_tiles_of_a_program(head_dim: int) -> None:
     """A program of the Hopper kernel attends three or four of these, over what the one before has left in its memory."""
-    q, k, v = inputs(700, 1300, 24, 8, head_dim, batch=4, dtype=torch.bfloat16, device="cuda")
-    q_lens, kv_lens = [700, 5, 640, 333], [1300, 130, 0, 1]
+    q, k, v = inputs(700, 2100, 24, 8, head_dim, batch=4, dtype=torch.bfloat16, device="cuda")
+    q_lens, kv_lens = [700, 5, 640, 333], [2100, 130, 0, 1]  # 16 blocks of keys behind the masked one, one, none
     out, lse = flash_attention_int8(
         q, k, v, q_lens=lens_of(q_lens, "cuda"), kv_lens=lens_of(kv_lens, "cuda"), return_lse=True
     )
