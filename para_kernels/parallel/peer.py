@@ -19,8 +19,8 @@ from para_kernels.parallel.failure import exchange
 
 _COPIES = (0, 1)  # streams
 # A copy over NVLink costs some 3 us besides its bytes, at 340 to 370 GB/s, and those of the two streams do not overlap.
-# Of FLUX's 24 heads of 1.1 MiB what runs first needs eleven, after 36 us of its own keys. In groups of 12, 6 and 5 heads
-# the kernel took 255, 236 to 249 and 228 to 254 us in a step (H200, flux_copies.json); in groups of 3, before, 234 to 274.
+# Of FLUX's 24 heads of 1.1 MiB what runs first needs eleven, after 36 us of its own keys. With 12, 6 and 5 heads a copy
+# the kernel took 255, 236 to 249 and 228 to 254 us in a step (H200, flux_copies.json); with 3, before, 234 to 274.
 _COPY_BYTES = 6 * 2**20
 
 
