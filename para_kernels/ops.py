@@ -246,6 +246,7 @@ def _prepare_cpu_into(
     cos: list[Tensor | None],
     sin: list[Tensor | None],
     half: bool,
+    first_part: int,
 ) -> None:
     """The expressions of diffusers one after the other, in their order and dtypes."""
     each = len(outputs)
@@ -254,7 +255,7 @@ def _prepare_cpu_into(
         for i, out in enumerate(outputs):
             j = stream * each + i
             x = _normed(projections[j], norms[j], weights[j], biases[j], eps[j])
-            if i < 2 and cos_of_stream is not None and sin_of_stream is not None:
+            if first_part + i < 2 and cos_of_stream is not None and sin_of_stream is not None:
                 x = _rotated(x, cos_of_stream, sin_of_stream, half)
             out[:, first : first + x.shape[1]] = x
         first += projections[stream * each].shape[1]
@@ -400,12 +401,16 @@ def prepare_into(
     cos: list[Tensor | None],
     sin: list[Tensor | None],
     half: bool,
+    first_part: int = 0,
 ) -> None:
-    """As the operator `prepare`, into the caller's memory, in which a head's rows lie one behind the other."""
+    """As the operator `prepare`, into the caller's memory, in which a head's rows lie one behind the other.
+
+    `first_part`: of q, k and v the first one that is there.
+    """
     if outputs[0].device.type == "cpu":
-        _prepare_cpu_into(outputs, projections, weights, biases, norms, eps, cos, sin, half)
+        _prepare_cpu_into(outputs, projections, weights, biases, norms, eps, cos, sin, half, first_part)
     else:
-        _triton().prepare.prepare_forward(projections, outputs, weights, biases, norms, eps, cos, sin, half)
+        _triton().prepare.prepare_forward(projections, outputs, weights, biases, norms, eps, cos, sin, half, first_part)
 
 
 def _prepare(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -29,6 +29,9 @@ _MOST_KNOWN = 4096
 Rotary = tuple[Tensor, Tensor]
 """RoPE's cos and sin, float32: (S, D) with the value of a pair at both of its channels, (S, D / 2) with one value for a
 pair, or (S, H, D / 2) with angles that differ between heads."""
+
+
+Project = Callable[[Tensor], Tensor]
 
 
 class Norm(NamedTuple):
@@ -65,6 +68,8 @@ class Stream(NamedTuple):
         norm_query: of the queries, or None.
         norm_key: of the keys, or None.
         rotary: RoPE's (cos, sin) for all S tokens, or None.
+        project: makes the queries of what then stands in their place, (B, S, ...), once keys and values are prepared:
+            over ranks these travel meanwhile. None: the queries are there.
     """
 
     query: Tensor
@@ -73,6 +78,7 @@ class Stream(NamedTuple):
     norm_query: Norm | None = None
     norm_key: Norm | None = None
     rotary: Rotary | None = None
+    project: Project | None = None
 
 
 RotaryForm = Literal["interleaved", "half"]
@@ -85,18 +91,22 @@ class Source(Protocol):
         """q, k and v, each (B, S, H, D)."""
         ...
 
-    def write(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Write them, in the current stream, to memory in which a head's rows lie one behind the other; that of k and v
-        has the same strides.
+    def write_keys(self, k: Tensor, v: Tensor) -> None:
+        """Write keys and values, in the current stream, to memory in which a head's rows lie one behind the other; both
+        have the same strides.
         """
+        ...
+
+    def write_queries(self, q: Tensor) -> None:
+        """Write the queries, likewise."""
         ...
 
 
 class Unprepared(NamedTuple):
     """What queries, keys and values will be made of, checked: a `Source`, for whoever has memory of his own for them.
 
-    Made by `unprepared`. All but `value` is what the operator `prepare` takes: one entry for each projection of a
-    stream, of each stream in turn; `cos` and `sin` one for each stream.
+    Made by `unprepared`. All up to `half` is what the operator `prepare` takes: one entry for each projection of a
+    stream, of each stream in turn; `cos` and `sin` one for each stream. `project`, if any, is `Stream.project` of each.
     """
 
     projections: list[Tensor]
@@ -108,6 +118,7 @@ class Unprepared(NamedTuple):
     sin: list[Tensor | None]
     half: bool
     value: Tensor | None = None
+    project: tuple[Project | None, ...] | None = None
 
     def prepared(self) -> tuple[Tensor, Tensor, Tensor]:
         """As `prepare_attention`; what nothing is to be done to is returned as it is."""
@@ -118,35 +129,65 @@ class Unprepared(NamedTuple):
 
     def made(self) -> tuple[Tensor, Tensor, Tensor]:
         """As `prepare_attention`."""
-        outputs = _prepare(*self[:-1])
+        outputs = _prepare(*self._projected()[:-2])
         q, k, v = outputs if self.value is None else (*outputs, self.value)
         return q, k, v
 
     @property
     def is_prepared(self) -> bool:
         """Whether there is nothing to be done."""
-        one_stream = self.value is not None and len(self.cos) == 1
+        one_stream = self.value is not None and len(self.cos) == 1 and self.project is None
         return one_stream and self.cos[0] is None and not any(self.norms)
 
     @torch.no_grad()  # as below an operator
-    def write(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Prepare into these. Joined values are copied."""
-        ops.prepare_into([q, k, v], *self._with_values()[:-1])
+    def write_keys(self, k: Tensor, v: Tensor) -> None:
+        """Prepare keys and values into these. Joined values are copied."""
+        ops.prepare_into([k, v], *self._with_values()._parts(1, 2)[:-2], first_part=1)
+
+    @torch.no_grad()
+    def write_queries(self, q: Tensor) -> None:
+        """Prepare the queries into these."""
+        ops.prepare_into([q], *self._projected()._parts(0)[:-2])
 
     @property
     def outline(self) -> Tensor:
         """Like the queries, the keys and the values, (B, sum of S, H, D), without memory for what is in them."""
-        return self.projections[0].new_empty(self.projections[0].shape[3]).expand(self._shape)
+        return self.projections[1].new_empty(self._shape[3]).expand(self._shape)
 
     def new_result(self) -> Tensor:
         """Memory for attention's output, (B, sum of S, H, D), contiguous."""
-        return self.projections[0].new_empty(self._shape)
+        return self.projections[1].new_empty(self._shape)
+
+    @property
+    def _each(self) -> int:
+        """Projections of a stream."""
+        return len(self.projections) // len(self.cos)
 
     @property
     def _shape(self) -> tuple[int, int, int, int]:
-        batch, _, heads, head_dim = self.projections[0].shape
-        each = len(self.projections) // len(self.cos)
-        return batch, sum(x.shape[1] for x in self.projections[::each]), heads, head_dim
+        batch, _, heads, head_dim = self.projections[1].shape
+        return batch, sum(x.shape[1] for x in self.projections[1 :: self._each]), heads, head_dim
+
+    def _projected(self) -> Unprepared:
+        """With the queries, where they have still to be projected."""
+        if self.project is None:
+            return self
+        projections = list(self.projections)
+        for i, project in enumerate(self.project):
+            if project is not None:
+                projections[i * self._each] = project(projections[i * self._each])
+        return self._replace(projections=projections, project=None)
+
+    def _parts(self, *which: int) -> Unprepared:
+        """Some projections of each stream alone: 0 is of queries, 1 of keys, 2 of values."""
+
+        def chosen(values: list[Any]) -> list[Any]:
+            return [values[first + part] for first in range(0, len(values), self._each) for part in which]
+
+        return self._replace(
+            projections=chosen(self.projections), weights=chosen(self.weights), biases=chosen(self.biases),
+            norms=chosen(self.norms), eps=chosen(self.eps),
+        )  # fmt: skip
 
     @property
     def tensors(self) -> list[Tensor | None]:
@@ -164,7 +205,9 @@ class Unprepared(NamedTuple):
             [next(left) for _ in mine] for mine in (self.projections, self.weights, self.biases, self.cos, self.sin)
         ]
         projections, weights, biases, cos, sin = lists
-        return Unprepared(projections, weights, biases, self.norms, self.eps, cos, sin, self.half, next(left))  # pyright: ignore[reportArgumentType]
+        return self._replace(
+            projections=projections, weights=weights, biases=biases, cos=cos, sin=sin, value=next(left)
+        )  # fmt: skip
 
     def _with_values(self) -> Unprepared:
         """Each stream with its part of the joined values."""
@@ -212,16 +255,21 @@ def unprepared(
     streams: Sequence[Stream], *, value: Tensor | None = None, rotary_form: RotaryForm = "interleaved"
 ) -> Unprepared:
     """What `prepare_attention` does but the work. Arguments and errors as there."""
-    key = _key(streams, value, rotary_form)
+    # Queries that are still to be projected are to be like the keys.
+    shown = [s if s.project is None else s._replace(query=s.key) for s in streams]
+    key = _key(shown, value, rotary_form)
     if key is None or key not in _known_good:
-        _check(streams, value, rotary_form)
+        _check(shown, value, rotary_form)
         _remember(key)
     parts = [[(s.query, s.norm_query), (s.key, s.norm_key)] for s in streams]
     if value is None:
         for part, stream in zip(parts, streams, strict=True):
             assert stream.value is not None
             part.append((stream.value, None))
-    return _unprepared(parts, streams, rotary_form)._replace(value=value)
+    project = tuple(stream.project for stream in streams)
+    return _unprepared(parts, streams, rotary_form)._replace(
+        value=value, project=project if any(of_stream is not None for of_stream in project) else None
+    )
 
 
 def as_they_are(q: Tensor, k: Tensor, v: Tensor) -> Unprepared:
@@ -248,7 +296,7 @@ def prepare_projection(
         _check_norm("norm", norm, projection)
         _check_rotary("rotary", rotary, projection)
         _remember(key)
-    (out,) = _prepare(*_unprepared([[(projection, norm)]], [alone], rotary_form)[:-1])
+    (out,) = _prepare(*_unprepared([[(projection, norm)]], [alone], rotary_form)[:-2])
     return out
 
 

@@ -26,7 +26,6 @@ from para_kernels.parallel.device_ring import DeviceRing, Layout
 from para_kernels.parallel.failure import current_timeout
 from para_kernels.parallel.host import HostTransport
 from para_kernels.parallel.peer import PeerTransport
-from para_kernels.preparation import Source
 
 CPU = torch.device("cpu")
 MAIN = 0x100
@@ -88,8 +87,8 @@ class FakeDevice(DeviceRing):
         piece = memory[first_row : first_row + 2 * batch * heads * rows].view(heads, batch, 2, rows, dim)
         self._launch(lambda: piece.copy_(torch.stack((k, v), 2).permute(3, 0, 2, 1, 4)))
 
-    def _prepare(self, source: Source, q: Tensor, k: Tensor, v: Tensor) -> None:
-        self._launch(lambda: source.write(q, k, v))
+    def _prepare(self, write: Callable[..., None], *targets: Tensor) -> None:
+        self._launch(lambda: write(*targets))
 
     def _attend(
         self,

@@ -87,9 +87,12 @@ class Made(NamedTuple):
     def prepared(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.q, self.k, self.v
 
-    def write(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        for target, source in zip((q, k, v), self, strict=True):
-            target.copy_(source)
+    def write_keys(self, k: Tensor, v: Tensor) -> None:
+        k.copy_(self.k)
+        v.copy_(self.v)
+
+    def write_queries(self, q: Tensor) -> None:
+        q.copy_(self.q)
 
     @property
     def outlines(self) -> list[Tensor]:

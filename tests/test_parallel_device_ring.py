@@ -251,21 +251,26 @@ def refused(rank: int, world: int, name: str, library: str) -> str:
     return "nothing"
 
 
-class Broken(Made):
-    def write(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+class WithoutKeys(Made):
+    def write_keys(self, k: torch.Tensor, v: torch.Tensor) -> None:
         raise ValueError("for this test")
 
 
-def unprepared_in_time(rank: int, world: int, name: str, library: str) -> tuple[str, float]:
-    """Rank 0 cannot prepare its keys in the second layer, between the wait for its slot and the announcement."""
+class WithoutQueries(Made):
+    def write_queries(self, q: torch.Tensor) -> None:
+        raise ValueError("for this test")
+
+
+def unprepared_in_time(rank: int, world: int, name: str, library: str, broken: type[Made]) -> tuple[str, float]:
+    """Rank 0 cannot prepare what is its own in the second layer: before it has announced its keys, or behind."""
     transport = make(name, library)
     if rank == 0:  # in place of the fake's, which prepares in a thread
-        transport._prepare = lambda source, q, k, v: device_ring.DeviceRing._prepare(transport, source, q, k, v)
+        transport._prepare = lambda write, *targets: write(*targets)
     q = torch.ones(1, 4, 2, 8)
     began = time.monotonic()
     for layer in range(2):
         transport._synchronize()
-        source = Broken(q, q, q) if (rank, layer) == (0, 1) else Made(q, q, q)
+        source = broken(q, q, q) if (rank, layer) == (0, 1) else Made(q, q, q)
         try:
             transport.ring(*source.outlines, lengths=(4,) * world, kv_lens=None, q_lens=None, scale=None, source=source)
             if layer:
@@ -276,9 +281,10 @@ def unprepared_in_time(rank: int, world: int, name: str, library: str) -> tuple[
     return "nothing", time.monotonic() - began
 
 
+@pytest.mark.parametrize("broken", [WithoutKeys, WithoutQueries])
 @pytest.mark.parametrize("name", NAMES)
-def test_what_cannot_prepare_ends_the_others(name: str, library: str) -> None:
-    (first, _), (second, seconds) = launch(2, unprepared_in_time, name, library)
+def test_what_cannot_prepare_ends_the_others(name: str, broken: type[Made], library: str) -> None:
+    (first, _), (second, seconds) = launch(2, unprepared_in_time, name, library, broken)
     assert first == "ValueError: for this test"
     assert "was ended by rank 0" in second
     assert seconds < 20

@@ -242,9 +242,36 @@ def test_written_to_memory_of_the_callers(name: str, joined: bool) -> None:
     q = torch.empty_like(expected[0])
     assert later.new_result().shape == later.outline.shape == q.shape
     k, v = piece_of(q, q.shape)
-    later.write(q, k, v)
+    later.write_keys(k, v)
+    later.write_queries(q)
     for out, wanted in zip((q, k, v), expected, strict=True):
         assert torch.equal(out, wanted)
+    for out, wanted in zip(later.prepared(), expected, strict=True):
+        assert torch.equal(out, wanted)
+
+
+def test_queries_are_projected_after_the_keys_are_written() -> None:
+    text, image = Case().streams()
+    expected = prepare_attention([text, image])
+    projected = []
+
+    def project(states: Tensor) -> Tensor:
+        projected.append(states)
+        return states.unflatten(2, (3, 16))
+
+    later = unprepared([text, image._replace(query=image.query.flatten(2), project=project)])
+    assert not later.is_prepared
+    q = torch.empty_like(expected[0])
+    k, v = piece_of(q, q.shape)
+    kept = later.without_tensors()
+    for streams in (later, kept.with_tensors(later.tensors)):
+        projected.clear()
+        streams.write_keys(k, v)
+        assert not projected
+        streams.write_queries(q)
+        assert len(projected) == 1
+        for out, wanted in zip((q, k, v), expected, strict=True):
+            assert torch.equal(out, wanted)
     for out, wanted in zip(later.prepared(), expected, strict=True):
         assert torch.equal(out, wanted)
 

@@ -276,6 +276,16 @@ PREPARATIONS: dict[str, dict[str, object]] = {
     "angles of each head": {"PAIRED": True, "OF_HEADS": True},
     "no RoPE": {"cos": None, "sin": None},
     "without values": {"COUNT": 2, "v": None, "v_out": None},
+    "keys and values": {
+        "FIRST": 1,
+        "COUNT": 2,
+        "q": None,
+        "q_out": None,
+        "q_weight": None,
+        "q_bias": None,
+        "Q_NORM": 0,
+    },
+    "queries": {"COUNT": 1, "K_NORM": 0} | dict.fromkeys(("k", "k_out", "k_weight", "k_bias", "v", "v_out")),
 }
 
 
@@ -283,7 +293,7 @@ def compile_prepare(capability: tuple[int, int], head_dim: int, kind: str, varia
     width = 4 if kind == "fp32" else 8
     constants: dict[str, object] = {
         "D": head_dim, "BLOCK_S": prepare.TILE // head_dim, "BLOCK_D": head_dim, "HALF": False, "Q_NORM": 5, "K_NORM": 5,
-        "PAIRED": False, "OF_HEADS": False, "COUNT": 3, "VEC": width, "ANGLE_VEC": 4,
+        "PAIRED": False, "OF_HEADS": False, "FIRST": 0, "COUNT": 3, "VEC": width, "ANGLE_VEC": 4,
     } | variant  # fmt: skip
     if constants["Q_NORM"] != 2:
         constants |= {"q_bias": None, "k_bias": None}

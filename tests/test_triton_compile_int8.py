@@ -22,7 +22,7 @@ SPILLS = {((8, 0), 256): 292, ((8, 9), 256): 260, ((9, 0), 256): 260, ((8, 9), 1
 # By Triton 3.9: of the Hopper kernel between a program's tiles, of quantisation on sm80.
 SPILLS_ELSEWHERE = 0
 if not triton.__version__.startswith("3.6."):
-    SPILLS_ELSEWHERE = 8
+    SPILLS_ELSEWHERE = 12
     SPILLS |= {((8, 9), 64): 16, ((8, 9), 128): 16}  # 16 and 12 bytes by Triton 3.9
 
 

@@ -62,6 +62,7 @@ from .hopper_parts import (
     _park,
     _pointer,
     _queries_empty,
+    _reinterpret,
     _thread_barrier,
     _turns,
     _write_empty_rows,
@@ -449,7 +450,7 @@ def _consumer(
     OUT: gl.constexpr,
 ):  # fmt: skip
     total = totals.index(consumer)
-    stage = total._reinterpret(OUT, [_ROWS, D], gl.NVMMASharedLayout.get_default_for([_ROWS, D], OUT))
+    stage = _reinterpret(total, OUT, [_ROWS, D], gl.NVMMASharedLayout.get_default_for([_ROWS, D], OUT))
     S: gl.constexpr = _layout_of_scores(KEYS)
     turn = gl.to_tensor(0)
     for i in range(_turns(parameters)):

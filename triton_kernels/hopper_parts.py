@@ -29,6 +29,8 @@ from .launch import MakeDescriptor
 # Names that changed after Triton 3.6.
 _thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 _async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_memory = gl.shared_memory_descriptor
+_reinterpret = _memory.reinterpret if hasattr(_memory, "reinterpret") else _memory._reinterpret
 
 _LN_2 = gl.constexpr(0.6931471805599453)
 _LOG2_E = 1.4426950408889634

@@ -183,17 +183,17 @@ def _prepare(
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     angle_stride_s, angle_stride_h,
     D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, Q_NORM: tl.constexpr,
-    K_NORM: tl.constexpr, PAIRED: tl.constexpr, OF_HEADS: tl.constexpr, COUNT: tl.constexpr, VEC: tl.constexpr,
-    ANGLE_VEC: tl.constexpr,
+    K_NORM: tl.constexpr, PAIRED: tl.constexpr, OF_HEADS: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr,
+    VEC: tl.constexpr, ANGLE_VEC: tl.constexpr,
 ):  # fmt: skip
-    """COUNT of (q, k, v) of one stream, into the rows from `first` on of outputs whose samples are `out_b` rows apart
-    and heads `out_h`; queries have their own.
+    """COUNT of (q, k, v) from FIRST on, of one stream, into the rows from `first` on of outputs whose samples are
+    `out_b` rows apart and heads `out_h`; queries have their own.
 
     The programs of one block of rows follow each other, so that its angles are read from memory once. Strides arrive
     divided by VEC, those of the angles by ANGLE_VEC.
     """
     pid = tl.program_id(0)
-    which = pid % COUNT
+    which = pid % COUNT + FIRST
     head = (pid // COUNT) % groups * group
     row_block = (pid // (COUNT * groups)) % row_blocks
     batch = (pid // (COUNT * groups * row_blocks)).to(tl.int64)
@@ -201,13 +201,15 @@ def _prepare(
     q_out_b, q_out_h, out_b, out_h = q_out_b.to(tl.int64), q_out_h.to(tl.int64), out_b.to(tl.int64), out_h.to(tl.int64)
     angle_stride_s = angle_stride_s.to(tl.int64) * ANGLE_VEC
     angle_stride_h = angle_stride_h.to(tl.int64) * ANGLE_VEC
-    if which == 0:
-        _prepare_rows(
-            q, q_out, q_weight, q_bias, q_eps, cos, sin, row_block, batch, head, last_head, rows, heads, q_out_b,
-            q_out_h, first, q_stride_b.to(tl.int64) * VEC, q_stride_s.to(tl.int64) * VEC, q_stride_h.to(tl.int64) * VEC,
-            angle_stride_s, angle_stride_h, D, BLOCK_S, BLOCK_D, HALF, Q_NORM, PAIRED, OF_HEADS,
-        )  # fmt: skip
-    if COUNT > 1:  # noqa: SIM102 (decided before compilation, which `and` would not be)
+    if FIRST == 0:  # noqa: SIM102 (decided before compilation, which `and` would not be)
+        if which == 0:
+            _prepare_rows(
+                q, q_out, q_weight, q_bias, q_eps, cos, sin, row_block, batch, head, last_head, rows, heads, q_out_b,
+                q_out_h, first,
+                q_stride_b.to(tl.int64) * VEC, q_stride_s.to(tl.int64) * VEC, q_stride_h.to(tl.int64) * VEC,
+                angle_stride_s, angle_stride_h, D, BLOCK_S, BLOCK_D, HALF, Q_NORM, PAIRED, OF_HEADS,
+            )  # fmt: skip
+    if FIRST + COUNT > 1:  # noqa: SIM102
         if which == 1:
             _prepare_rows(
                 k, k_out, k_weight, k_bias, k_eps, cos, sin, row_block, batch, head, last_head, rows, heads, out_b,
@@ -215,7 +217,7 @@ def _prepare(
                 k_stride_b.to(tl.int64) * VEC, k_stride_s.to(tl.int64) * VEC, k_stride_h.to(tl.int64) * VEC,
                 angle_stride_s, angle_stride_h, D, BLOCK_S, BLOCK_D, HALF, K_NORM, PAIRED, OF_HEADS,
             )  # fmt: skip
-    if COUNT > 2:  # noqa: SIM102
+    if FIRST + COUNT > 2:  # noqa: SIM102
         if which == 2:
             _prepare_rows(
                 v, v_out, None, None, 0.0, None, None, row_block, batch, head, last_head, rows, heads, out_b, out_h,
@@ -243,7 +245,7 @@ def _divided(strides: Sequence[int], width: int) -> tuple[tuple[int, ...], int]:
 @functools.lru_cache(maxsize=4096)
 def _plan(
     shape: torch.Size, strides: tuple[tuple[int, ...], ...], norms: tuple[int, ...], dtype: torch.dtype,
-    device: torch.device, angles: torch.Size | None, angle_strides: tuple[int, ...], half: bool,
+    device: torch.device, angles: torch.Size | None, angle_strides: tuple[int, ...], half: bool, first_part: int,
 ) -> _Plan:  # fmt: skip
     batch, rows, heads, head_dim = shape
     block_d = 2 * triton.next_power_of_2(triton.cdiv(head_dim, 2))
@@ -252,12 +254,15 @@ def _plan(
     group = heads if any(norm % 2 and norm & 2 for norm in norms) else min(heads, HEADS)
     groups, row_blocks = triton.cdiv(heads, group), triton.cdiv(rows, block_s)
     of_inputs, vec = _divided([x for stride in strides for x in stride[:3]], 16 // dtype.itemsize)
+    of_inputs = (0, 0, 0) * first_part + of_inputs
     of_inputs += (0,) * (9 - len(of_inputs))
+    q_norm, k_norm, *_ = (0,) * first_part + norms + (0, 0)
     of_angles, angle_vec = _divided((*angle_strides[:-1], 0, 0)[:2], 4)
     constants = {
-        "D": head_dim, "BLOCK_S": block_s, "BLOCK_D": block_d, "HALF": half and angles is not None, "Q_NORM": norms[0],
-        "K_NORM": norms[1] if len(norms) > 1 else 0, "PAIRED": angles is not None and angles[-1] != head_dim,
-        "OF_HEADS": angles is not None and len(angles) == 3, "COUNT": len(strides), "VEC": vec, "ANGLE_VEC": angle_vec,
+        "D": head_dim, "BLOCK_S": block_s, "BLOCK_D": block_d, "HALF": half and angles is not None, "Q_NORM": q_norm,
+        "K_NORM": k_norm, "PAIRED": angles is not None and angles[-1] != head_dim,
+        "OF_HEADS": angles is not None and len(angles) == 3, "FIRST": first_part, "COUNT": len(strides),
+        "VEC": vec, "ANGLE_VEC": angle_vec,
     }  # fmt: skip
     launcher = _launcher(device, dtype, WARPS, *constants.items())
     return _Plan(
@@ -275,6 +280,7 @@ def prepare_forward(
     cos: Sequence[torch.Tensor | None],
     sin: Sequence[torch.Tensor | None],
     half: bool,
+    first_part: int = 0,
 ) -> None:
     """One launch for each stream that has rows.
 
@@ -285,10 +291,11 @@ def prepare_forward(
         weights, biases, norms, eps: of the norm of each projection.
         cos, sin: RoPE's angles of each stream.
         half: whether channels i and i + D / 2 make a pair, not 2i and 2i + 1.
+        first_part: of q, k and v the first one that is there: with 1, a stream has k, or k and v.
     """
     count = len(outputs)
     heads = outputs[0].shape[2]
-    of_queries, of_keys = _rows_apart(outputs[0]), _rows_apart(outputs[min(1, count - 1)])
+    of_queries, of_keys = _rows_apart(outputs[0]), _rows_apart(outputs[-1])
     first = 0
     for i in range(len(cos)):
         begin = i * count
@@ -296,11 +303,12 @@ def prepare_forward(
         if parts[0].numel():
             angle = cos[i]
             plan = _plan(
-                parts[0].shape, tuple(x.stride() for x in parts), tuple(norms[begin : begin + count][:2]),
+                parts[0].shape, tuple(x.stride() for x in parts), tuple(norms[begin : begin + count][: 2 - first_part]),
                 parts[0].dtype, parts[0].device, None if angle is None else angle.shape,
-                () if angle is None else angle.stride(), half,
+                () if angle is None else angle.stride(), half, first_part,
             )  # fmt: skip
-            arguments = _of_stream(parts, outputs, weights[begin:], biases[begin:], eps[begin:])
+            of_norms = (values[begin : begin + count] for values in (weights, biases, eps))
+            arguments = _of_stream(parts, outputs, *of_norms, first_part)
             plan.launcher(
                 (plan.programs, 1, 1), *arguments, angle, sin[i], parts[0].shape[1], heads, *of_queries, *of_keys,
                 first, *plan.groups, *plan.strides,
@@ -319,15 +327,17 @@ def _rows_apart(out: torch.Tensor) -> tuple[int, int]:
 
 def _of_stream(
     parts: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor | None],
-    biases: Sequence[torch.Tensor | None], eps: Sequence[float],
+    biases: Sequence[torch.Tensor | None], eps: Sequence[float], first_part: int,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """The kernel's arguments up to the angles; None and 0 for projections that are not there."""
-    absent = (None,) * (3 - len(parts))
-    has_key = len(parts) > 1
-    return (
-        *parts, *absent, *outputs, *absent, weights[0], biases[0], weights[1] if has_key else None,
-        biases[1] if has_key else None, float(eps[0]), float(eps[1]) if has_key else 0.0,
+    """The kernel's arguments up to the angles; None and 0 for what is not there."""
+
+    def placed(values: Sequence[Any], absent: Any) -> list[Any]:
+        return [*[absent] * first_part, *values, *[absent] * (3 - first_part - len(values))]
+
+    (q_weight, k_weight, _), (q_bias, k_bias, _), (q_eps, k_eps, _) = (
+        placed(weights, None), placed(biases, None), placed([float(x) for x in eps], 0.0)
     )  # fmt: skip
+    return *placed(parts, None), *placed(outputs, None), q_weight, q_bias, k_weight, k_bias, q_eps, k_eps
 
 
 @functools.cache

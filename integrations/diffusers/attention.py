@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from para_kernels import flash_attention
 from para_kernels.attention8 import flash_attention_int8
-from para_kernels.integrations.diffusers.norms import left_to_norm
+from para_kernels.integrations.diffusers.norms import left_to_norm, norm_of
 from para_kernels.integrations.diffusers.outside import Attend, AttendOutside
 from para_kernels.preparation import Rotary, Stream, Unprepared, as_they_are, unprepared
 
@@ -223,7 +224,8 @@ def self_attention(attn: Any, states: Tensor, rotary: Rotary | None) -> Unprepar
     stream = projected(attn, states, rotary)
     assert stream.value is not None
     if stream.norm_query is None and stream.norm_key is None and rotary is None:
-        return as_they_are(stream.query, stream.key, stream.value)
+        query = stream.query if stream.project is None else stream.project(stream.query)
+        return as_they_are(query, stream.key, stream.value)
     return unprepared([stream._replace(value=None)], value=stream.value)
 
 
@@ -237,7 +239,7 @@ def _single_stream(attn: Any, video: Tensor, text: Tensor, rotary: Rotary | None
     if rotary is None:
         return self_attention(attn, both, None)
     rows = rotary[0].shape[0]
-    joint = projected(attn, both, None)
+    joint = projected(attn, both, None, queries_later=False)
     query, key = joint.query, joint.key
     streams = [
         joint._replace(query=query[:, :rows], key=key[:, :rows], value=None, rotary=on_device_of(rotary, query)),
@@ -251,20 +253,37 @@ def _dual_stream(attn: Any, video: Tensor, text: Tensor, rotary: Rotary | None) 
     return unprepared([projected(attn, video, rotary), text_projected(attn, text, None)])
 
 
-def projected(attn: Any, states: Tensor, rotary: Rotary | None) -> Stream:
-    """Query, key and value (B, S, H, D), and what is left to do to them."""
-    query, norm_query = left_to_norm(attn.norm_q, heads_of(attn, attn.to_q(states)))
-    key, norm_key = left_to_norm(attn.norm_k, heads_of(attn, attn.to_k(states)))
-    value = heads_of(attn, attn.to_v(states))
-    return Stream(query, key, value, norm_query, norm_key, None if rotary is None else on_device_of(rotary, query))
+def projected(attn: Any, states: Tensor, rotary: Rotary | None, *, queries_later: bool = True) -> Stream:
+    """Query, key and value (B, S, H, D), and what is left to do to them; also, with `queries_later`, to project queries."""
+    projections, norms = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
+    return _stream(attn, states, rotary, projections, norms, queries_later)
 
 
 def text_projected(attn: Any, text: Tensor, rotary: Rotary | None) -> Stream:
     """As `projected`, by the projections that joint attention has for the text."""
-    query, norm_query = left_to_norm(attn.norm_added_q, heads_of(attn, attn.add_q_proj(text)))
-    key, norm_key = left_to_norm(attn.norm_added_k, heads_of(attn, attn.add_k_proj(text)))
-    value = heads_of(attn, attn.add_v_proj(text))
-    return Stream(query, key, value, norm_query, norm_key, None if rotary is None else on_device_of(rotary, query))
+    projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    return _stream(attn, text, rotary, projections, (attn.norm_added_q, attn.norm_added_k), True)
+
+
+def _stream(
+    attn: Any, states: Tensor, rotary: Rotary | None, projections: tuple[Any, ...], norms: tuple[Any, Any], later: bool
+) -> Stream:
+    to_q, to_k, to_v = projections
+    key, norm_key = left_to_norm(norms[1], heads_of(attn, to_k(states)))
+    value = heads_of(attn, to_v(states))
+    rotary = None if rotary is None else on_device_of(rotary, key)
+    if later and not torch.compiler.is_compiling():
+        norm_query = norm_of(norms[0], key)
+        project = functools.partial(_queries, attn, to_q, norms[0] if norm_query is None else None)
+        return Stream(states, key, value, norm_query, norm_key, rotary, project)
+    query, norm_query = left_to_norm(norms[0], heads_of(attn, to_q(states)))
+    return Stream(query, key, value, norm_query, norm_key, rotary)
+
+
+def _queries(attn: Any, to_q: Any, norm: Any, states: Tensor) -> Tensor:
+    """Projected, and normed by a module that nothing else can stand in for."""
+    query, _ = left_to_norm(norm, heads_of(attn, to_q(states)))
+    return query
 
 
 def on_device_of(rotary: Rotary, x: Tensor) -> Rotary:

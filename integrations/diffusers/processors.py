@@ -102,7 +102,7 @@ class CogVideoXProcessor(Processor):
     ) -> tuple[Tensor, Tensor]:
         """Video (B, S, C) and text (B, T, C), to their new states."""
         shard, cut = self.shard(hidden_states.shape[1]), encoder_hidden_states.shape[1]
-        joint = projected(attn, torch.cat([encoder_hidden_states, hidden_states], dim=1), None)
+        joint = projected(attn, torch.cat([encoder_hidden_states, hidden_states], dim=1), None, queries_later=False)
         rotary = None if image_rotary_emb is None else rotary_rows(image_rotary_emb, shard.rows)
         text, video = (joint._replace(query=joint.query[:, r], key=joint.key[:, r], value=None) for r in _parted(cut))
         if rotary is not None:

@@ -131,8 +131,8 @@ def test_large_means_and_values() -> None:
 @pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_into_the_piece_of_a_ring(case: Case, joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def prepare_into(outputs: list[Tensor], *arguments: Any) -> None:
-        prepare_forward(arguments[0], outputs, *arguments[1:])
+    def prepare_into(outputs: list[Tensor], *arguments: Any, first_part: int = 0) -> None:
+        prepare_forward(arguments[0], outputs, *arguments[1:], first_part)
 
     monkeypatch.setattr(ops, "prepare_into", prepare_into)
     streams = case.streams()
@@ -144,7 +144,8 @@ def test_into_the_piece_of_a_ring(case: Case, joined: bool, monkeypatch: pytest.
     later = unprepared(streams, value=value, rotary_form=case.form)
     q = torch.full_like(expected[0], float("nan"))
     k, v = piece_of(q, q.shape)
-    later.write(q, k, v)
+    later.write_keys(k, v)
+    later.write_queries(q)
     for out, wanted in zip((q, k, v), expected, strict=True):
         assert torch.equal(out, wanted)
 
