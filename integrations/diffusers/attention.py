@@ -254,7 +254,9 @@ def _dual_stream(attn: Any, video: Tensor, text: Tensor, rotary: Rotary | None) 
 
 
 def projected(attn: Any, states: Tensor, rotary: Rotary | None, *, queries_later: bool = True) -> Stream:
-    """Query, key and value (B, S, H, D), and what is left to do to them; also, with `queries_later`, to project queries."""
+    """Query, key and value (B, S, H, D), and what is left to do to them: with `queries_later` also the projection of
+    queries.
+    """
     projections, norms = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
     return _stream(attn, states, rotary, projections, norms, queries_later)
 

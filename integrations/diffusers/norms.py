@@ -27,7 +27,7 @@ def left_to_norm(module: nn.Module | None, x: Tensor) -> tuple[Tensor, Norm | No
 
 
 def norm_of(module: nn.Module | None, like: Tensor) -> Norm | None:
-    """What `module` does to tensors (B, S, H, D) like this one; None for nothing, and where only the module can do it."""
+    """What `module` does to tensors (B, S, H, D) like this one; None for nothing, and where it has to be called."""
     return None if module is None or _is_hooked(module) else _described(module, like)
 
 
