@@ -285,7 +285,9 @@ PREPARATIONS: dict[str, dict[str, object]] = {
         "q_bias": None,
         "Q_NORM": 0,
     },
-    "queries": {"COUNT": 1, "K_NORM": 0} | dict.fromkeys(("k", "k_out", "k_weight", "k_bias", "v", "v_out")),
+    "queries": {
+        "COUNT": 1, "K_NORM": 0, "k": None, "k_out": None, "k_weight": None, "k_bias": None, "v": None, "v_out": None
+    },  # fmt: skip
 }
 
 
