@@ -286,8 +286,15 @@ PREPARATIONS: dict[str, dict[str, object]] = {
         "Q_NORM": 0,
     },
     "queries": {
-        "COUNT": 1, "K_NORM": 0, "k": None, "k_out": None, "k_weight": None, "k_bias": None, "v": None, "v_out": None
-    },  # fmt: skip
+        "COUNT": 1,
+        "K_NORM": 0,
+        "k": None,
+        "k_out": None,
+        "k_weight": None,
+        "k_bias": None,
+        "v": None,
+        "v_out": None,
+    },
 }
 
 
