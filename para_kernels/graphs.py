@@ -2,7 +2,7 @@
 
 What waits for other processes, or for words that change from call to call, cannot be part of a graph. Such a call is
 made by `outside`: while a function is being recorded, the graph ends there, the call runs as always, and the next graph
-begins. A replay goes through the same list; nothing of the function's own Python runs.
+begins. A replay goes through the same list; of the function's own Python nothing runs but those calls.
 
 All graphs of a recording share one pool of memory, which holds for a replay because the order is always that of the
 recording. The calls between are given the addresses that the recording's tensors had.

@@ -87,6 +87,11 @@ RotaryForm = Literal["interleaved", "half"]
 class Source(Protocol):
     """What queries, keys and values can still be made of: in new memory, or where somebody wants them."""
 
+    @property
+    def projects(self) -> bool:
+        """Whether writing the queries takes more than a kernel."""
+        ...
+
     def prepared(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, each (B, S, H, D)."""
         ...
@@ -129,7 +134,7 @@ class Unprepared(NamedTuple):
 
     def made(self) -> tuple[Tensor, Tensor, Tensor]:
         """As `prepare_attention`."""
-        outputs = _prepare(*self._projected()[:-2])
+        outputs = _prepare(*self.projected()[:-2])
         q, k, v = outputs if self.value is None else (*outputs, self.value)
         return q, k, v
 
@@ -147,7 +152,7 @@ class Unprepared(NamedTuple):
     @torch.no_grad()
     def write_queries(self, q: Tensor) -> None:
         """Prepare the queries into these."""
-        ops.prepare_into([q], *self._projected()._parts(0)[:-2])
+        ops.prepare_into([q], *self.projected()._parts(0)[:-2])
 
     @property
     def outline(self) -> Tensor:
@@ -168,14 +173,25 @@ class Unprepared(NamedTuple):
         batch, _, heads, head_dim = self.projections[1].shape
         return batch, sum(x.shape[1] for x in self.projections[1 :: self._each]), heads, head_dim
 
-    def _projected(self) -> Unprepared:
-        """With the queries, where they have still to be projected."""
+    @property
+    def projects(self) -> bool:
+        """Whether there are queries that are still to be projected."""
+        return self.project is not None
+
+    def projected(self) -> Unprepared:
+        """With the queries, where they are still to be projected.
+
+        Raises:
+            ValueError: if what `Stream.project` makes is not like the keys.
+        """
         if self.project is None:
             return self
         projections = list(self.projections)
         for i, project in enumerate(self.project):
             if project is not None:
-                projections[i * self._each] = project(projections[i * self._each])
+                query = project(projections[i * self._each])
+                _check_queries(f"streams[{i}].project", query, projections[i * self._each + 1])
+                projections[i * self._each] = query
         return self._replace(projections=projections, project=None)
 
     def _parts(self, *which: int) -> Unprepared:
@@ -378,6 +394,15 @@ def _check_stream(name: str, stream: Stream, first: Tensor) -> None:
     _check_norm(f"{name}.norm_query", stream.norm_query, stream.query)
     _check_norm(f"{name}.norm_key", stream.norm_key, stream.key)
     _check_rotary(f"{name}.rotary", stream.rotary, stream.query)
+
+
+def _check_queries(name: str, query: Tensor, key: Tensor) -> None:
+    """At every call: in the usual case without a word of a kernel that would read elsewhere."""
+    if query.shape != key.shape or query.dtype != key.dtype or query.device != key.device or query.stride(3) != 1:
+        raise ValueError(
+            f"{name}: made {query.dtype} {tuple(query.shape)} on {query.device} with strides {query.stride()}, must be"
+            f" like the key: {key.dtype} {tuple(key.shape)} on {key.device}, D contiguous"
+        )
 
 
 def _check_values(name: str, stream: Stream, joined: Tensor | None) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from para_kernels import flash_attention
 from para_kernels.attention8 import flash_attention_int8
-from para_kernels.integrations.diffusers.norms import left_to_norm, norm_of
+from para_kernels.integrations.diffusers.norms import called, left_to_norm, norm_of
 from para_kernels.integrations.diffusers.outside import Attend, AttendOutside
 from para_kernels.preparation import Rotary, Stream, Unprepared, as_they_are, unprepared
 
@@ -35,6 +35,12 @@ class Shard:
     attend: Attend
     joint_rows: slice
     attend_video: Attend
+
+    @property
+    def queries_later(self) -> bool:
+        """Whether keys and values may travel while queries are projected."""
+        eager = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        return eager and isinstance(self.attend, AttendOutside)
 
     def attend_unprepared(self, streams: Unprepared, lens: Tensor | None) -> Tensor:
         """As `attend`, of what queries, keys and values are still to be made of: over ranks, in the ring's buffer."""
@@ -191,8 +197,11 @@ class ParaAttnProcessor(Signed):
         shard = self.lengths.here(cut)
         lens = self._joint_lengths(shard.video_tokens, attention_mask)
         rotary = None if image_rotary_emb is None else rotary_rows(image_rotary_emb, shard.rows)
-        streams = _single_stream if attn.add_q_proj is None else _dual_stream
-        joint = streams(attn, hidden_states, encoder_hidden_states, rotary)
+        states = (hidden_states, encoder_hidden_states, rotary)
+        if attn.add_q_proj is None:
+            joint = _single_stream(attn, *states)
+        else:
+            joint = _dual_stream(attn, *states, queries_later=shard.queries_later)
         out = shard.attend_unprepared(joint, lens).flatten(2)
         return video_out(attn, out[:, :cut]), text_out(attn, out[:, cut:])
 
@@ -219,9 +228,9 @@ def rotary_rows(rotary: Rotary, rows: slice) -> Rotary:
     return cos[rows], sin[rows]
 
 
-def self_attention(attn: Any, states: Tensor, rotary: Rotary | None) -> Unprepared:
+def self_attention(attn: Any, states: Tensor, rotary: Rotary | None, *, queries_later: bool = False) -> Unprepared:
     """One stream, which needs no joining: what is neither normed nor rotated stays where it is."""
-    stream = projected(attn, states, rotary)
+    stream = projected(attn, states, rotary, queries_later=queries_later)
     assert stream.value is not None
     if stream.norm_query is None and stream.norm_key is None and rotary is None:
         query = stream.query if stream.project is None else stream.project(stream.query)
@@ -239,7 +248,7 @@ def _single_stream(attn: Any, video: Tensor, text: Tensor, rotary: Rotary | None
     if rotary is None:
         return self_attention(attn, both, None)
     rows = rotary[0].shape[0]
-    joint = projected(attn, both, None, queries_later=False)
+    joint = projected(attn, both, None)
     query, key = joint.query, joint.key
     streams = [
         joint._replace(query=query[:, :rows], key=key[:, :rows], value=None, rotary=on_device_of(rotary, query)),
@@ -248,12 +257,13 @@ def _single_stream(attn: Any, video: Tensor, text: Tensor, rotary: Rotary | None
     return unprepared(streams, value=joint.value)
 
 
-def _dual_stream(attn: Any, video: Tensor, text: Tensor, rotary: Rotary | None) -> Unprepared:
+def _dual_stream(attn: Any, video: Tensor, text: Tensor, rotary: Rotary | None, *, queries_later: bool) -> Unprepared:
     """Projections of their own for each stream, joined with the text behind the video."""
-    return unprepared([projected(attn, video, rotary), text_projected(attn, text, None)])
+    of_video = projected(attn, video, rotary, queries_later=queries_later)
+    return unprepared([of_video, text_projected(attn, text, None, queries_later=queries_later)])
 
 
-def projected(attn: Any, states: Tensor, rotary: Rotary | None, *, queries_later: bool = True) -> Stream:
+def projected(attn: Any, states: Tensor, rotary: Rotary | None, *, queries_later: bool = False) -> Stream:
     """Query, key and value (B, S, H, D), and what is left to do to them: with `queries_later` also the projection of
     queries.
     """
@@ -261,31 +271,32 @@ def projected(attn: Any, states: Tensor, rotary: Rotary | None, *, queries_later
     return _stream(attn, states, rotary, projections, norms, queries_later)
 
 
-def text_projected(attn: Any, text: Tensor, rotary: Rotary | None) -> Stream:
+def text_projected(attn: Any, text: Tensor, rotary: Rotary | None, *, queries_later: bool = False) -> Stream:
     """As `projected`, by the projections that joint attention has for the text."""
     projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-    return _stream(attn, text, rotary, projections, (attn.norm_added_q, attn.norm_added_k), True)
+    return _stream(attn, text, rotary, projections, (attn.norm_added_q, attn.norm_added_k), queries_later)
 
 
 def _stream(
     attn: Any, states: Tensor, rotary: Rotary | None, projections: tuple[Any, ...], norms: tuple[Any, Any], later: bool
 ) -> Stream:
     to_q, to_k, to_v = projections
+    project, query, norm_query = None, states, None
+    if not later:
+        query, norm_query = left_to_norm(norms[0], heads_of(attn, to_q(states)))
     key, norm_key = left_to_norm(norms[1], heads_of(attn, to_k(states)))
     value = heads_of(attn, to_v(states))
-    rotary = None if rotary is None else on_device_of(rotary, key)
-    if later and not torch.compiler.is_compiling():
+    if later:
         norm_query = norm_of(norms[0], key)
         project = functools.partial(_queries, attn, to_q, norms[0] if norm_query is None else None)
-        return Stream(states, key, value, norm_query, norm_key, rotary, project)
-    query, norm_query = left_to_norm(norms[0], heads_of(attn, to_q(states)))
-    return Stream(query, key, value, norm_query, norm_key, rotary)
+    rotary = None if rotary is None else on_device_of(rotary, key)
+    return Stream(query, key, value, norm_query, norm_key, rotary, project)
 
 
 def _queries(attn: Any, to_q: Any, norm: Any, states: Tensor) -> Tensor:
     """Projected, and normed by a module that nothing else can stand in for."""
-    query, _ = left_to_norm(norm, heads_of(attn, to_q(states)))
-    return query
+    query = heads_of(attn, to_q(states))
+    return query if norm is None else called(norm, query)
 
 
 def on_device_of(rotary: Rotary, x: Tensor) -> Rotary:

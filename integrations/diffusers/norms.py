@@ -19,11 +19,14 @@ def left_to_norm(module: nn.Module | None, x: Tensor) -> tuple[Tensor, Norm | No
     of offloading, its weight arrives with the call.
     """
     norm = norm_of(module, x)
-    if module is None or norm is not None:
-        return x, norm
+    return (x, norm) if module is None or norm is not None else (called(module, x), None)
+
+
+def called(module: Any, x: Tensor) -> Tensor:
+    """x (B, S, H, D) through the norm, in its own dtype."""
     shape: tuple[int, ...] = tuple(getattr(module, "normalized_shape", None) or getattr(module, "dim", ()))
     normed = module(x.flatten(2)).view(x.shape) if shape == (x.shape[2] * x.shape[3],) else module(x)
-    return normed.to(x.dtype), None
+    return normed.to(x.dtype)
 
 
 def norm_of(module: nn.Module | None, like: Tensor) -> Norm | None:

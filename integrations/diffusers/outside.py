@@ -67,8 +67,8 @@ class AttendOutside:
 
     def unprepared(self, streams: Unprepared, lens: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():
-            assert streams.project is None, "compiled code projects queries itself"
-            return torch.ops.para_kernels.attend_outside.default(self.outside.ticket, self.video, *streams[:-1], lens)
+            whole = streams.projected()[:-1]
+            return torch.ops.para_kernels.attend_outside.default(self.outside.ticket, self.video, *whole, lens)
         return self.attend(streams, lens)
 
 

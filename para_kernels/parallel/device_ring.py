@@ -134,6 +134,7 @@ class DeviceRing(ABC):
     """
 
     name: str
+    prepares_in_place = True
     _side_streams = 2
     _chunks = 0
     _copy_bytes = COPY_BYTES
@@ -202,10 +203,10 @@ class DeviceRing(ABC):
                 else:
                     self._prepare(source.write_keys, *_piece(layout.memory, layout.place.first_row(slot), k.shape))
                 self._announce.run([main], epoch)
-                transfers_first = self._launches_block or source is not None
+                transfers_first = self._launches_block or (source is not None and source.projects)
                 if transfers_first:
                     layout.transfers[slot].run(self._sides, epoch)
-                if source is not None:  # Queries are made while the first pieces travel.
+                if source is not None:  # Where queries are still to be projected, the first pieces travel meanwhile.
                     q = q.new_empty((q.shape[0], q.shape[2], q.shape[1], q.shape[3])).transpose(1, 2)
                     self._prepare(source.write_queries, q)
                 finish = self._attend(q, layout, slot, epoch, out, lse, q_lens, kv_lens, scale)
