@@ -83,6 +83,10 @@ at::Tensor scratch_of(const AttentionPlan& plan, const at::Tensor& out) {
   return plan.merge ? at::empty({plan.merge->scratch_elements}, out.options().dtype(at::kFloat)) : out;
 }
 
+bool pass_scratch(Call& call, const AttentionPlan& plan, const at::Tensor& scratch) {
+  return plan.merge ? call.pass(scratch) : call.pass_unfollowed(scratch);
+}
+
 bool launch(
     const AttentionPlan& plan, const AttentionInputs& inputs, const at::Tensor& out, const at::Tensor& lse,
     std::uint64_t stream) {
@@ -90,7 +94,7 @@ bool launch(
   Call call(*plan.launcher);
   const bool fits = pass_source(call, inputs.q, plan.sources[0]) && pass_source(call, inputs.k, plan.sources[1]) &&
                     pass_source(call, inputs.v, plan.sources[2]) && call.pass(out) && call.pass(lse) &&
-                    (!plan.has_scratch || call.pass_unfollowed(scratch)) &&
+                    (!plan.has_scratch || pass_scratch(call, plan, scratch)) &&
                     pass_lens(call, inputs.q_lens, plan, out) && pass_lens(call, inputs.kv_lens, plan, out) &&
                     call.pass(inputs.scale * kLog2E) && pass_integers(call, plan.integers);
   if (fits && inputs.packed_max_q) {

@@ -237,8 +237,8 @@ def _residual_diff_torch(hidden_in: Tensor, hidden_out: Tensor, previous: Tensor
 
 
 def _prepare_cpu_into(
-    outputs: list[Tensor],
     projections: list[Tensor],
+    outputs: list[Tensor],
     weights: list[Tensor | None],
     biases: list[Tensor | None],
     norms: list[int],
@@ -407,10 +407,8 @@ def prepare_into(
 
     `first_part`: of q, k and v the first one that is there.
     """
-    if outputs[0].device.type == "cpu":
-        _prepare_cpu_into(outputs, projections, weights, biases, norms, eps, cos, sin, half, first_part)
-    else:
-        _triton().prepare.prepare_forward(projections, outputs, weights, biases, norms, eps, cos, sin, half, first_part)
+    prepare = _prepare_cpu_into if outputs[0].device.type == "cpu" else _triton().prepare.prepare_forward
+    prepare(projections, outputs, weights, biases, norms, eps, cos, sin, half, first_part)
 
 
 def _prepare(

@@ -29,7 +29,8 @@ from para_kernels.integrations.diffusers import generate as generate_module
 from para_kernels.integrations.diffusers.compiled import CompiledForward
 from para_kernels.integrations.diffusers.generate import Acceleration
 from para_kernels.integrations.diffusers.outside import Outside
-from para_kernels.preparation import Norm, Stream, Unprepared, as_they_are, unprepared
+from para_kernels.preparation import Norm, Stream, unprepared
+from para_kernels.sources import Unprepared, as_they_are
 
 ranks.preload("compile_ranks")
 pytestmark = pytest.mark.usefixtures("one_thread")

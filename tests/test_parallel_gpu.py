@@ -17,7 +17,8 @@ from para_kernels import flash_attention
 from para_kernels.graphs import Recorded, capture_for, outside
 from para_kernels.parallel.attention import context_parallel_attention
 from para_kernels.parallel.mesh import build_mesh
-from para_kernels.preparation import Norm, Stream, Unprepared, prepare_attention, unprepared
+from para_kernels.preparation import Norm, Stream, prepare_attention, unprepared
+from para_kernels.sources import Unprepared
 
 pytestmark = pytest.mark.gpu
 

@@ -20,11 +20,11 @@ from para_kernels.integrations.diffusers.norms import left_to_norm
 from para_kernels.preparation import (
     Norm,
     Stream,
-    as_they_are,
     prepare_attention,
     prepare_projection,
     unprepared,
 )
+from para_kernels.sources import as_they_are
 
 # One rounding of each step, of which the norm has up to three: diffusers' own expressions come as near.
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}

@@ -15,7 +15,8 @@ from para_kernels import flash_attention
 from para_kernels.attention8 import flash_attention_int8
 from para_kernels.integrations.diffusers.norms import called, left_to_norm, norm_of
 from para_kernels.integrations.diffusers.outside import Attend, AttendOutside
-from para_kernels.preparation import Rotary, Stream, Unprepared, as_they_are, unprepared
+from para_kernels.preparation import Rotary, Stream, unprepared
+from para_kernels.sources import Unprepared, as_they_are
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from para_kernels.preparation import Unprepared, as_they_are
+from para_kernels.sources import Unprepared, as_they_are
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """q, k, v (B, S, H, D) and the lengths (B,) of the whole sequence, None for full ones: to out (B, S, H, D)."""

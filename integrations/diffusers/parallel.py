@@ -24,7 +24,7 @@ from para_kernels.parallel.attention import context_parallel_attention
 from para_kernels.parallel.collective import gather_rows
 from para_kernels.parallel.failure import deadline, raise_on_failure, set_layer
 from para_kernels.parallel.sharding import Shards
-from para_kernels.preparation import Unprepared
+from para_kernels.sources import Unprepared
 
 from .agreement import agree
 from .attention import ATTEND, AttentionLengths, Shard

@@ -20,7 +20,7 @@ from para_kernels.parallel.ring8 import ring_int8
 from para_kernels.parallel.sharding import Shards
 from para_kernels.parallel.transport import give_up_transports, select_transport
 from para_kernels.parallel.ulysses import heads_for_rows, rows_for_heads
-from para_kernels.preparation import Source
+from para_kernels.sources import Source
 
 
 @overload

@@ -17,7 +17,7 @@ from para_kernels.attention import flash_attention
 from para_kernels.parallel.failure import global_rank, named, other_ranks, stream_ordered, wait, watch_progress
 from para_kernels.parallel.parts import Parts
 from para_kernels.parallel.sharding import Shards
-from para_kernels.preparation import Source
+from para_kernels.sources import Source
 
 # --- the ring ---------------------------------------------------------------------------------------------------------
 

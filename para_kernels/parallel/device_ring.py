@@ -47,7 +47,7 @@ from para_kernels import ops
 from para_kernels.attention import softmax_scale
 from para_kernels.parallel.control import Control
 from para_kernels.parallel.failure import current_timeout, exchange, raise_obstacles
-from para_kernels.preparation import Source
+from para_kernels.sources import Source
 
 LIBRARY = "libcuda.so.1"
 # Copies of this size and more run at nearly the full speed of a bus; a group of heads is about one.

@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 from para_kernels.parallel.collective import CollectiveTransport
 from para_kernels.parallel.failure import RankFailure, exchange, global_rank
 from para_kernels.parallel.mesh import TRANSPORTS
-from para_kernels.preparation import Source
+from para_kernels.sources import Source
 
 ENVIRONMENT = "PARA_KERNELS_TRANSPORT"
 

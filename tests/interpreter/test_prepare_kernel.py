@@ -31,7 +31,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         prepare_forward(projections, outputs, *arguments)
         return outputs
 
-    monkeypatch.setattr("para_kernels.preparation._prepare", prepare)
+    monkeypatch.setattr("para_kernels.sources._prepare", prepare)
 
 
 @dataclass(frozen=True)
