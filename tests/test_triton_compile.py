@@ -306,10 +306,12 @@ def compile_prepare(capability: tuple[int, int], head_dim: int, kind: str, varia
     } | variant  # fmt: skip
     if constants["Q_NORM"] != 2:
         constants |= {"q_bias": None, "k_bias": None}
-    pointers = ("q", "k", "v", "q_out", "k_out", "v_out", "q_weight", "k_weight", "q_bias", "k_bias")
-    signature = {name: f"*{kind}" for name in pointers if name not in constants}
-    signature |= {name: "*fp32" for name in ("cos", "sin") if name not in constants}
-    signature |= {"q_eps": "fp32", "k_eps": "fp32"}
+    of_stream = ("q", "k", "v", "q_weight", "k_weight", "q_bias", "k_bias")
+    constants |= {f"{name}_2": None for name in (*of_stream, "cos", "sin") if name in constants}
+    of_both = [name + second for name in of_stream for second in ("", "_2")]
+    signature = {name: f"*{kind}" for name in (*of_both, "q_out", "k_out", "v_out") if name not in constants}
+    signature |= {name: "*fp32" for name in ("cos", "sin", "cos_2", "sin_2") if name not in constants}
+    signature |= dict.fromkeys(("q_eps", "k_eps", "q_eps_2", "k_eps_2"), "fp32")
     return compile_kernel(prepare._prepare, signature, constants, capability, prepare.WARPS)
 
 

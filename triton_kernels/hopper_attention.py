@@ -50,6 +50,15 @@ from .hopper_parts import (
     _PARAMETERS,
     _ROWS,
     _ROWS_Q,
+    _TOLD,
+    _TOLD_BATCH,
+    _TOLD_HEAD,
+    _TOLD_KEYS,
+    _TOLD_PART,
+    _TOLD_QUERIES,
+    _TOLD_ROW,
+    _TOLD_STORED,
+    _TOLD_UNCLEAN,
     _V,
     _any_overflow,
     _async_load,
@@ -65,16 +74,17 @@ from .hopper_parts import (
     _make_descriptor,
     _meet,
     _note_overflow,
-    _one,
     _own_keys,
     _park,
     _part,
     _queries_empty,
     _release,
     _stand_aside,
+    _tell,
     _thread_barrier,
     _tile,
     _tile_of,
+    _told,
     _turns,
     _write_empty_rows,
     _write_rows,
@@ -93,39 +103,6 @@ def _place(parameters, i):
     heads = _integer(parameters, _HEADS)
     rest = tile // blocks
     return tile % blocks * (_integer(parameters, _ACTIVE) * _ROWS), rest % heads, rest // heads, part
-
-
-# What the producer tells the consumers of a tile, in a slot beside that of its queries: derived once, and not by every
-# consumer twice, which took 270 of a tile's 1,100 instructions in three chains of divisions.
-_TOLD_KEYS = gl.constexpr(0)
-_TOLD_QUERIES = gl.constexpr(1)
-_TOLD_STORED = gl.constexpr(2)
-_TOLD_ROW = gl.constexpr(3)
-_TOLD_HEAD = gl.constexpr(4)
-_TOLD_BATCH = gl.constexpr(5)
-_TOLD_UNCLEAN = gl.constexpr(6)
-_TOLD_PART = gl.constexpr(7)
-_TOLD = gl.constexpr(8)
-
-
-@gluon.jit
-def _tell(slot, keys, queries, stored, row, head, batch, unclean, part):
-    """For an item: its number of keys, its rows with queries, its rows to store, the first of them, whether what stands
-    before its keys is another sample's, and which part of a tile it is."""
-    index = gl.arange(0, _TOLD, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    values = gl.where(index == _TOLD_KEYS, keys, unclean)
-    values = gl.where(index == _TOLD_PART, part, values)
-    values = gl.where(index == _TOLD_QUERIES, queries, values)
-    values = gl.where(index == _TOLD_STORED, stored, values)
-    values = gl.where(index == _TOLD_ROW, row, values)
-    values = gl.where(index == _TOLD_HEAD, head, values)
-    slot.store(gl.where(index == _TOLD_BATCH, batch, values))
-    _thread_barrier()
-
-
-@gluon.jit
-def _told(slot, index: gl.constexpr):
-    return gl.max(slot.slice(index, 1).load(_one(gl.num_warps())), 0)
 
 
 @gluon.jit

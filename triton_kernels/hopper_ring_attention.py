@@ -41,6 +41,14 @@ from .hopper_parts import (
     _Q_LENS,
     _ROWS,
     _ROWS_Q,
+    _TOLD,
+    _TOLD_BATCH,
+    _TOLD_HEAD,
+    _TOLD_KEYS,
+    _TOLD_PART,
+    _TOLD_QUERIES,
+    _TOLD_ROW,
+    _TOLD_STORED,
     _V,
     _any_overflow,
     _async_load,
@@ -61,12 +69,15 @@ from .hopper_parts import (
     _part,
     _pointer,
     _queries_empty,
+    _reinterpret,
     _release,
     _sample_span,
     _stand_aside,
+    _tell,
     _thread_barrier,
     _tile,
     _tile_of,
+    _told,
     _turns,
     _write_empty_rows,
     _write_rows,
@@ -86,6 +97,11 @@ _HEADS_PER_FLAG = gl.constexpr(22)
 _FLAG_STRIDE = gl.constexpr(23)
 _BATCHES = gl.constexpr(24)
 _ALL_PARAMETERS = gl.constexpr(32)
+
+# In the slot of what the producer tells: the first piece that holds keys of the item. How many of each piece stands in
+# a slot of its own, of so many pieces.
+_TOLD_FIRST = _TOLD_KEYS
+_MOST_PIECES = gl.constexpr(32)
 
 
 @gluon.jit
@@ -133,28 +149,32 @@ def _piece_span(parameters, piece, kv_total, i):
 
 
 @gluon.jit
-def _piece_len(parameters, piece, kv_total, i):
-    _, kv_len = _piece_span(parameters, piece, kv_total, i)
-    return kv_len
-
-
-@gluon.jit
-def _first_piece(parameters, kv_total, i):
-    """The first piece that holds keys of an item; the number of pieces if none does."""
+def _tell_pieces(parameters, told_keys, slot, kv_total, i):
+    """Leave for the consumers how many keys the program's i-th item has of each piece; the first piece with any, or the
+    number of pieces. Seen by them after the barrier of `_tell`.
+    """
+    piece = gl.arange(0, _MOST_PIECES, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     pieces = _integer(parameters, _PIECES)
-    piece = gl.to_tensor(0)
-    while (piece < pieces) & (_piece_len(parameters, gl.minimum(piece, pieces - 1), kv_total, i) == 0):
-        piece += 1
-    return piece
+    row = _pointer(parameters, _TABLE, gl.int32) + gl.minimum(piece, pieces - 1) * 3
+    length = gl.where(piece < pieces, gl.load(row + 2), 0)
+    kv_len = gl.minimum(gl.maximum(kv_total - gl.load(row + 1), 0), length)
+    _, kv_len = _own_keys(parameters, _part(parameters, i), kv_len, _KEYS)
+    told_keys.index(slot).store(kv_len)
+    return gl.min(gl.where(kv_len > 0, piece, pieces), 0)
 
 
 @gluon.jit
-def _output_span(parameters, first_m, sample, consumer: gl.constexpr):
-    """(row of the tensor, rows with queries, rows to store) of a consumer's 64 rows."""
-    _, q_len = _sequence_len(parameters, first_m, sample)
+def _keys_of(told_keys, slot, piece):
+    """The number of keys that an item has of a piece."""
+    each = _reinterpret(told_keys, gl.int32, [told_keys.shape[0] * _MOST_PIECES, 1], told_keys.layout)
+    return gl.max(each.index(slot * _MOST_PIECES + piece).load(_one(gl.num_warps())), 0)
+
+
+@gluon.jit
+def _output_span(parameters, first_m, consumer: gl.constexpr):
+    """(row of the tensor, rows to store) of a consumer's 64 rows."""
     first = first_m + consumer * _ROWS
-    stored = gl.where(consumer < _integer(parameters, _ACTIVE), _integer(parameters, _ROWS_Q) - first, 0)
-    return first, q_len - first, stored
+    return first, gl.where(consumer < _integer(parameters, _ACTIVE), _integer(parameters, _ROWS_Q) - first, 0)
 
 
 # --- the producer -----------------------------------------------------------------------------------------------------
@@ -222,16 +242,21 @@ def _load_piece(memory, ring, barriers, turn, k_row, v_row, kv_len, STAGES: gl.c
 
 @gluon.jit
 def _feed(
-    q, memory, queries, ring, barriers, parameters, before, turn, failed, CONSUMERS: gl.constexpr,
+    q, memory, queries, ring, barriers, told, told_keys, parameters, before, turn, failed, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
 ):  # fmt: skip
     for i in range(_turns(parameters)):
         first_m, head, sample = _place(parameters, i)
-        kv_total, _ = _sequence_len(parameters, first_m, sample)
-        first = _first_piece(parameters, kv_total, i)
+        kv_total, q_len = _sequence_len(parameters, first_m, sample)
+        rows = _integer(parameters, _ACTIVE) * _ROWS
+        alive = gl.minimum(q_len - first_m, rows)
+        stored = gl.minimum(_integer(parameters, _ROWS_Q) - first_m, rows)
+        slot = (before + i) % Q_STAGES
+        _await_free_queries(barriers, before + i, STAGES, Q_STAGES)
+        first = _tell_pieces(parameters, told_keys, slot, kv_total, i)
+        _tell(told.index(slot), first, alive, stored, first_m, head, sample, 0, _part(parameters, i))
         pieces = _integer(parameters, _PIECES)
         active = gl.where(first < pieces, _integer(parameters, _ACTIVE), 0)
-        _await_free_queries(barriers, before + i, STAGES, Q_STAGES)
         _load_queries(q, queries, barriers, before + i, sample, head, first_m, active, CONSUMERS, STAGES, Q_STAGES)
         kv_head = head // _integer(parameters, _HEADS_PER_KV)
         for piece in range(first, pieces):
@@ -249,19 +274,21 @@ def _feed(
 
 @gluon.jit
 def _producer(
-    q, memory, queries, ring, barriers, parameters, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    q, memory, queries, ring, barriers, told, told_keys, parameters, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr, ONLINE: gl.constexpr,
 ):  # fmt: skip
     first = gl.to_tensor(0)
     turn, failed = _feed(
-        q, memory, queries, ring, barriers, parameters, first, first, first, CONSUMERS, STAGES, Q_STAGES
-    )
+        q, memory, queries, ring, barriers, told, told_keys, parameters, first, first, first, CONSUMERS, STAGES,
+        Q_STAGES,
+    )  # fmt: skip
     if not ONLINE:  # noqa: SIM102, `and` would evaluate both sides
         if _any_overflow(False, CONSUMERS):
             before = _turns(parameters)
             _, failed = _feed(
-                q, memory, queries, ring, barriers, parameters, before, turn, failed, CONSUMERS, STAGES, Q_STAGES
-            )
+                q, memory, queries, ring, barriers, told, told_keys, parameters, before, turn, failed, CONSUMERS,
+                STAGES, Q_STAGES,
+            )  # fmt: skip
     _any_overflow(failed != 0, CONSUMERS)
 
 
@@ -270,27 +297,28 @@ def _producer(
 
 @gluon.jit
 def _attend_pieces(
-    q, ring, barriers, parameters, i, turn, first, kv_total, scale_log2, CONSUMERS: gl.constexpr, D: gl.constexpr,
+    q, ring, barriers, told_keys, slot, turn, first, pieces, scale_log2, CONSUMERS: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr, ONLINE: gl.constexpr,
 ):  # fmt: skip
     """A consumer's 64 rows over all pieces from `first` on: (accumulator, m_i, l_i per row, the next turn)."""
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, _KEYS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
-    kv_len = _piece_len(parameters, first, kv_total, i)
+    kv_len = _keys_of(told_keys, slot, first)
     if kv_len < _KEYS:
         _clean(ring, barriers, turn, kv_len, CONSUMERS, D, STAGES)
     weights, m_i, l_i = _attend_window(q, ring, barriers, turn, kv_len, scale_log2, S, P, D, STAGES)
     acc = gl.zeros([_ROWS, D], gl.float32, OUT)
-    for piece in range(first, _integer(parameters, _PIECES)):
-        kv_len = _piece_len(parameters, piece, kv_total, i)
+    for piece in range(first, pieces):
+        kv_len = _keys_of(told_keys, slot, piece)
         if (piece > first) & (kv_len > 0) & (kv_len < _KEYS):
             _clean(ring, barriers, turn + 1, kv_len, CONSUMERS, D, STAGES)
-        windows = gl.where((piece > first) & (kv_len > 0), 1, 0)
+        # A last block that is full needs no mask.
+        windows = gl.where((piece > first) & (kv_len % _KEYS > 0), 1, 0)
         weights, acc, m_i, l_i, turn = _attend_blocks(
             q, ring, barriers, turn, windows, weights, acc, m_i, l_i, scale_log2, kv_len, S, P, D, STAGES, ONLINE, True
         )
-        blocks = (kv_len + _KEYS - 1) // _KEYS - gl.where(kv_len > 0, 1, 0)
+        blocks = (kv_len + _KEYS - 1) // _KEYS - gl.where(piece > first, windows, 1)
         weights, acc, m_i, l_i, turn = _attend_blocks(
             q, ring, barriers, turn, blocks, weights, acc, m_i, l_i, scale_log2, kv_len, S, P, D, STAGES, ONLINE, False
         )
@@ -301,10 +329,10 @@ def _attend_pieces(
 
 @gluon.jit
 def _stand_aside_pieces(
-    barriers, parameters, i, turn, first, kv_total, CONSUMERS: gl.constexpr, STAGES: gl.constexpr
+    barriers, told_keys, slot, turn, first, pieces, CONSUMERS: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
-    for piece in range(first, _integer(parameters, _PIECES)):
-        kv_len = _piece_len(parameters, piece, kv_total, i)
+    for piece in range(first, pieces):
+        kv_len = _keys_of(told_keys, slot, piece)
         if (kv_len > 0) & (kv_len < _KEYS):
             _meet(CONSUMERS)
         turn = _stand_aside(barriers, turn, kv_len, STAGES)
@@ -313,66 +341,66 @@ def _stand_aside_pieces(
 
 @gluon.jit
 def _consume(
-    queries, ring, barriers, parameters, notes, before, turn, scale_log2, consumer: gl.constexpr,
+    queries, ring, barriers, told, told_keys, parameters, notes, before, turn, scale_log2, consumer: gl.constexpr,
     CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, ONLINE: gl.constexpr,
 ):  # fmt: skip
     """A consumer's rows of the program's tiles; the ring's next turn."""
     for i in range(_turns(parameters)):
-        first_m, _, sample = _place(parameters, i)
-        kv_total, q_len = _sequence_len(parameters, first_m, sample)
-        first = _first_piece(parameters, kv_total, i)
-        rows = gl.minimum(q_len - first_m, _integer(parameters, _ACTIVE) * _ROWS)
         fed = before + i
         _await_queries(barriers, fed, STAGES, Q_STAGES)
-        if (first < _integer(parameters, _PIECES)) & (rows > consumer * _ROWS):
+        slot = told.index(fed % Q_STAGES)
+        first = _told(slot, _TOLD_FIRST)
+        pieces = _integer(parameters, _PIECES)
+        if (first < pieces) & (_told(slot, _TOLD_QUERIES) > consumer * _ROWS):
             mine = queries.index(fed % Q_STAGES * CONSUMERS + consumer).reshape([_ROWS, D])
             acc, m_i, l_i, turn = _attend_pieces(
-                mine, ring, barriers, parameters, i, turn, first, kv_total, scale_log2, CONSUMERS, D, STAGES, ONLINE
-            )
-            if not ONLINE:
-                _note_overflow(notes.index(consumer), acc, l_i, rows - consumer * _ROWS)
-            first_m, head, sample = _place(parameters, i)
-            row, alive_rows, stored_rows = _output_span(parameters, first_m, sample, consumer)
-            _write_rows(
-                parameters, row, head, sample, _part(parameters, i), alive_rows, stored_rows, mine, acc, m_i, l_i,
-                consumer, D,
+                mine, ring, barriers, told_keys, fed % Q_STAGES, turn, first, pieces, scale_log2, CONSUMERS, D, STAGES,
+                ONLINE,
             )  # fmt: skip
+            rows = _told(slot, _TOLD_QUERIES) - consumer * _ROWS
+            if not ONLINE:
+                _note_overflow(notes.index(consumer), acc, l_i, rows)
+            row = _told(slot, _TOLD_ROW) + consumer * _ROWS
+            stored = _told(slot, _TOLD_STORED) - consumer * _ROWS
+            head, sample, part = _told(slot, _TOLD_HEAD), _told(slot, _TOLD_BATCH), _told(slot, _TOLD_PART)
+            _write_rows(parameters, row, head, sample, part, rows, stored, mine, acc, m_i, l_i, consumer, D)
             fence_async_shared()
         else:
-            turn = _stand_aside_pieces(barriers, parameters, i, turn, first, kv_total, CONSUMERS, STAGES)
-            first_m, head, sample = _place(parameters, i)
-            row, _, stored_rows = _output_span(parameters, first_m, sample, consumer)
-            _write_empty_rows(
-                parameters, row, head, sample, _part(parameters, i), stored_rows, queries.dtype, 0.0, float("-inf"),
-                consumer, D,
-            )  # fmt: skip
-        mbarrier.arrive(_queries_empty(barriers, before + i, STAGES, Q_STAGES))
+            turn = _stand_aside_pieces(barriers, told_keys, fed % Q_STAGES, turn, first, pieces, CONSUMERS, STAGES)
+            stored = _told(slot, _TOLD_STORED) - consumer * _ROWS
+            if stored > 0:
+                row = _told(slot, _TOLD_ROW) + consumer * _ROWS
+                head, sample, part = _told(slot, _TOLD_HEAD), _told(slot, _TOLD_BATCH), _told(slot, _TOLD_PART)
+                _write_empty_rows(
+                    parameters, row, head, sample, part, stored, queries.dtype, 0.0, float("-inf"), consumer, D
+                )
+        mbarrier.arrive(_queries_empty(barriers, fed, STAGES, Q_STAGES))
     return turn
 
 
 @gluon.jit
 def _consumer(
-    queries, ring, barriers, parameters, notes, scale_log2, consumer: gl.constexpr, CONSUMERS: gl.constexpr,
-    D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, ONLINE: gl.constexpr,
+    queries, ring, barriers, told, told_keys, parameters, notes, scale_log2, consumer: gl.constexpr,
+    CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, ONLINE: gl.constexpr,
 ):  # fmt: skip
     first = gl.to_tensor(0)
     turn = _consume(
-        queries, ring, barriers, parameters, notes, first, first, scale_log2, consumer, CONSUMERS, D, STAGES, Q_STAGES,
-        ONLINE,
+        queries, ring, barriers, told, told_keys, parameters, notes, first, first, scale_log2, consumer, CONSUMERS, D,
+        STAGES, Q_STAGES, ONLINE,
     )  # fmt: skip
     if not ONLINE:
         in_each_thread: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
         if _any_overflow(gl.max(notes.index(consumer).load(in_each_thread), 0) != 0, CONSUMERS):
             before = _turns(parameters)
             _consume(
-                queries, ring, barriers, parameters, notes, before, turn, scale_log2, consumer, CONSUMERS, D, STAGES,
-                Q_STAGES, True,
+                queries, ring, barriers, told, told_keys, parameters, notes, before, turn, scale_log2, consumer,
+                CONSUMERS, D, STAGES, Q_STAGES, True,
             )  # fmt: skip
     if _any_overflow(False, CONSUMERS):
         # The producer has waited in vain: what was computed is no result, and must not look like one.
         for i in range(_turns(parameters)):
             first_m, head, sample = _place(parameters, i)
-            row, _, stored_rows = _output_span(parameters, first_m, sample, consumer)
+            row, stored_rows = _output_span(parameters, first_m, consumer)
             _write_empty_rows(
                 parameters, row, head, sample, _part(parameters, i), stored_rows, queries.dtype, float("nan"),
                 float("nan"), consumer, D,
@@ -408,6 +436,8 @@ def _hopper_ring_attention(
     notes = gl.allocate_shared_memory(gl.int32, [CONSUMERS, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     for i in gl.static_range(CONSUMERS):
         notes.index(i).store(gl.zeros([4], gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0])))
+    told = gl.allocate_shared_memory(gl.int32, [Q_STAGES, _TOLD], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    told_keys = gl.allocate_shared_memory(gl.int32, [Q_STAGES, _MOST_PIECES], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     parameters = gl.allocate_shared_memory(gl.int64, [_ALL_PARAMETERS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     _park(
         parameters.slice(0, 16), out, lse, scratch, q_lens, kv_lens, heads_per_kv, rows_q, rows_q, flags, heads, blocks,
@@ -419,15 +449,20 @@ def _hopper_ring_attention(
     _thread_barrier()
     gl.warp_specialize(
         [
-            (_producer, (q, memory, queries, ring, barriers, parameters, CONSUMERS, STAGES, Q_STAGES, ONLINE)),
-            (_consumer, (
-                queries, ring, barriers, parameters, notes, scale_log2, 0, CONSUMERS, D, STAGES, Q_STAGES, ONLINE
+            (_producer, (
+                q, memory, queries, ring, barriers, told, told_keys, parameters, CONSUMERS, STAGES, Q_STAGES, ONLINE
             )),
             (_consumer, (
-                queries, ring, barriers, parameters, notes, scale_log2, 1, CONSUMERS, D, STAGES, Q_STAGES, ONLINE
+                queries, ring, barriers, told, told_keys, parameters, notes, scale_log2, 0, CONSUMERS, D, STAGES,
+                Q_STAGES, ONLINE,
             )),
             (_consumer, (
-                queries, ring, barriers, parameters, notes, scale_log2, 2, CONSUMERS, D, STAGES, Q_STAGES, ONLINE
+                queries, ring, barriers, told, told_keys, parameters, notes, scale_log2, 1, CONSUMERS, D, STAGES,
+                Q_STAGES, ONLINE,
+            )),
+            (_consumer, (
+                queries, ring, barriers, told, told_keys, parameters, notes, scale_log2, 2, CONSUMERS, D, STAGES,
+                Q_STAGES, ONLINE,
             )),
         ],
         [4, 4, 4],
@@ -481,7 +516,7 @@ def _plan(
     device: torch.device,
 ) -> _Plan | None:
     batches, rows_q, heads, head_dim = q_shape
-    if not takes(dtype, head_dim) or 0 in q_shape:
+    if not takes(dtype, head_dim) or 0 in q_shape or pieces > _MOST_PIECES.value:
         return None
     q_map = _descriptor(q_shape, q_stride)
     processors = torch.cuda.get_device_properties(device).multi_processor_count

@@ -50,18 +50,20 @@ class Case:
     bias: bool = False
     round_first: bool = False
     fused: bool = True
+    alike: bool = False
 
     def streams(self) -> list[Stream]:
-        """The first with RoPE. `fused`: thirds of one projection; else with odd strides, for narrow accesses."""
+        """The first with RoPE, or `alike` all of them. `fused`: thirds of one projection; else with odd strides, for
+        narrow accesses.
+        """
         seed = torch.Generator().manual_seed(0)
         result = []
         for i, tokens in enumerate(self.tokens):
             extra = 0 if self.fused else 3
             shape = (self.batch, tokens, 3, self.heads, self.head_dim + extra)
             parts = torch.randn(shape, generator=seed).to(self.dtype)[..., : self.head_dim]
-            result.append(
-                Stream(*parts.unbind(2), self.norm(seed), self.norm(seed), None if i else self.rotary(tokens, seed))
-            )
+            rotary = None if i and not self.alike else self.rotary(tokens, seed)
+            result.append(Stream(*parts.unbind(2), self.norm(seed), self.norm(seed), rotary))
         return result
 
     def norm(self, seed: torch.Generator) -> Norm | None:
@@ -104,6 +106,14 @@ CASES = {
     "an empty stream": Case(tokens=(0, 4)),
     "one token": Case(tokens=(1,), heads=1, batch=1),
     "nothing": Case(tokens=(0,)),
+    "two of one kind": Case(tokens=(5, 11), alike=True),
+    "two of one kind, several tiles": Case(
+        tokens=(TILE // 128 + 1, 2 * TILE // 128), heads=HEADS + 1, head_dim=128, dtype=torch.float16, alike=True,
+        round_first=True,
+    ),
+    "two of one kind, layer with bias": Case(kind="layer", bias=True, form="half", alike=True),
+    "two of one kind, over all heads": Case(heads=HEADS + 1, over="heads", angles="H, D/2", alike=True),
+    "five of one kind, two empty": Case(tokens=(4, 0, 2, 3, 0), alike=True),
 }  # fmt: skip
 
 
