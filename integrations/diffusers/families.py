@@ -52,6 +52,8 @@ def check_transformer(family: Family, transformer: nn.Module) -> None:
     for path in (family.shards.gathered_at, *filter(None, [family.refiner])):
         if path not in modules:
             raise ValueError(f"gathered_at, refiner: {kind} has no submodule {path!r}")
+    if family.conditioning is not None and family.conditioning.embedder not in modules:
+        raise ValueError(f"conditioning.embedder: {kind} has no submodule {family.conditioning.embedder!r}")
     arguments = inspect.signature(type(transformer).forward).parameters
     if unknown := [name for name in family.shards.rows if name not in arguments]:
         raise ValueError(f"shards.rows: {kind}.forward has no argument {unknown[0]!r}")
@@ -83,6 +85,8 @@ def _check(family: Family) -> None:
     if family.passes is not None:
         _check_names("passes.names", family.passes.names)
         _check_names("passes.prompts", family.passes.prompts)
+    if family.conditioning is not None:
+        _check_names("conditioning.linears", family.conditioning.linears)
     check_threshold("cache_threshold", family.cache_threshold)
     if not callable(family.processor):
         raise ValueError(f"processor: got {family.processor!r}, allowed is a function of AttentionLengths")

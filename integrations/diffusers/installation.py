@@ -15,6 +15,7 @@ from para_kernels.cache import Policy
 from .attention import ATTEND, AttentionLengths, attend_here
 from .cache import BlockCache, add_cache_hooks, transformer_blocks
 from .compiled import CompiledBlocks
+from .conditioning import SharedConditioning
 from .graphs import ForwardGraphs
 from .hooks import Argument, BranchName, CallHook, DropArgumentHook, add_hook, forget_child_registries
 from .linears import Fp8Linears
@@ -53,17 +54,18 @@ class Settings:
 class Installation:
     """The installation on one transformer; a `Handle` has one for each of its pipeline's transformers.
 
-    It has six parts, each put on and taken off as a whole: the listeners (which call, which branch, what length, how
-    long), the attention processors, the compiled blocks, the graphs, the spreading over ranks, the cache. What must
-    run around the transformer's forward is a hook of torch's own: those stay on the module when CPU offload unwraps and
-    wraps `forward` anew after every call, which loses any hook of diffusers' that wraps the same `forward`.
+    It has seven parts, each put on and taken off as a whole: the listeners (which call, which branch, what length, how
+    long), the attention processors, the compiled blocks, the graphs, the spreading over ranks, what of the conditioning
+    they share, the cache. What must run around the transformer's forward is a hook of torch's own: those stay on the
+    module when CPU offload unwraps and wraps `forward` anew after every call, which loses any hook of diffusers' that
+    wraps the same `forward`.
 
     Args:
         handle: whose it is.
         name: tells its steps from those of the handle's other transformers; "" where there is no need.
 
     Attributes:
-        cache, spread, compiled, graphs: None where there is none.
+        cache, spread, conditioning, compiled, graphs: None where there is none.
         device: where the transformer ran last; None before.
     """
 
@@ -73,6 +75,7 @@ class Installation:
         self.family: Family = handle.family
         self.cache: BlockCache | None = None
         self.spread: Spread | None = None
+        self.conditioning: SharedConditioning | None = None
         self.compiled: CompiledBlocks | None = None
         self.graphs: ForwardGraphs | None = None
         self._parts: dict[str, ExitStack] = {}
@@ -110,6 +113,7 @@ class Installation:
             "compile": self._add_compiled,
             "graphs": self._add_graphs,
             "parallel": self._add_parallel,
+            "conditioning": self._add_conditioning,
             "cache": self._add_cache,
         }
         failed.callback(forget_child_registries, self.transformer)
@@ -219,6 +223,16 @@ class Installation:
             self.cache.reset()
         if spread is not None:
             spread.close()
+
+    def _add_conditioning(self, undo: ExitStack, settings: Settings) -> None:
+        if self.family.conditioning is not None:
+            assert self.spread is not None
+            undo.callback(self._forget_conditioning)
+            self.conditioning = SharedConditioning(self.transformer, self.blocks, self.family.conditioning, self.spread)
+            self.conditioning.add_hooks(undo)
+
+    def _forget_conditioning(self) -> None:
+        self.conditioning = None
 
     def _add_cache(self, undo: ExitStack, settings: Settings) -> None:
         assert settings.cache is not None

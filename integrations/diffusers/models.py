@@ -60,6 +60,20 @@ class Modulation:
 
 
 @dataclass(frozen=True)
+class Conditioning:
+    """What the timestep alone decides, and every rank would compute for itself.
+
+    Attributes:
+        embedder: path of the transformer's submodule, called once before the blocks, whose output is a vector (B, C).
+        linears: paths within a block, each of which a block may have, of the linears that are given that vector's SiLU
+            and nothing else.
+    """
+
+    embedder: str
+    linears: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Passes:
     """How the passes of one step are told apart where the pipeline announces them by no `cache_context`.
 
@@ -100,6 +114,7 @@ class Family:
         cache_threshold: First Block Cache's default threshold.
         shards: how the forward is spread over ranks.
         modulation: what TeaCache looks at; None where it cannot be used.
+        conditioning: what ranks share out beside the rows; None where it is not worth it, as for a video's step.
         kept_linears: names, with wildcards, of what stands in a block and keeps its precision where linears are
             quantised, with all that is below it.
         teacache_rescale: TeaCache's published polynomial, the highest power first; None where there is none.
@@ -126,6 +141,7 @@ class Family:
     refiner: str | None = None
     refiner_mask: str = "attention_mask"
     modulation: Modulation | None = None
+    conditioning: Conditioning | None = None
     # Modulations stand in the norms. They act once per sample, so that there is no time to gain, only memory; and an
     # error in them moves every token alike. (On the shipped pipeline, 4 prompts and 10 steps, they alone in FP8 leave
     # 54 dB, the blocks' other linears 42.) LoRAs are too small to gain.
@@ -214,6 +230,7 @@ FLUX = Family(
         sequence=("encoder_hidden_states", "hidden_states"),
     ),
     modulation=Modulation("norm1", (("x", "hidden_states"), ("emb", "temb"))),
+    conditioning=Conditioning("time_text_embed", ("norm1.linear", "norm1_context.linear", "norm.linear")),
     # github.com/ali-vilab/TeaCache, TeaCache4FLUX: fitted on FLUX.1-dev.
     teacache_rescale=(4.98651651e02, -2.83781631e02, 5.58554382e01, -3.82021401e00, 2.64230861e-01),
     passes=Passes(("cond", "uncond"), ("encoder_hidden_states", "pooled_projections")),  # Kontext; Fill has one pass
@@ -298,6 +315,7 @@ STABLE_DIFFUSION_3 = Family(
         patch=((2, "patch_size"), (3, "patch_size")),
         sequence=("hidden_states", "encoder_hidden_states"),
     ),
+    conditioning=Conditioning("time_text_embed", ("norm1.linear", "norm1_context.linear")),
     # Skip layer guidance has a second pass, in some of the steps.
     passes=Passes(("cond_uncond", "skip_layers"), ("encoder_hidden_states", "pooled_projections")),
 )

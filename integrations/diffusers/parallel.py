@@ -101,6 +101,11 @@ class Spread:
             self.transport = NOT_YET
             before.close()
 
+    @property
+    def place(self) -> Place | None:
+        """Where the running forward runs; None while none does."""
+        return None if self._forward is None else self._forward.place
+
     def close(self) -> None:
         """Give back what the ranks' buffers for keys and values hold: see `Places.close`."""
         self.places.close()

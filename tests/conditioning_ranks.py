@@ -1,0 +1,92 @@
+"""What the ranks of tests/test_diffusers_conditioning.py do: who computes what the timestep alone decides."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from compile_ranks import difference
+from diffusers_ranks import traces
+from fake_graphs import fake_capture_for
+from tiny_families import generate_family, tiny_family
+from torch import Tensor, nn
+
+from para_kernels import ContextParallel, FirstBlockCache
+from para_kernels.integrations.diffusers import accelerate, graphs
+
+TIMEOUT = 60.0
+STEPS = 3
+FAMILIES = ("FLUX.1-dev", "Stable Diffusion 3")
+NAMES = ("norm1.linear", "norm1_context.linear", "norm.linear")
+
+
+def run(rank: int, world: int) -> dict[str, dict[str, Any]]:
+    with torch.no_grad(), patch.object(graphs, "capture_for", fake_capture_for):
+        return {name: of_family(name, world) for name in FAMILIES}
+
+
+def of_family(name: str, world: int) -> dict[str, Any]:
+    """Of each way: how far from one process, and how much each linear was given to do in a call."""
+    pipe = tiny_family(name)
+    linears = modulations(pipe)
+    accelerate(pipe)
+    expected, alone = generated(name, pipe, linears)
+    accelerate(pipe).remove()
+    before = traces(pipe)
+
+    def seen(**settings: Any) -> tuple[float, Counter[str]]:
+        accelerate(pipe, parallel=parallel(ring=world), **settings)
+        got, work = generated(name, pipe, linears)
+        return difference(got, expected), work
+
+    found: dict[str, Any] = {"alone": alone, "sizes": {at: linear.out_features for at, linear in linears.items()}}
+    found["shared"] = seen(cache=None)
+    found["graphs"] = seen(graphs=True)
+    found["with a cache"] = seen(graphs=False, cache=FirstBlockCache(1e-9))[1]
+    heard: list[Tensor] = []
+    *_, last = linears.values()
+    listener = last.register_forward_hook(lambda module, args, output: heard.append(output))
+    found["heard"] = seen(cache=None)
+    listener.remove()
+    found["heard rows"] = {len(output) for output in heard}
+    accelerate(pipe, parallel=parallel(batch=world) if world == 2 else None)
+    found["batch"] = generated(name, pipe, linears)[1]
+    accelerate(pipe).remove()
+    found["traces"] = traces(pipe) == before
+    return found
+
+
+def parallel(**split: int) -> ContextParallel:
+    return ContextParallel(**split, timeout=TIMEOUT)
+
+
+def modulations(pipe: Any) -> dict[str, nn.Linear]:
+    """By their places in the transformer."""
+    modules = pipe.transformer.named_modules()
+    return {at: module for at, module in modules if "blocks." in at and at.endswith(NAMES)}
+
+
+def generated(name: str, pipe: Any, linears: dict[str, nn.Linear]) -> tuple[Tensor, Counter[str]]:
+    """Guided latents, and how many rows each linear has computed."""
+    with counted(linears) as work:
+        latents = generate_family(name, pipe, guided=True, steps=STEPS)
+    return latents, work
+
+
+@contextmanager
+def counted(linears: dict[str, nn.Linear]) -> Iterator[Counter[str]]:
+    names = {linear: at for at, linear in linears.items()}
+    work: Counter[str] = Counter()
+    forward = nn.Linear.forward
+
+    def counting(self: nn.Linear, x: Tensor) -> Tensor:
+        if self in names:
+            work[names[self]] += len(x)
+        return forward(self, x)
+
+    with patch.object(nn.Linear, "forward", counting):
+        yield work
