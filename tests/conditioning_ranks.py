@@ -16,7 +16,7 @@ from tiny_families import generate_family, tiny_family
 from torch import Tensor, nn
 
 from para_kernels import ContextParallel, FirstBlockCache
-from para_kernels.integrations.diffusers import accelerate, graphs
+from para_kernels.integrations.diffusers import accelerate, conditioning, graphs
 
 TIMEOUT = 60.0
 STEPS = 3
@@ -46,13 +46,19 @@ def of_family(name: str, world: int) -> dict[str, Any]:
     found: dict[str, Any] = {"alone": alone, "sizes": {at: linear.out_features for at, linear in linears.items()}}
     found["shared"] = seen(cache=None)
     found["graphs"] = seen(graphs=True)
+    accelerate(pipe, graphs=False, compile="aot_eager", parallel=parallel(ring=world))
+    found["compiled"] = difference(generate_family(name, pipe, guided=True, steps=STEPS), expected)
+    with patch.object(conditioning, "laid_out", lambda made: made * 1.5):
+        found["compiled, others"] = difference(generate_family(name, pipe, guided=True, steps=STEPS), expected)
+    accelerate(pipe, compile=False)
     found["with a cache"] = seen(graphs=False, cache=FirstBlockCache(1e-9))[1]
-    heard: list[Tensor] = []
     *_, last = linears.values()
-    listener = last.register_forward_hook(lambda module, args, output: heard.append(output))
-    found["heard"] = seen(cache=None)
+    listener = last.register_forward_pre_hook(lambda module, args: (args[0] * 1,))
+    found["changed input"] = seen(cache=None)
     listener.remove()
-    found["heard rows"] = {len(output) for output in heard}
+    listener = last.register_forward_hook(lambda module, args, output: output * 1)
+    found["changed output"] = seen()
+    listener.remove()
     accelerate(pipe, parallel=parallel(batch=world) if world == 2 else None)
     found["batch"] = generated(name, pipe, linears)[1]
     accelerate(pipe).remove()
@@ -79,14 +85,14 @@ def generated(name: str, pipe: Any, linears: dict[str, nn.Linear]) -> tuple[Tens
 
 @contextmanager
 def counted(linears: dict[str, nn.Linear]) -> Iterator[Counter[str]]:
-    names = {linear: at for at, linear in linears.items()}
+    names = {id(linear.weight): at for at, linear in linears.items()}
     work: Counter[str] = Counter()
-    forward = nn.Linear.forward
+    own = nn.functional.linear
 
-    def counting(self: nn.Linear, x: Tensor) -> Tensor:
-        if self in names:
-            work[names[self]] += len(x)
-        return forward(self, x)
+    def counting(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if id(weight) in names:
+            work[names[id(weight)]] += len(x)
+        return own(x, weight, bias)
 
-    with patch.object(nn.Linear, "forward", counting):
+    with patch.object(nn.functional, "linear", counting):
         yield work

@@ -17,14 +17,16 @@ ranks.preload("conditioning_ranks")
 
 
 @pytest.fixture(scope="session", params=[2, 3], ids=["2 ranks", "3 ranks"])
-def of_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+def of_ranks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, dict[str, Any]]]:
     world, own = request.param, tmp_path_factory.getbasetemp()
     return ranks.results_of_all(own, f"conditioning-{world}", world, conditioning_ranks.run, timeout=240.0)
 
 
 @pytest.mark.parametrize("family", conditioning_ranks.FAMILIES)
 def test_each_linear_is_computed_by_one_rank(family: str, of_ranks: list[dict[str, dict[str, Any]]]) -> None:
-    for way in ("shared", "graphs"):
+    for way in ("shared", "graphs", "changed output"):
         total: Counter[str] = Counter()
         for found in of_ranks:
             away, work = found[family][way]
@@ -32,7 +34,7 @@ def test_each_linear_is_computed_by_one_rank(family: str, of_ranks: list[dict[st
             total += work
         alone = of_ranks[0][family]["alone"]
         assert set(total) == set(alone) == set(of_ranks[0][family]["sizes"])
-        if way == "shared":  # A replay runs no Python.
+        if way != "graphs":  # A replay runs no Python.
             assert total == alone
 
 
@@ -50,13 +52,18 @@ def test_every_rank_computes_all_where_nothing_may_be_shared(
 ) -> None:
     for found in of_ranks:
         alone = found[family]["alone"]
-        away, heard = found[family]["heard"]
+        away, work = found[family]["changed input"]
         assert away <= 1e-5
-        assert heard == alone
-        assert 0 not in found[family]["heard rows"], "somebody who listens sees the linear's own rows"
+        assert work == alone
         assert found[family]["with a cache"] == alone
         if len(of_ranks) == 2:  # Each rank has half of the samples, and all of their rows.
             assert {at: 2 * rows for at, rows in found[family]["batch"].items()} == alone
+
+
+@pytest.mark.parametrize("family", conditioning_ranks.FAMILIES)
+def test_compiled_blocks_take_what_was_made(family: str, of_ranks: list[dict[str, dict[str, Any]]]) -> None:
+    assert all(found[family]["compiled"] <= 1e-5 for found in of_ranks)
+    assert all(found[family]["compiled, others"] > 1e-2 for found in of_ranks)
 
 
 @pytest.mark.parametrize("family", conditioning_ranks.FAMILIES)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
@@ -22,39 +23,81 @@ from para_kernels.graphs import outside
 from para_kernels.parallel.collective import gather_rows
 from para_kernels.parallel.sharding import Shards
 
+from .attention import AttentionLengths
+from .compiled import laid_out
 from .models import Conditioning
+from .own_forward import Forward, replace_own_forward
 from .parallel import Spread
+
+
+@dataclass(frozen=True, eq=False)
+class _Linear:
+    """One of a block's linears, by its path in the block."""
+
+    module: Any
+    block: nn.Module
+    name: str
+
+    def is_plain_for(self, vector: Tensor) -> bool:
+        """Whether it does nothing but multiply what it is given by its weight, where the vector lies."""
+        linear = self.module
+        return (
+            type(linear) is nn.Linear
+            and type(linear.weight) is nn.Parameter
+            and (linear.weight.device, linear.weight.dtype) == (vector.device, vector.dtype)
+            and not linear._forward_pre_hooks
+            and isinstance(linear.__dict__.get("forward"), _MadeOrOwn)
+        )
+
+    def own(self, conditioning: Tensor) -> Tensor:
+        """What it makes, past all hooks."""
+        made: Tensor = type(self.module).forward(self.module, conditioning)
+        return made
 
 
 class SharedConditioning:
     """Of one transformer whose forwards `spread` spreads over ranks.
 
-    While a forward runs for which all is made, the linears are given no rows, and what they return is replaced. Where
-    one of the linears is not a plain one on the vector's device, or somebody else listens to it, each rank makes all.
-    Blocks have to run in the order of a whole forward: a cache would leave most of what was made unused.
+    While a forward runs for which all is made, the linears' own forwards return what `lengths` holds for the running
+    block: so compiled blocks are told too. Where one of the linears is not a plain one on the vector's device, each
+    rank makes all. Blocks have to run one after the other: a cache would leave most of what was made unused.
+
+    Args:
+        lengths: what the blocks read.
 
     Attributes:
         shared: whether the last forward shared them out.
     """
 
     def __init__(
-        self, transformer: nn.Module, blocks: Sequence[nn.Module], where: Conditioning, spread: Spread
+        self,
+        transformer: nn.Module,
+        blocks: Sequence[nn.Module],
+        where: Conditioning,
+        spread: Spread,
+        lengths: AttentionLengths,
     ) -> None:
         self.shared = False
         self._transformer = transformer
         self._embedder = transformer.get_submodule(where.embedder)
+        self._blocks = blocks
         self._linears = [
-            linear for block in blocks for name in where.linears if (linear := _submodule(block, name)) is not None
+            _Linear(module, block, name)
+            for block in blocks
+            for name in where.linears
+            if (module := _submodule(block, name)) is not None
         ]
         self._spread = spread
-        self._made: dict[nn.Module, Tensor] = {}
+        self._lengths = lengths
+        self._made: dict[nn.Module, dict[str, Tensor]] = {}
 
     def add_hooks(self, undo: ExitStack) -> None:
         """Listen to the modules; closing `undo` ends that."""
         undo.callback(self._embedder.register_forward_hook(self._make).remove)
+        for block in self._blocks:
+            undo.callback(block.register_forward_pre_hook(self._hand_over).remove)
         for linear in self._linears:
-            undo.callback(linear.register_forward_pre_hook(self._without_rows).remove)
-            undo.callback(linear.register_forward_hook(self._replaced).remove)
+            replace_own_forward(undo, linear.module, partial(_MadeOrOwn, self._lengths, linear.name))
         undo.callback(self._transformer.register_forward_hook(self._forget, always_call=True).remove)
 
     @torch._disable_dynamo
@@ -63,12 +106,12 @@ class SharedConditioning:
         place = self._spread.place
         if place is None or place.pieces == 1 or torch.is_grad_enabled() or not self._linears:
             return
-        if not isinstance(vector, Tensor) or not all(_is_plain(linear, vector) for linear in self._linears):
+        if not isinstance(vector, Tensor) or not all(linear.is_plain_for(vector) for linear in self._linears):
             return
-        sizes: list[int] = [linear.out_features for linear in self._linears]
+        sizes = [linear.module.out_features for linear in self._linears]
         cuts = even_cuts(sizes, place.pieces)
         conditioning = nn.functional.silu(vector)
-        own = [linear(conditioning) for linear in self._linears[slice(*cuts[place.piece])]]
+        own = [linear.own(conditioning) for linear in self._linears[slice(*cuts[place.piece])]]
         mine = torch.cat(own, dim=1) if own else vector.new_empty((vector.shape[0], 0))
         shards = Shards(tuple(sum(sizes[slice(*cut)]) for cut in cuts))
 
@@ -76,19 +119,27 @@ class SharedConditioning:
             return gather_rows(own, shards, place.sequence_group, dim=1, what="what the timestep decides")
 
         whole = outside(gather, mine, out=partial(vector.new_empty, (vector.shape[0], shards.total)))
-        self._made = dict(zip(self._linears, whole.split(sizes, dim=1), strict=True))
+        for linear, made in zip(self._linears, whole.split(sizes, dim=1), strict=True):
+            self._made.setdefault(linear.block, {})[linear.name] = laid_out(made)
         self.shared = True
 
     @torch._disable_dynamo
-    def _without_rows(self, linear: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        return (args[0][:0],) if linear in self._made else None
-
-    @torch._disable_dynamo
-    def _replaced(self, linear: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        return self._made.get(linear)
+    def _hand_over(self, block: nn.Module, args: Any) -> None:
+        self._lengths.modulations = self._made.get(block, {})
 
     def _forget(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._made = {}
+        self._made = self._lengths.modulations = {}
+
+
+class _MadeOrOwn:
+    """In the place of a linear's own forward, `original`."""
+
+    def __init__(self, lengths: AttentionLengths, name: str, original: Forward) -> None:
+        self._lengths, self._name, self._original = lengths, name, original
+
+    def __call__(self, conditioning: Tensor) -> Tensor:
+        made = self._lengths.modulations.get(self._name)
+        return self._original(conditioning) if made is None else made
 
 
 def even_cuts(sizes: Sequence[int], parts: int) -> list[tuple[int, int]]:
@@ -103,14 +154,3 @@ def _submodule(block: nn.Module, name: str) -> Any:
         return block.get_submodule(name)
     except AttributeError:
         return None
-
-
-def _is_plain(linear: Any, vector: Tensor) -> bool:
-    """Whether this object's are the only hooks on it, and what it computes is the product of its weight."""
-    return (
-        type(linear) is nn.Linear
-        and type(linear.weight) is nn.Parameter
-        and (linear.weight.device, linear.weight.dtype) == (vector.device, vector.dtype)
-        and len(linear._forward_pre_hooks) == len(linear._forward_hooks) == 1
-        and "forward" not in linear.__dict__
-    )

@@ -272,7 +272,7 @@ def _wanted_parts(settings: Settings) -> list[str]:
         "compile": settings.compile is not None,
         "graphs": settings.graphs,
         "parallel": settings.parallel is not None,
-        "conditioning": settings.parallel is not None and settings.cache is None and settings.compile is None,
+        "conditioning": settings.parallel is not None and settings.cache is None,
         "cache": settings.cache is not None,
     }
     return [part for part, is_wanted in wanted.items() if is_wanted]

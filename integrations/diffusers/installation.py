@@ -228,7 +228,9 @@ class Installation:
         if self.family.conditioning is not None:
             assert self.spread is not None
             undo.callback(self._forget_conditioning)
-            self.conditioning = SharedConditioning(self.transformer, self.blocks, self.family.conditioning, self.spread)
+            self.conditioning = SharedConditioning(
+                self.transformer, self.blocks, self.family.conditioning, self.spread, self._lengths
+            )
             self.conditioning.add_hooks(undo)
 
     def _forget_conditioning(self) -> None:
