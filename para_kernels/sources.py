@@ -15,6 +15,22 @@ _prepare = torch.ops.para_kernels.prepare.default
 Project = Callable[[Tensor], Tensor]
 
 
+class LinearProject(NamedTuple):
+    """A `Project` by one weight: what an operator can be given, too.
+
+    Attributes:
+        weight, bias: (H * D, C), and (H * D,) or None.
+        heads: H.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    heads: int
+
+    def __call__(self, states: Tensor) -> Tensor:
+        return torch.nn.functional.linear(states, self.weight, self.bias).unflatten(-1, (self.heads, -1))
+
+
 class Source(Protocol):
     """What queries, keys and values can still be made of: in new memory, or where somebody wants them."""
 

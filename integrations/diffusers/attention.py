@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from para_kernels import flash_attention
 from para_kernels.attention8 import flash_attention_int8
 from para_kernels.integrations.diffusers.norms import called, left_to_norm, norm_of
 from para_kernels.integrations.diffusers.outside import Attend, AttendOutside
 from para_kernels.preparation import Rotary, Stream, unprepared
-from para_kernels.sources import Unprepared, as_they_are
+from para_kernels.sources import LinearProject, Project, Unprepared, as_they_are
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ class Shard:
     @property
     def queries_later(self) -> bool:
         """Whether keys and values may travel while queries are projected."""
-        eager = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-        return eager and isinstance(self.attend, AttendOutside)
+        return not torch.is_grad_enabled() and isinstance(self.attend, AttendOutside)
 
     def attend_unprepared(self, streams: Unprepared, lens: Tensor | None) -> Tensor:
         """As `attend`, of what queries, keys and values are still to be made of: over ranks, in the ring's buffer."""
@@ -291,9 +290,21 @@ def _stream(
     value = heads_of(attn, to_v(states))
     if later:
         norm_query = norm_of(norms[0], key)
-        project = functools.partial(_queries, attn, to_q, norms[0] if norm_query is None else None)
+        project = _project(attn, to_q, None if norm_query is not None else norms[0])
+        if project is None:
+            query, norm_query = left_to_norm(norms[0], heads_of(attn, to_q(states)))
     rotary = None if rotary is None else on_device_of(rotary, key)
     return Stream(query, key, value, norm_query, norm_key, rotary, project)
+
+
+def _project(attn: Any, to_q: Any, norm: Any) -> Project | None:
+    """What makes queries, with a norm that nothing else can stand in for; None in a graph, but for a weight alone: its
+    operator calls no modules.
+    """
+    is_plain = type(to_q) is nn.Linear and type(to_q.weight) is nn.Parameter
+    if norm is None and is_plain and not (to_q._forward_hooks or to_q._forward_pre_hooks):
+        return LinearProject(to_q.weight, to_q.bias, attn.heads)
+    return None if torch.compiler.is_compiling() else functools.partial(_queries, attn, to_q, norm)
 
 
 def _queries(attn: Any, to_q: Any, norm: Any, states: Tensor) -> Tensor:
