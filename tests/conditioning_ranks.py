@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import torch
 from compile_ranks import difference
+from compile_ranks import graphs as graphs_compiled
 from diffusers_ranks import traces
 from fake_graphs import fake_capture_for
 from tiny_families import generate_family, tiny_family
@@ -46,8 +47,10 @@ def of_family(name: str, world: int) -> dict[str, Any]:
     found: dict[str, Any] = {"alone": alone, "sizes": {at: linear.out_features for at, linear in linears.items()}}
     found["shared"] = seen(cache=None)
     found["graphs"] = seen(graphs=True)
+    before_compiling = graphs_compiled()
     accelerate(pipe, graphs=False, compile="aot_eager", parallel=parallel(ring=world))
     found["compiled"] = difference(generate_family(name, pipe, guided=True, steps=STEPS), expected)
+    found["graphs compiled"] = graphs_compiled() - before_compiling
     with patch.object(conditioning, "laid_out", lambda made: made * 1.5):
         found["compiled, others"] = difference(generate_family(name, pipe, guided=True, steps=STEPS), expected)
     accelerate(pipe, compile=False)

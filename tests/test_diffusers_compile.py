@@ -469,6 +469,14 @@ def test_two_attentions_over_ranks_in_one_graph(spread: list[Any]) -> None:
     assert all(seen["dual_attention"] <= ERROR for seen in spread)
 
 
+def test_the_operator_projects_the_queries_of_several_ranks(spread: list[Any]) -> None:
+    """In each of the four blocks, at each of two steps."""
+    for rank in spread:
+        away, calls = rank["queries_later"]
+        assert away <= ERROR
+        assert calls == {True: 8}
+
+
 def test_code_objects_are_apart() -> None:
     """Kinds of blocks and installations must not share the eight graphs that a code object may have."""
     kinds = {type(block) for block in all_blocks(tiny_pipeline())}

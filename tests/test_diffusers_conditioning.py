@@ -64,6 +64,8 @@ def test_every_rank_computes_all_where_nothing_may_be_shared(
 def test_compiled_blocks_take_what_was_made(family: str, of_ranks: list[dict[str, dict[str, Any]]]) -> None:
     assert all(found[family]["compiled"] <= 1e-5 for found in of_ranks)
     assert all(found[family]["compiled, others"] > 1e-2 for found in of_ranks)
+    # Two kinds of blocks, and one of SD3's that ends the text: blocks of a kind share a graph.
+    assert of_ranks[0][family]["graphs compiled"] == 2
 
 
 @pytest.mark.parametrize("family", conditioning_ranks.FAMILIES)

@@ -9,11 +9,12 @@ instead, at the start of the forward, when the vector is known, and gather what 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
+from types import MethodType
 from typing import Any
 
 import torch
@@ -26,17 +27,24 @@ from para_kernels.parallel.sharding import Shards
 from .attention import AttentionLengths
 from .compiled import laid_out
 from .models import Conditioning
-from .own_forward import Forward, replace_own_forward
+from .own_forward import replace_own_forward
 from .parallel import Spread
 
 
 @dataclass(frozen=True, eq=False)
 class _Linear:
-    """One of a block's linears, by its path in the block."""
+    """One of a block's linears.
+
+    Attributes:
+        name: its path in the block.
+        forward: what takes the place of its own forward, given it and its input. All linears of a name have the same
+            function, bound to each: compiled code would else be compiled anew for each.
+    """
 
     module: Any
     block: nn.Module
     name: str
+    forward: Callable[[Any, Tensor], Tensor]
 
     def is_plain_for(self, vector: Tensor) -> bool:
         """Whether it does nothing but multiply what it is given by its weight, where the vector lies."""
@@ -46,13 +54,12 @@ class _Linear:
             and type(linear.weight) is nn.Parameter
             and (linear.weight.device, linear.weight.dtype) == (vector.device, vector.dtype)
             and not linear._forward_pre_hooks
-            and isinstance(linear.__dict__.get("forward"), _MadeOrOwn)
+            and getattr(linear.__dict__.get("forward"), "__func__", None) is self.forward
         )
 
     def own(self, conditioning: Tensor) -> Tensor:
         """What it makes, past all hooks."""
-        made: Tensor = type(self.module).forward(self.module, conditioning)
-        return made
+        return _own(self.module, conditioning)
 
 
 class SharedConditioning:
@@ -81,8 +88,9 @@ class SharedConditioning:
         self._transformer = transformer
         self._embedder = transformer.get_submodule(where.embedder)
         self._blocks = blocks
+        forwards = {name: _made_or_own(lengths, name) for name in where.linears}
         self._linears = [
-            _Linear(module, block, name)
+            _Linear(module, block, name, forwards[name])
             for block in blocks
             for name in where.linears
             if (module := _submodule(block, name)) is not None
@@ -97,7 +105,8 @@ class SharedConditioning:
         for block in self._blocks:
             undo.callback(block.register_forward_pre_hook(self._hand_over).remove)
         for linear in self._linears:
-            replace_own_forward(undo, linear.module, partial(_MadeOrOwn, self._lengths, linear.name))
+            bound = MethodType(linear.forward, linear.module)
+            replace_own_forward(undo, linear.module, lambda original, bound=bound: bound)  # type: ignore[misc]
         undo.callback(self._transformer.register_forward_hook(self._forget, always_call=True).remove)
 
     @torch._disable_dynamo
@@ -131,15 +140,17 @@ class SharedConditioning:
         self._made = self._lengths.modulations = {}
 
 
-class _MadeOrOwn:
-    """In the place of a linear's own forward, `original`."""
+def _made_or_own(lengths: AttentionLengths, name: str) -> Callable[[Any, Tensor], Tensor]:
+    def forward(linear: Any, conditioning: Tensor) -> Tensor:
+        made = lengths.modulations.get(name)
+        return _own(linear, conditioning) if made is None else made
 
-    def __init__(self, lengths: AttentionLengths, name: str, original: Forward) -> None:
-        self._lengths, self._name, self._original = lengths, name, original
+    return forward
 
-    def __call__(self, conditioning: Tensor) -> Tensor:
-        made = self._lengths.modulations.get(self._name)
-        return self._original(conditioning) if made is None else made
+
+def _own(linear: Any, conditioning: Tensor) -> Tensor:
+    made: Tensor = type(linear).forward(linear, conditioning)
+    return made
 
 
 def even_cuts(sizes: Sequence[int], parts: int) -> list[tuple[int, int]]:
