@@ -18,7 +18,7 @@ from para_kernels.checks import (
     check_inference,
     check_shape,
 )
-from para_kernels.sources import Project, Unprepared
+from para_kernels.sources import Unprepared
 
 PREPARED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,8 +65,6 @@ class Stream(NamedTuple):
         norm_query: of the queries, or None.
         norm_key: of the keys, or None.
         rotary: RoPE's (cos, sin) for all S tokens, or None.
-        project: makes the queries of what then stands in their place, (B, S, ...), once keys and values are prepared:
-            over ranks these travel meanwhile. None: the queries are there.
     """
 
     query: Tensor
@@ -75,7 +73,6 @@ class Stream(NamedTuple):
     norm_query: Norm | None = None
     norm_key: Norm | None = None
     rotary: Rotary | None = None
-    project: Project | None = None
 
 
 RotaryForm = Literal["interleaved", "half"]
@@ -109,21 +106,16 @@ def unprepared(
     streams: Sequence[Stream], *, value: Tensor | None = None, rotary_form: RotaryForm = "interleaved"
 ) -> Unprepared:
     """What `prepare_attention` does but the work. Arguments and errors as there."""
-    # Queries that are still to be projected are to be like the keys.
-    shown = [s if s.project is None else s._replace(query=s.key) for s in streams]
-    key = _key(shown, value, rotary_form)
+    key = _key(streams, value, rotary_form)
     if key is None or key not in _known_good:
-        _check(shown, value, rotary_form)
+        _check(streams, value, rotary_form)
         _remember(key)
     parts = [[(s.query, s.norm_query), (s.key, s.norm_key)] for s in streams]
     if value is None:
         for part, stream in zip(parts, streams, strict=True):
             assert stream.value is not None
             part.append((stream.value, None))
-    project = tuple(stream.project for stream in streams)
-    return _unprepared(parts, streams, rotary_form)._replace(
-        value=value, project=project if any(of_stream is not None for of_stream in project) else None
-    )
+    return _unprepared(parts, streams, rotary_form)._replace(value=value)
 
 
 def prepare_projection(

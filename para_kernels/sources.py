@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,32 +12,9 @@ from para_kernels import ops
 
 _prepare = torch.ops.para_kernels.prepare.default
 
-Project = Callable[[Tensor], Tensor]
-
-
-class LinearProject(NamedTuple):
-    """A `Project` by one weight: what an operator can be given, too.
-
-    Attributes:
-        weight, bias: (H * D, C), and (H * D,) or None.
-        heads: H.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    heads: int
-
-    def __call__(self, states: Tensor) -> Tensor:
-        return torch.nn.functional.linear(states, self.weight, self.bias).unflatten(-1, (self.heads, -1))
-
 
 class Source(Protocol):
     """What queries, keys and values can still be made of: in new memory, or where somebody wants them."""
-
-    @property
-    def projects(self) -> bool:
-        """Whether writing the queries takes more than a kernel."""
-        ...
 
     def prepared(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, each (B, S, H, D)."""
@@ -58,8 +35,7 @@ class Unprepared(NamedTuple):
     """What queries, keys and values will be made of, checked: a `Source`, for whoever has memory of his own for them.
 
     Made by `para_kernels.preparation.unprepared`. All up to `half` is what the operator `prepare` takes: one entry for
-    each projection of a stream, of each stream in turn; `cos` and `sin` one for each stream. `project`, if any, is
-    `Stream.project` of each.
+    each projection of a stream, of each stream in turn; `cos` and `sin` one for each stream.
     """
 
     projections: list[Tensor]
@@ -71,7 +47,6 @@ class Unprepared(NamedTuple):
     sin: list[Tensor | None]
     half: bool
     value: Tensor | None = None
-    project: tuple[Project | None, ...] | None = None
 
     def prepared(self) -> tuple[Tensor, Tensor, Tensor]:
         """As `prepare_attention`; what nothing is to be done to is returned as it is."""
@@ -88,17 +63,17 @@ class Unprepared(NamedTuple):
 
     def outputs(self) -> list[Tensor]:
         """Of the operator: as many as a stream has projections."""
-        return _prepare(*self.projected()._arguments)
+        return _prepare(*self._arguments)
 
     @property
     def _arguments(self) -> tuple[Any, ...]:
         """The operator's."""
-        return self[:-2]
+        return self[:-1]
 
     @property
     def is_prepared(self) -> bool:
         """Whether there is nothing to be done."""
-        one_stream = self.value is not None and len(self.cos) == 1 and self.project is None
+        one_stream = self.value is not None and len(self.cos) == 1
         return one_stream and self.cos[0] is None and not any(self.norms)
 
     @torch.no_grad()  # as below an operator
@@ -109,7 +84,7 @@ class Unprepared(NamedTuple):
     @torch.no_grad()
     def write_queries(self, q: Tensor) -> None:
         """Prepare the queries into these."""
-        ops.prepare_into([q], *self.projected()._parts(0)._arguments)
+        ops.prepare_into([q], *self._parts(0)._arguments)
 
     @property
     def outline(self) -> Tensor:
@@ -129,27 +104,6 @@ class Unprepared(NamedTuple):
     def _shape(self) -> tuple[int, int, int, int]:
         batch, _, heads, head_dim = self.projections[1].shape
         return batch, sum(x.shape[1] for x in self.projections[1 :: self._each]), heads, head_dim
-
-    @property
-    def projects(self) -> bool:
-        """Whether there are queries that are still to be projected."""
-        return self.project is not None
-
-    def projected(self) -> Unprepared:
-        """With the queries, where they are still to be projected.
-
-        Raises:
-            ValueError: if what `Stream.project` makes is not like the keys.
-        """
-        if self.project is None:
-            return self
-        projections = list(self.projections)
-        for i, project in enumerate(self.project):
-            if project is not None:
-                query = project(projections[i * self._each])
-                _check_queries(f"streams[{i}].project", query, projections[i * self._each + 1])
-                projections[i * self._each] = query
-        return self._replace(projections=projections, project=None)
 
     def _parts(self, *which: int) -> Unprepared:
         """Some projections of each stream alone: 0 is of queries, 1 of keys, 2 of values."""
@@ -204,12 +158,3 @@ def as_they_are(q: Tensor, k: Tensor, v: Tensor) -> Unprepared:
     """Queries, keys and values (B, S, H, D) to which nothing is to be done."""
     none: list[Tensor | None] = [None, None]
     return Unprepared([q, k], none, none, [0, 0], [0.0, 0.0], [None], [None], False, v)
-
-
-def _check_queries(name: str, query: Tensor, key: Tensor) -> None:
-    """At every call: in the usual case without a word of a kernel that would read elsewhere."""
-    if query.shape != key.shape or query.dtype != key.dtype or query.device != key.device or query.stride(3) != 1:
-        raise ValueError(
-            f"{name}: made {query.dtype} {tuple(query.shape)} on {query.device} with strides {query.stride()}, must be"
-            f" like the key: {key.dtype} {tuple(key.shape)} on {key.device}, D contiguous"
-        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
@@ -15,8 +14,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from para_kernels import ContextParallel, FirstBlockCache
-from para_kernels.integrations.diffusers import accelerate, outside
-from para_kernels.sources import Unprepared
+from para_kernels.integrations.diffusers import accelerate
 
 TIMEOUT = 120.0  # of a rank that waits for another, which may be compiling
 CACHE = FirstBlockCache(0.35, warmup_steps=1)
@@ -37,8 +35,7 @@ def difference(got: Tensor, expected: Tensor) -> float:
 
 def run(rank: int, world: int) -> dict[str, Any]:
     """Every case; all ranks compile the same things at the same time, and none waits long."""
-    cases = (added_and_removed, orders, dual_attention, queries_later)
-    return {case.__name__: case(world) for case in cases}
+    return {case.__name__: case(world) for case in (added_and_removed, orders, dual_attention)}
 
 
 def added_and_removed(world: int) -> dict[str, Any]:
@@ -107,23 +104,3 @@ def dual_attention(world: int) -> float:
     expected = generate_family(name, pipe, steps=2)
     accelerate(pipe, compile="aot_eager", parallel=ContextParallel(ring=world, timeout=TIMEOUT))
     return difference(generate_family(name, pipe, steps=2), expected)
-
-
-def queries_later(world: int) -> tuple[float, Counter[bool]]:
-    """The difference from one process, and whether the operator was left to project the queries, call by call."""
-    name, steps = "FLUX.1-dev", 2
-    pipe = tiny_family(name)
-    expected = generate_family(name, pipe, steps=steps)
-    accelerate(pipe, compile="aot_eager", parallel=ContextParallel(ring=world, timeout=TIMEOUT))
-    generate_family(name, pipe, steps=steps)
-    calls: Counter[bool] = Counter()
-    streams_of = outside._streams
-
-    def watching(arguments: tuple[Any, ...]) -> Unprepared:
-        streams = streams_of(arguments)
-        calls[streams.projects] += 1
-        return streams
-
-    with patch.object(outside, "_streams", watching):
-        got = generate_family(name, pipe, steps=steps)
-    return difference(got, expected), calls

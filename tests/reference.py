@@ -84,10 +84,6 @@ class Made(NamedTuple):
     k: Tensor
     v: Tensor
 
-    @property
-    def projects(self) -> bool:
-        return self.q.shape[1] % 2 == 1  # both orders of what the host enqueues
-
     def prepared(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.q, self.k, self.v
 

@@ -30,7 +30,7 @@ from para_kernels.integrations.diffusers.compiled import CompiledForward
 from para_kernels.integrations.diffusers.generate import Acceleration
 from para_kernels.integrations.diffusers.outside import Outside
 from para_kernels.preparation import Norm, Stream, unprepared
-from para_kernels.sources import LinearProject, Unprepared, as_they_are
+from para_kernels.sources import Unprepared, as_they_are
 
 ranks.preload("compile_ranks")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -136,21 +136,11 @@ def test_the_operator_of_attention_outside() -> None:
     rotary = (torch.rand(3, 16), torch.rand(3, 16))
     parted = unprepared([Stream(*text, norm, None), Stream(*image, None, norm, rotary)])
     joined = unprepared([Stream(*image[:2], None, norm)], value=image[2])
-    of_image = LinearProject(torch.randn(48, 9), torch.randn(48), 3)
-    later = unprepared(
-        [
-            Stream(torch.randn(2, 2, 10), *text[1:], norm, None, None, LinearProject(torch.randn(48, 10), None, 3)),
-            Stream(torch.randn(2, 3, 9), *image[1:], None, norm, rotary, of_image),
-        ]
-    )
-    for streams in (parted, joined, as_they_are(*image), later):
-        projects = streams.project or [None] * len(streams.cos)
-        weights, biases = ([project and project[i] for project in projects] for i in (0, 1))
-        arguments = *streams[:-1], weights, biases
-        torch.library.opcheck(op, (outside.ticket, False, *arguments, lens))
+    for streams in (parted, joined, as_they_are(*image)):
+        torch.library.opcheck(op, (outside.ticket, False, *streams, lens))
         assert all(seen is not None for seen in called)
-        assert torch.equal(op(outside.ticket, False, *arguments, lens), outside.joint.unprepared(streams, lens))
-        assert torch.equal(op(outside.ticket, True, *arguments, None), flash_attention(*streams.prepared()))
+        assert torch.equal(op(outside.ticket, False, *streams, lens), outside.joint.unprepared(streams, lens))
+        assert torch.equal(op(outside.ticket, True, *streams, None), flash_attention(*streams.prepared()))
         called.clear()
     assert torch.equal(outside.video(*image, None), flash_attention(*image))
 
@@ -467,14 +457,6 @@ def test_ranks_in_every_order(spread: list[Any], order: tuple[str, ...]) -> None
 
 def test_two_attentions_over_ranks_in_one_graph(spread: list[Any]) -> None:
     assert all(seen["dual_attention"] <= ERROR for seen in spread)
-
-
-def test_the_operator_projects_the_queries_of_several_ranks(spread: list[Any]) -> None:
-    """In each of the four blocks, at each of two steps."""
-    for rank in spread:
-        away, calls = rank["queries_later"]
-        assert away <= ERROR
-        assert calls == {True: 8}
 
 
 def test_code_objects_are_apart() -> None:

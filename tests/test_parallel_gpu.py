@@ -58,10 +58,6 @@ CASES = {
 }
 
 
-def halved(queries: Tensor) -> Tensor:
-    return queries / 2
-
-
 def errors(rank: int, world: int, case: Case) -> list[float]:
     """Of calls one after the other, so that both slots are used, and of a recording and its replays."""
     torch.cuda.set_device(0)
@@ -76,7 +72,6 @@ def errors(rank: int, world: int, case: Case) -> list[float]:
     if case.joined:
         value = torch.cat([stream.value for stream in own if stream.value is not None], 1)
         own = [stream._replace(value=None) for stream in own]
-    own = [stream._replace(query=stream.query * 2, project=halved) for stream in own]
     source = unprepared(own, value=value)
 
     def attend(*tensors: Tensor | None) -> Tensor:

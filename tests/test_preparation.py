@@ -250,49 +250,6 @@ def test_written_to_memory_of_the_callers(name: str, joined: bool) -> None:
         assert torch.equal(out, wanted)
 
 
-def test_queries_are_projected_after_the_keys_are_written() -> None:
-    text, image = Case().streams()
-    expected = prepare_attention([text, image])
-    projected = []
-
-    def project(states: Tensor) -> Tensor:
-        projected.append(states)
-        return states.unflatten(2, (3, 16))
-
-    later = unprepared([text, image._replace(query=image.query.flatten(2), project=project)])
-    assert not later.is_prepared
-    q = torch.empty_like(expected[0])
-    k, v = piece_of(q, q.shape)
-    kept = later.without_tensors()
-    for streams in (later, kept.with_tensors(later.tensors)):
-        projected.clear()
-        streams.write_keys(k, v)
-        assert not projected
-        streams.write_queries(q)
-        assert len(projected) == 1
-        for out, wanted in zip((q, k, v), expected, strict=True):
-            assert torch.equal(out, wanted)
-    for out, wanted in zip(later.prepared(), expected, strict=True):
-        assert torch.equal(out, wanted)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda x: x.unflatten(2, (3, 16))[:, 1:],
-        lambda x: x.unflatten(2, (6, 8)),
-        lambda x: x.unflatten(2, (3, 16)).half(),
-        lambda x: x.unflatten(2, (16, 3)).transpose(2, 3),
-    ],
-)
-def test_what_makes_other_queries_is_refused(wrong: Any) -> None:
-    stream = Case(tokens=(5,)).streams()[0]
-    later = unprepared([stream._replace(query=stream.query.flatten(2), project=wrong)])
-    for use in (later.prepared, lambda: later.write_queries(torch.empty(2, 5, 3, 16))):
-        with pytest.raises(ValueError, match=r"streams\[0\].project: made"):
-            use()
-
-
 def test_what_nothing_is_to_be_done_to_is_returned() -> None:
     q, k, v = torch.randn(3, 2, 5, 3, 16).unbind()
     streams = as_they_are(q, k, v)

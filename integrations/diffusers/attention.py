@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from para_kernels import flash_attention
 from para_kernels.attention8 import flash_attention_int8
-from para_kernels.integrations.diffusers.norms import called, left_to_norm, norm_of
+from para_kernels.integrations.diffusers.norms import left_to_norm
 from para_kernels.integrations.diffusers.outside import Attend, AttendOutside
 from para_kernels.preparation import Rotary, Stream, unprepared
-from para_kernels.sources import LinearProject, Project, Unprepared, as_they_are
+from para_kernels.sources import Unprepared, as_they_are
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,6 @@ class Shard:
     attend: Attend
     joint_rows: slice
     attend_video: Attend
-
-    @property
-    def queries_later(self) -> bool:
-        """Whether keys and values may travel while queries are projected."""
-        return not torch.is_grad_enabled() and isinstance(self.attend, AttendOutside)
 
     def attend_unprepared(self, streams: Unprepared, lens: Tensor | None) -> Tensor:
         """As `attend`, of what queries, keys and values are still to be made of: over ranks, in the ring's buffer."""
@@ -199,11 +193,8 @@ class ParaAttnProcessor(Signed):
         shard = self.lengths.here(cut)
         lens = self._joint_lengths(shard.video_tokens, attention_mask)
         rotary = None if image_rotary_emb is None else rotary_rows(image_rotary_emb, shard.rows)
-        states = (hidden_states, encoder_hidden_states, rotary)
-        if attn.add_q_proj is None:
-            joint = _single_stream(attn, *states)
-        else:
-            joint = _dual_stream(attn, *states, queries_later=shard.queries_later)
+        streams = _single_stream if attn.add_q_proj is None else _dual_stream
+        joint = streams(attn, hidden_states, encoder_hidden_states, rotary)
         out = shard.attend_unprepared(joint, lens).flatten(2)
         return video_out(attn, out[:, :cut]), text_out(attn, out[:, cut:])
 
@@ -230,13 +221,12 @@ def rotary_rows(rotary: Rotary, rows: slice) -> Rotary:
     return cos[rows], sin[rows]
 
 
-def self_attention(attn: Any, states: Tensor, rotary: Rotary | None, *, queries_later: bool = False) -> Unprepared:
+def self_attention(attn: Any, states: Tensor, rotary: Rotary | None) -> Unprepared:
     """One stream, which needs no joining: what is neither normed nor rotated stays where it is."""
-    stream = projected(attn, states, rotary, queries_later=queries_later)
+    stream = projected(attn, states, rotary)
     assert stream.value is not None
     if stream.norm_query is None and stream.norm_key is None and rotary is None:
-        query = stream.query if stream.project is None else stream.project(stream.query)
-        return as_they_are(query, stream.key, stream.value)
+        return as_they_are(stream.query, stream.key, stream.value)
     return unprepared([stream._replace(value=None)], value=stream.value)
 
 
@@ -259,58 +249,25 @@ def _single_stream(attn: Any, video: Tensor, text: Tensor, rotary: Rotary | None
     return unprepared(streams, value=joint.value)
 
 
-def _dual_stream(attn: Any, video: Tensor, text: Tensor, rotary: Rotary | None, *, queries_later: bool) -> Unprepared:
+def _dual_stream(attn: Any, video: Tensor, text: Tensor, rotary: Rotary | None) -> Unprepared:
     """Projections of their own for each stream, joined with the text behind the video."""
-    of_video = projected(attn, video, rotary, queries_later=queries_later)
-    return unprepared([of_video, text_projected(attn, text, None, queries_later=queries_later)])
+    return unprepared([projected(attn, video, rotary), text_projected(attn, text, None)])
 
 
-def projected(attn: Any, states: Tensor, rotary: Rotary | None, *, queries_later: bool = False) -> Stream:
-    """Query, key and value (B, S, H, D), and what is left to do to them: with `queries_later` also the projection of
-    queries.
-    """
-    projections, norms = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
-    return _stream(attn, states, rotary, projections, norms, queries_later)
+def projected(attn: Any, states: Tensor, rotary: Rotary | None) -> Stream:
+    """Query, key and value (B, S, H, D), and what is left to do to them."""
+    query, norm_query = left_to_norm(attn.norm_q, heads_of(attn, attn.to_q(states)))
+    key, norm_key = left_to_norm(attn.norm_k, heads_of(attn, attn.to_k(states)))
+    value = heads_of(attn, attn.to_v(states))
+    return Stream(query, key, value, norm_query, norm_key, None if rotary is None else on_device_of(rotary, query))
 
 
-def text_projected(attn: Any, text: Tensor, rotary: Rotary | None, *, queries_later: bool = False) -> Stream:
+def text_projected(attn: Any, text: Tensor, rotary: Rotary | None) -> Stream:
     """As `projected`, by the projections that joint attention has for the text."""
-    projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-    return _stream(attn, text, rotary, projections, (attn.norm_added_q, attn.norm_added_k), queries_later)
-
-
-def _stream(
-    attn: Any, states: Tensor, rotary: Rotary | None, projections: tuple[Any, ...], norms: tuple[Any, Any], later: bool
-) -> Stream:
-    to_q, to_k, to_v = projections
-    project, query, norm_query = None, states, None
-    if not later:
-        query, norm_query = left_to_norm(norms[0], heads_of(attn, to_q(states)))
-    key, norm_key = left_to_norm(norms[1], heads_of(attn, to_k(states)))
-    value = heads_of(attn, to_v(states))
-    if later:
-        norm_query = norm_of(norms[0], key)
-        project = _project(attn, to_q, None if norm_query is not None else norms[0])
-        if project is None:
-            query, norm_query = left_to_norm(norms[0], heads_of(attn, to_q(states)))
-    rotary = None if rotary is None else on_device_of(rotary, key)
-    return Stream(query, key, value, norm_query, norm_key, rotary, project)
-
-
-def _project(attn: Any, to_q: Any, norm: Any) -> Project | None:
-    """What makes queries, with a norm that nothing else can stand in for; None in a graph, but for a weight alone: its
-    operator calls no modules.
-    """
-    is_plain = type(to_q) is nn.Linear and type(to_q.weight) is nn.Parameter
-    if norm is None and is_plain and not (to_q._forward_hooks or to_q._forward_pre_hooks):
-        return LinearProject(to_q.weight, to_q.bias, attn.heads)
-    return None if torch.compiler.is_compiling() else functools.partial(_queries, attn, to_q, norm)
-
-
-def _queries(attn: Any, to_q: Any, norm: Any, states: Tensor) -> Tensor:
-    """Projected, and normed by a module that nothing else can stand in for."""
-    query = heads_of(attn, to_q(states))
-    return query if norm is None else called(norm, query)
+    query, norm_query = left_to_norm(attn.norm_added_q, heads_of(attn, attn.add_q_proj(text)))
+    key, norm_key = left_to_norm(attn.norm_added_k, heads_of(attn, attn.add_k_proj(text)))
+    value = heads_of(attn, attn.add_v_proj(text))
+    return Stream(query, key, value, norm_query, norm_key, None if rotary is None else on_device_of(rotary, query))
 
 
 def on_device_of(rotary: Rotary, x: Tensor) -> Rotary:

@@ -137,7 +137,7 @@ class SharedConditioning:
         self._lengths.modulations = self._made.get(block, {})
 
     def _forget(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._made = self._lengths.modulations = {}
+        self._made, self._lengths.modulations = {}, {}
 
 
 def _made_or_own(lengths: AttentionLengths, name: str) -> Callable[[Any, Tensor], Tensor]:

@@ -18,20 +18,14 @@ def left_to_norm(module: nn.Module | None, x: Tensor) -> tuple[Tensor, Norm | No
     The module itself is called where it is of an unknown type and where calling it does more than the norm: with a hook
     of offloading, its weight arrives with the call.
     """
-    norm = norm_of(module, x)
-    return (x, norm) if module is None or norm is not None else (called(module, x), None)
-
-
-def called(module: Any, x: Tensor) -> Tensor:
-    """x (B, S, H, D) through the norm, in its own dtype."""
+    if module is None:
+        return x, None
+    norm = None if _is_hooked(module) else _described(module, x)
+    if norm is not None:
+        return x, norm
     shape: tuple[int, ...] = tuple(getattr(module, "normalized_shape", None) or getattr(module, "dim", ()))
     normed = module(x.flatten(2)).view(x.shape) if shape == (x.shape[2] * x.shape[3],) else module(x)
-    return normed.to(x.dtype)
-
-
-def norm_of(module: nn.Module | None, like: Tensor) -> Norm | None:
-    """What `module` does to tensors (B, S, H, D) like this one; None for nothing, and where it has to be called."""
-    return None if module is None or _is_hooked(module) else _described(module, like)
+    return normed.to(x.dtype), None
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from para_kernels.sources import LinearProject, Unprepared, as_they_are
+from para_kernels.sources import Unprepared, as_they_are
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """q, k, v (B, S, H, D) and the lengths (B,) of the whole sequence, None for full ones: to out (B, S, H, D)."""
@@ -25,8 +25,7 @@ AttendUnprepared = Callable[[Unprepared, Tensor | None], Tensor]
 _library = torch.library.Library("para_kernels", "FRAGMENT")
 _library.define(
     "attend_outside(Tensor(a!) ticket, bool video, Tensor[] projections, Tensor?[] weights, Tensor?[] biases,"
-    " int[] norms, float[] eps, Tensor?[] cos, Tensor?[] sin, bool half, Tensor? value, Tensor?[] query_weights,"
-    " Tensor?[] query_biases, Tensor? lens) -> Tensor",
+    " int[] norms, float[] eps, Tensor?[] cos, Tensor?[] sin, bool half, Tensor? value, Tensor? lens) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -68,8 +67,7 @@ class AttendOutside:
 
     def unprepared(self, streams: Unprepared, lens: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():
-            arguments = *streams[:-1], *_weights(streams), lens
-            return torch.ops.para_kernels.attend_outside.default(self.outside.ticket, self.video, *arguments)
+            return torch.ops.para_kernels.attend_outside.default(self.outside.ticket, self.video, *streams, lens)
         return self.attend(streams, lens)
 
 
@@ -84,22 +82,8 @@ def _attend_outside(ticket: Tensor, video: bool, *arguments: Any) -> Tensor:
     return function.unprepared(_streams(arguments), arguments[-1]).contiguous()
 
 
-def _weights(streams: Unprepared) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Weights and biases that make the queries of each stream; None where they are there."""
-    projects = streams.project or (None,) * len(streams.cos)
-    assert all(project is None or isinstance(project, LinearProject) for project in projects)
-    return [project and project.weight for project in projects], [project and project.bias for project in projects]
-
-
 def _streams(arguments: tuple[Any, ...]) -> Unprepared:
-    *of_streams, weights, biases, _ = arguments
-    streams = Unprepared(*of_streams)
-    heads = streams.projections[1].shape[2]
-    project = tuple(
-        None if weight is None else LinearProject(weight, bias, heads)
-        for weight, bias in zip(weights, biases, strict=True)
-    )
-    return streams if not any(project) else streams._replace(project=project)
+    return Unprepared(*arguments[:-1])
 
 
 for _device in ("CPU", "CUDA"):

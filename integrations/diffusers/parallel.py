@@ -264,14 +264,8 @@ class Spread:
             forward.layers += 1
             return ATTEND[self.attention](*streams.prepared(), lens)
 
-        if self.attention != "exact" or not self._prepares_in_place(streams.projections[1].device):
-            streams = streams.projected()  # here, where it can be part of a graph
         attend = partial(self._attend_outside, shards, streams.without_tensors())
         return outside(attend, *streams.tensors, lens, out=streams.new_result)
-
-    def _prepares_in_place(self, device: torch.device) -> bool:
-        assert self._forward is not None
-        return self._forward.place.prepares_in_place(device, self.places.wanted.transport)
 
     def _attend_outside(self, shards: Shards, streams: Unprepared, *tensors: Tensor | None) -> Tensor:
         *of_streams, lens, out = tensors

@@ -14,7 +14,7 @@ from para_kernels import ContextParallel
 from para_kernels.parallel.failure import check_agreement, deadline
 from para_kernels.parallel.mesh import check_mesh, mesh_groups, node_size, world_size
 from para_kernels.parallel.split import Links, Workload, assumed_flops, measure_links, resolve_split
-from para_kernels.parallel.transport import close_transports, selected, selection
+from para_kernels.parallel.transport import close_transports, selection
 
 AUTO = "auto"
 
@@ -63,11 +63,6 @@ class Place:
             return "all-to-all of torch.distributed: the ranks exchange heads, nothing goes round"
         chosen = selection(self.ring_group, device, wanted)
         return f"{chosen.transport.name}; {chosen.reason}"
-
-    def prepares_in_place(self, device: torch.device, wanted: str) -> bool:
-        """Whether keys and values are made where the other ranks fetch them; not known before they have travelled."""
-        chosen = selected(self.ring_group, device, wanted)
-        return self.ring_group.size() == self.pieces and chosen is not None and chosen.prepares_in_place
 
     def __str__(self) -> str:
         """As in "batch 1 x ring 2 x ulysses 2"."""

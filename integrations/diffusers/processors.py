@@ -60,15 +60,10 @@ class FluxProcessor(Processor):
         shard = self.shard(hidden_states.shape[1])
         rotary = None if image_rotary_emb is None else rotary_rows(image_rotary_emb, shard.joint_rows)
         if encoder_hidden_states is None:
-            alone = self_attention(attn, hidden_states, rotary, queries_later=shard.queries_later)
-            return shard.attend_unprepared(alone, None).flatten(2)
+            return shard.attend_unprepared(self_attention(attn, hidden_states, rotary), None).flatten(2)
         cut = encoder_hidden_states.shape[1]
         of_text, of_image = (None, None) if rotary is None else (rotary_rows(rotary, r) for r in _parted(cut))
-        later = shard.queries_later
-        streams = [
-            text_projected(attn, encoder_hidden_states, of_text, queries_later=later),
-            projected(attn, hidden_states, of_image, queries_later=later),
-        ]
+        streams = [text_projected(attn, encoder_hidden_states, of_text), projected(attn, hidden_states, of_image)]
         out = shard.attend_unprepared(unprepared(streams), None).flatten(2)
         return video_out(attn, out[:, cut:]), text_out(attn, out[:, :cut])
 
@@ -135,14 +130,10 @@ class JointProcessor(Processor):
         cut = hidden_states.shape[1]
         shard = self.shard(cut)
         if encoder_hidden_states is None:
-            alone = self_attention(attn, hidden_states, None, queries_later=shard.queries_later)
+            alone = self_attention(attn, hidden_states, None)
             return video_out(attn, shard.attend_video_unprepared(alone, None).flatten(2))
         rotary = None if image_rotary_emb is None else rotary_rows(image_rotary_emb, shard.rows)
-        later = shard.queries_later
-        streams = [
-            projected(attn, hidden_states, rotary, queries_later=later),
-            text_projected(attn, encoder_hidden_states, None, queries_later=later),
-        ]
+        streams = [projected(attn, hidden_states, rotary), text_projected(attn, encoder_hidden_states, None)]
         lens = self.lengths.joint(shard.video_tokens, None)
         out = shard.attend_unprepared(unprepared(streams), lens).flatten(2)
         return video_out(attn, out[:, :cut]), text_out(attn, out[:, cut:])
@@ -166,7 +157,7 @@ class WanProcessor(Processor):
         # From (1, S, 1, D); Wan's buffers may have been cast with the model.
         rotary = None if rotary_emb is None else (rotary_emb[0][0, :, 0].float(), rotary_emb[1][0, :, 0].float())
         rotary = None if rotary is None else rotary_rows(rotary, shard.rows)
-        streams = self_attention(attn, hidden_states, rotary, queries_later=shard.queries_later)
+        streams = self_attention(attn, hidden_states, rotary)
         return video_out(attn, shard.attend_video_unprepared(streams, None).flatten(2))
 
     def _crossed(self, attn: Any, video: Tensor, seen: Tensor) -> Tensor:

@@ -40,7 +40,6 @@ class CollectiveTransport:
     """
 
     name = "collective"
-    prepares_in_place = False
 
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:
         self.group, self.device = group, device

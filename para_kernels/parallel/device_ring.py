@@ -4,8 +4,8 @@ One layer, on each rank (epoch e counts layers; a slot is e modulo 2):
 
     main stream   waits until every peer has taken this rank's piece of epoch e - 2, packs k and v into the slot, or
                   has them made there, announces that by a word that peers and the own side streams wait for, has the
-                  queries made if they are not there yet, then runs the attention kernel, which waits for the flags of
-                  the pieces that it reads
+                  queries prepared if they are not yet, then runs the attention kernel, which waits for the flags of the
+                  pieces that it reads
     side streams  wait until this rank has announced its piece, and the peers theirs; bring the pieces head by head in
                   the order in which the kernel reads them; write a flag behind each group of heads; at last write the
                   credit: all pieces of epoch e have been taken
@@ -17,11 +17,11 @@ The order of consumption is r, r + 1, r + 2, ...: at any time all ranks take pie
 The host enqueues the main stream's part first. A device that was idle then computes on its own keys while the host
 enqueues the transfers, some 30 calls of the driver. It does not matter that the kernel may wait for flags whose copies
 have not been enqueued yet: the streams order all that counts by words, not by the order in which the host came, and
-copies need no multiprocessor. Where the queries are still to be made, transfers come before that. Should the host fail
-in between, no copy brings the flags: `give_up` ends the peers, the flags are written without the copies, and if the
-driver refuses even that, the kernel ends by its own bounded wait. Where a launch blocks the host until the kernel is
-done (CUDA_LAUNCH_BLOCKING), the transfers are enqueued first. What attention launches after that kernel comes behind
-them in any case: loading a kernel for the first time may wait for those that run.
+copies need no multiprocessor. Should the host fail in between, no copy brings the flags: `give_up` ends the peers, the
+flags are written without the copies, and if the driver refuses even that, the kernel ends by its own bounded wait.
+Where a launch blocks the host until the kernel is done (CUDA_LAUNCH_BLOCKING), the transfers are enqueued first.
+What attention launches after that kernel comes behind them in any case: loading a kernel for the first time may wait
+for those that run.
 
 Bytes go round in the same way (`circulate`), but that the main stream waits for the flags of a piece before it runs
 what uses it. That wait has no bound of its own: in trouble it is ended by the copies behind released words, as above.
@@ -134,7 +134,6 @@ class DeviceRing(ABC):
     """
 
     name: str
-    prepares_in_place = True
     _side_streams = 2
     _chunks = 0
     _copy_bytes = COPY_BYTES
@@ -203,15 +202,14 @@ class DeviceRing(ABC):
                 else:
                     self._prepare(source.write_keys, *_piece(layout.memory, layout.place.first_row(slot), k.shape))
                 self._announce.run([main], epoch)
-                transfers_first = self._launches_block or (source is not None and source.projects)
-                if transfers_first:
+                if self._launches_block:
                     layout.transfers[slot].run(self._sides, epoch)
-                if source is not None:  # Where queries are still to be projected, the first pieces travel meanwhile.
+                if source is not None:  # The first pieces travel meanwhile.
                     q = q.new_empty((q.shape[0], q.shape[2], q.shape[1], q.shape[3])).transpose(1, 2)
                     self._prepare(source.write_queries, q)
                 finish = self._attend(q, layout, slot, epoch, out, lse, q_lens, kv_lens, scale)
                 in_trouble.callback(_without_error, finish)  # what the kernel marks as no result becomes so in `out`
-                if not transfers_first:
+                if not self._launches_block:
                     layout.transfers[slot].run(self._sides, epoch)
             in_trouble.pop_all()
             finish()

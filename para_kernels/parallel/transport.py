@@ -30,8 +30,6 @@ class Transport(Protocol):
     """Runs ring attention over its group. Made for one group and device, and kept."""
 
     name: str
-    prepares_in_place: bool
-    """Whether `ring` has keys and values made from a `source` where the other ranks fetch them."""
 
     def ring(
         self,
@@ -134,12 +132,6 @@ def selection(group: ProcessGroup, device: torch.device, forced: str = "auto") -
     if (device, forced) not in known:
         known[device, forced] = _select(group, device, forced)
     return known[device, forced]
-
-
-def selected(group: ProcessGroup, device: torch.device, forced: str = "auto") -> Transport | None:
-    """What `select_transport` has chosen before; None if it has not been called like this."""
-    known = _selected.get(group, {}).get((device, forced))
-    return None if known is None else known.transport
 
 
 def give_up_transports(group: ProcessGroup, error: Exception) -> None:
