@@ -71,6 +71,29 @@ def attention_of_steps(rows: Sequence[Row]) -> str:
     )
 
 
+def variants(rows: Sequence[Row]) -> str:
+    """What was tried in a step, run by run."""
+    body = [[row["notes"]["run"], row["kernel"], f"{row['median_ms']:.1f}"] for row in rows]
+    return markdown_table(["GPUs", "variant", "ms per step"], body, rows)
+
+
+def ring_kernel(rows: Sequence[Row]) -> str:
+    """The ring's kernel when nothing has to be waited for, beside the plain one on the same keys."""
+    body = [
+        [
+            row["op"].removeprefix("attention over "),
+            f"{row['shape']['S']:,} x {row['shape']['keys']:,}",
+            row["kernel"],
+            f"{row['median_ms'] * 1e3:.1f}",
+            f"{row['peer_ms'] * 1e3:.1f}",
+            f"{row['ratio']:.2f}x",
+        ]
+        for row in rows
+    ]
+    head = ["keys in", "queries x keys", "the ring's kernel", "us", "plain, us", "plain / ring's"]
+    return markdown_table(head, body, rows)
+
+
 def where(rows: Sequence[Row]) -> str:
     """Where the time of a step goes, on one GPU and on two."""
     body = [
