@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from compile_ranks import difference
 from compile_ranks import graphs as graphs_compiled
 from diffusers_ranks import traces
@@ -27,7 +28,7 @@ NAMES = ("norm1.linear", "norm1_context.linear", "norm.linear")
 
 def run(rank: int, world: int) -> dict[str, dict[str, Any]]:
     with torch.no_grad(), patch.object(graphs, "capture_for", fake_capture_for):
-        return {name: of_family(name, world) for name in FAMILIES}
+        return {name: of_family(name, world) | {"compiled": compiled(name, world)} for name in FAMILIES}
 
 
 def of_family(name: str, world: int) -> dict[str, Any]:
@@ -47,18 +48,20 @@ def of_family(name: str, world: int) -> dict[str, Any]:
     found: dict[str, Any] = {"alone": alone, "sizes": {at: linear.out_features for at, linear in linears.items()}}
     found["shared"] = seen(cache=None)
     found["graphs"] = seen(graphs=True)
-    before_compiling = graphs_compiled()
-    accelerate(pipe, graphs=False, compile="aot_eager", parallel=parallel(ring=world))
-    found["compiled"] = difference(generate_family(name, pipe, guided=True, steps=STEPS), expected)
-    found["graphs compiled"] = graphs_compiled() - before_compiling
-    with patch.object(conditioning, "laid_out", lambda made: made * 1.5):
-        found["compiled, others"] = difference(generate_family(name, pipe, guided=True, steps=STEPS), expected)
-    accelerate(pipe, compile=False)
     found["with a cache"] = seen(graphs=False, cache=FirstBlockCache(1e-9))[1]
     *_, last = linears.values()
-    listener: Any = last.register_forward_pre_hook(changed_input)
-    found["changed input"] = seen(cache=None)
+    for way, module, hook in (
+        ("other vector", pipe.transformer.time_text_embed, scaled_output),
+        ("other argument", pipe.transformer.transformer_blocks[1], scaled_vector),
+    ):
+        found[way] = with_hook(name, pipe, module, hook, world)
+    listener = (last if dist.get_rank() == 0 else nn.Identity()).register_forward_pre_hook(changed_input)
+    found["one rank's hook"] = seen(cache=None)
+    found["summary"] = accelerate(pipe).summary()
     listener.remove()
+    pipe.transformer.transformer_blocks[0]._hf_hook = "loads the block's weights"
+    found["offloaded"] = seen()
+    del pipe.transformer.transformer_blocks[0]._hf_hook
     listener = last.register_forward_hook(changed_output)
     found["changed output"] = seen()
     listener.remove()
@@ -76,6 +79,57 @@ def changed_input(linear: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, 
 
 def changed_output(linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return output * 1
+
+
+def with_hook(name: str, pipe: Any, module: nn.Module, hook: Any, world: int) -> float:
+    """The difference from one process with the same hook, which comes after the installation."""
+    difference_of = []
+    for split in (None, parallel(ring=world)):
+        accelerate(pipe, cache=None, parallel=split)
+        listener = (
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+            if hook is scaled_vector
+            else module.register_forward_hook(hook)
+        )
+        difference_of.append(generate_family(name, pipe, guided=True, steps=STEPS))
+        listener.remove()
+    one, several = difference_of
+    return difference(several, one)
+
+
+def scaled_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output * 1.5
+
+
+def scaled_vector(block: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, kwargs | {"temb": kwargs["temb"] * 1.5}
+
+
+def compiled(name: str, world: int) -> dict[str, Any]:
+    """Blocks compiled for one sample: in one process, over ranks, with a cache and without; graphs by the way."""
+    pipe = tiny_family(name)
+    ring = parallel(ring=world)
+    expected = {}
+    for prompts in (1, 2):
+        accelerate(pipe)
+        expected[prompts] = generate_family(name, pipe, guided=True, steps=STEPS, prompts=prompts)
+    found: dict[str, Any] = {"worst": 0.0, "graphs": {}}
+    accelerate(pipe, compile="aot_eager", parallel=ring)
+    for way, settings in (
+        ("shared", {"cache": None}),
+        ("with a cache", {"cache": FirstBlockCache(1e-9)}),
+        ("shared again", {"cache": None}),
+    ):
+        accelerate(pipe, **settings)
+        for prompts in (1, 2):
+            before = graphs_compiled()
+            got = generate_family(name, pipe, guided=True, steps=STEPS, prompts=prompts)
+            found["worst"] = max(found["worst"], difference(got, expected[prompts]))
+            found["graphs"][way, prompts] = graphs_compiled() - before
+    with patch.object(conditioning, "laid_out", lambda made: made * 1.5):
+        found["others"] = difference(generate_family(name, pipe, guided=True, steps=STEPS), expected[2])
+    accelerate(pipe, compile=False, parallel=None)
+    return found
 
 
 def parallel(**split: int) -> ContextParallel:

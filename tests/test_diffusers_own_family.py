@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from para_kernels.integrations.diffusers import Family, Passes, Processor, ShardPlan, accelerate, register_family
+from para_kernels.integrations.diffusers import (
+    Conditioning,
+    Family,
+    Passes,
+    Processor,
+    ShardPlan,
+    accelerate,
+    register_family,
+)
 
 
 class NovelAttention(nn.Module):
@@ -168,6 +176,18 @@ def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> No
         (
             {"shards": replace(NOVEL.shards, rows=("time",))},
             "shards.rows: NovelTransformer.forward has no argument 'time'",
+        ),
+        (
+            {"conditioning": Conditioning("time", ("norm.linear",))},
+            "conditioning.embedder: NovelTransformer has no submodule 'time'",
+        ),
+        (
+            {"conditioning": Conditioning("head", ("norm.linear",))},
+            r"conditioning.linears: no block of NovelTransformer has one of \('norm.linear',\)",
+        ),
+        (
+            {"conditioning": Conditioning("head", ("attention.to_out",))},
+            "conditioning.argument: NovelBlock.forward has no argument 'temb'",
         ),
     ],
 )

@@ -664,3 +664,13 @@ def test_a_short_first_call_says_nothing(caplog: pytest.LogCaptureFixture) -> No
     with caplog.at_level(logging.WARNING, "para_kernels"), launch._announced("_some_kernel"):
         pass
     assert not caplog.messages
+
+
+@pytest.mark.parametrize(("pieces", "takes"), [(32, True), (33, False)])
+def test_the_hopper_ring_takes_so_many_pieces(pieces: int, takes: bool) -> None:
+    """More ranks than its memory has places for go to the other kernel."""
+    shape, stride = (1, 64, 2, 128), (64 * 256, 256, 128, 1)
+    plan = hopper_ring_attention._plan(
+        shape, stride, 64 * pieces, pieces, 2, 0, 0, torch.bfloat16, torch.device("cuda", 0)
+    )
+    assert (plan is not None) == takes

@@ -260,6 +260,7 @@ class _Kind(NamedTuple):
     device: torch.device
     strides: tuple[int, ...]
     angle_strides: tuple[int, ...]
+    rotated: bool
     parameters: tuple[torch.dtype | None, ...]
     constants: tuple[tuple[str, int], ...]
 
@@ -304,7 +305,9 @@ def _plan(
         "VEC": vec, "ANGLE_VEC": angle_vec,
     }  # fmt: skip
     within = tuple(x for i, x in enumerate(divided) if i % 3)
-    kind = _Kind(heads, group, dtype, device, within, of_angles, parameters, tuple(constants.items()))
+    kind = _Kind(
+        heads, group, dtype, device, within, of_angles, angles is not None, parameters, tuple(constants.items())
+    )  # fmt: skip
     launcher = _launcher(device, dtype, WARPS, *constants.items())
     return _Plan(
         kind, launcher, batch * triton.cdiv(heads, group) * len(strides), triton.cdiv(rows, block_s), divided[::3]

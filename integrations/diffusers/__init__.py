@@ -12,11 +12,12 @@ from .attention import ParaAttnProcessor
 from .families import register_family
 from .handle import Handle
 from .linears import Fp8Linears
-from .models import Family, Passes, ShardPlan
+from .models import Conditioning, Family, Passes, ShardPlan
 from .processors import Processor
 from .vae import ParallelVae, parallelize_vae
 
 __all__ = [
+    "Conditioning",
     "Family",
     "Fp8Linears",
     "Handle",

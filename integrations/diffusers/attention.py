@@ -78,14 +78,15 @@ class AttentionLengths:
         of_text: lengths of the text, None where it has no padding.
         shard: while the blocks see a part of the joint sequence only, which part it is.
         attend: attention of the joint sequence where all of it is here.
-        modulations: of the running block, by the paths of the linears that would make them; {}: they make them.
+        modulations: of the running block, by the paths of the linears that would make them; {}: they make them; None:
+            so it is always.
     """
 
     def __init__(self) -> None:
         self.shard: Shard | None = None
         self.attend: Attend = attend_here
         self.of_text: Tensor | None = None
-        self.modulations: dict[str, Tensor] = {}
+        self.modulations: dict[str, Tensor] | None = None
         self._joint: tuple[int, Tensor] | None = None
         self._mask: tuple[weakref.ref[Tensor], Tensor] | None = None
 

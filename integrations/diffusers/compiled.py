@@ -37,7 +37,7 @@ class CompiledBlocks:
         self.lengths = lengths
         self.streams = streams
         self._backend = backend
-        self._functions: dict[type[nn.Module], Forward] = {}
+        self._functions: dict[tuple[type[nn.Module], bool | None], Forward] = {}
 
     def retune(self, backend: str) -> None:
         """Go on with another backend: blocks are compiled anew."""
@@ -46,11 +46,12 @@ class CompiledBlocks:
             self._functions.clear()
 
     def run(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The block's forward, compiled when its kind first runs."""
-        kind = type(block)
-        if kind not in self._functions:
-            self._functions[kind] = _compiled(kind, self._backend)
-        return self._functions[kind](self.lengths, kind.forward, block, *args, **kwargs)
+        """The block's forward, compiled when its kind first runs, with and without modulations that others made."""
+        kind, made = type(block), self.lengths.modulations
+        key = (kind, None if made is None else bool(made))
+        if key not in self._functions:
+            self._functions[key] = _compiled(kind, self._backend)
+        return self._functions[key](self.lengths, kind.forward, block, *args, **kwargs)
 
     def add_to(self, blocks: Sequence[nn.Module], undo: ExitStack) -> None:
         """Put the compiled forward under the blocks, which `check_compilable` has passed; closing `undo` takes it off
@@ -136,7 +137,7 @@ def check_no_hooks_inside(blocks: Sequence[nn.Module]) -> None:
     """
     for block in blocks:
         for path, module in block.named_modules():
-            if path and (hook := _hook(module)) is not None:
+            if path and (hook := hook_of(module)) is not None:
                 raise ValueError(
                     f"compile: a {type(hook).__name__} stands on {path!r}, inside of a {type(block).__name__}; allowed"
                     " are hooks on whole blocks or the whole transformer: pipe.enable_model_cpu_offload(), or"
@@ -144,7 +145,7 @@ def check_no_hooks_inside(blocks: Sequence[nn.Module]) -> None:
                 )
 
 
-def _hook(module: nn.Module) -> object | None:
+def hook_of(module: nn.Module) -> object | None:
     """One of accelerate's or diffusers' hooks on the module, or None."""
     registry = getattr(module, "_diffusers_hook", None)
     hooks = [] if registry is None else list(registry.hooks.values())

@@ -10,7 +10,7 @@ from torch import nn
 
 from para_kernels.cache import check_threshold
 
-from .models import FAMILIES, Family
+from .models import FAMILIES, Conditioning, Family
 
 _registered: list[Family] = []
 
@@ -54,6 +54,8 @@ def check_transformer(family: Family, transformer: nn.Module) -> None:
             raise ValueError(f"gathered_at, refiner: {kind} has no submodule {path!r}")
     if family.conditioning is not None and family.conditioning.embedder not in modules:
         raise ValueError(f"conditioning.embedder: {kind} has no submodule {family.conditioning.embedder!r}")
+    if family.conditioning is not None:
+        _check_conditioning(family, family.conditioning, transformer)
     arguments = inspect.signature(type(transformer).forward).parameters
     if unknown := [name for name in family.shards.rows if name not in arguments]:
         raise ValueError(f"shards.rows: {kind}.forward has no argument {unknown[0]!r}")
@@ -61,6 +63,15 @@ def check_transformer(family: Family, transformer: nn.Module) -> None:
     for entry in (family.head_dim, family.shards.heads):
         if not hasattr(config, entry):
             raise ValueError(f"head_dim, heads: the config of {kind} has no entry {entry!r}")
+
+
+def _check_conditioning(family: Family, where: Conditioning, transformer: Any) -> None:
+    blocks = [block for name in family.block_lists for block in getattr(transformer, name)]
+    if not any(name in dict(block.named_modules()) for block in blocks for name in where.linears):
+        raise ValueError(f"conditioning.linears: no block of {type(transformer).__name__} has one of {where.linears}")
+    for kind in {type(block) for block in blocks}:
+        if where.argument not in inspect.signature(kind.forward).parameters:
+            raise ValueError(f"conditioning.argument: {kind.__name__}.forward has no argument {where.argument!r}")
 
 
 def _check(family: Family) -> None:

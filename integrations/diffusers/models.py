@@ -61,16 +61,18 @@ class Modulation:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the timestep alone decides, and every rank would compute for itself.
+    """What the timestep alone decides, and every rank would compute for itself: conditioning.py.
 
     Attributes:
         embedder: path of the transformer's submodule, called once before the blocks, whose output is a vector (B, C).
         linears: paths within a block, each of which a block may have, of the linears that are given that vector's SiLU
             and nothing else.
+        argument: name of the blocks' argument that is the vector.
     """
 
     embedder: str
     linears: tuple[str, ...]
+    argument: str = "temb"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from para_kernels.graphs import outside
 from para_kernels.parallel.attention import context_parallel_attention
 from para_kernels.parallel.collective import gather_rows
-from para_kernels.parallel.failure import deadline, raise_on_failure, set_layer
+from para_kernels.parallel.failure import deadline, exchange, raise_on_failure, set_layer
 from para_kernels.parallel.sharding import Shards
 from para_kernels.sources import Unprepared
 
@@ -61,6 +61,8 @@ class Spread:
         attention: one of `ATTEND`.
         last_place: where the last one ran, None before.
         transport: how keys and values travelled, and why.
+        can_share: whether this rank could share out what the timestep alone decides; None where nobody wants to.
+        shares: whether all ranks could, when a call began.
 
     The hooks are torch's own, on the first block, the last block, and the module at whose output the rows are gathered:
     they run around whatever other hooks stand on these modules, in whatever order all of them came, and around
@@ -75,6 +77,8 @@ class Spread:
         self.attention = attention
         self.last_place: Place | None = None
         self.transport = NOT_YET
+        self.can_share: Callable[[], bool] | None = None
+        self.shares = False
         self._deadline = ExitStack()
         self._transformer = transformer
         self._plan = family.shards
@@ -155,6 +159,8 @@ class Spread:
         if branch not in self._agreed:
             settings = {"parallel": str(self.places.wanted), "cache": cache, "attention": self.attention}
             agree(self.places.everyone, settings, inputs)
+            if self.can_share is not None:
+                self.shares = all(exchange(self.places.everyone, self.can_share(), "conditioning"))
             self._agreed.add(branch)
         latents = inputs[self._plan.samples[0]]
         text = None if self._text is None else self._text.get(args, kwargs)

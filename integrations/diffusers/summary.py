@@ -120,7 +120,14 @@ def _parallel(spread: Spread | None) -> list[str]:
     if place is None:
         return [f"parallel    {everyone.size()} ranks, the split is chosen when the shapes are known"]
     lines = [f"parallel    {everyone.size()} ranks: {place}; {place.why}"]
-    return lines if place.pieces == 1 else [*lines, f"transport   {spread.transport}"]
+    return lines if place.pieces == 1 else [*lines, f"transport   {spread.transport}", *_modulations(spread)]
+
+
+def _modulations(spread: Spread) -> list[str]:
+    """Who makes what the timestep alone decides: nothing where it is not worth a line."""
+    if spread.can_share is None:
+        return []
+    return [f"modulations {'each rank makes a part' if spread.shares else 'each rank makes all of them'}"]
 
 
 def _table(branch: str, records: Sequence[StepRecord]) -> list[str]:

@@ -138,6 +138,17 @@ def test_large_means_and_values() -> None:
     assert (out - prepared([half[0]._replace(norm_query=Norm("rms"))], half=False)[0]).abs().max() <= 4e-3
 
 
+@pytest.mark.parametrize("turned", [0, 1])
+def test_angles_that_are_the_same_for_all_rows(turned: int) -> None:
+    """Their strides are those of none."""
+    streams = Case(angles="none").streams()
+    angle = torch.randn(1, streams[turned].query.shape[3])
+    rotary = tuple(x.expand(streams[turned].query.shape[1], -1) for x in (angle.cos(), angle.sin()))
+    streams[turned] = streams[turned]._replace(rotary=rotary)
+    for out, reference in zip(prepare_attention(streams), prepared(streams, half=False), strict=True):
+        assert (out - reference).abs().max() <= 1e-6 * reference.abs().max()
+
+
 @pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_into_the_piece_of_a_ring(case: Case, joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
