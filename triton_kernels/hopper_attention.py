@@ -51,13 +51,8 @@ from .hopper_parts import (
     _ROWS,
     _ROWS_Q,
     _TOLD,
-    _TOLD_BATCH,
-    _TOLD_HEAD,
     _TOLD_KEYS,
-    _TOLD_PART,
     _TOLD_QUERIES,
-    _TOLD_ROW,
-    _TOLD_STORED,
     _TOLD_UNCLEAN,
     _V,
     _any_overflow,
@@ -86,8 +81,8 @@ from .hopper_parts import (
     _tile_of,
     _told,
     _turns,
-    _write_empty_rows,
-    _write_rows,
+    _write_told_empty_rows,
+    _write_told_rows,
 )
 from .launch import Launcher
 from .tail import Tail
@@ -207,22 +202,13 @@ def _consume(
             rows = _told(slot, _TOLD_QUERIES) - consumer * _ROWS
             if not ONLINE:
                 _note_overflow(notes.index(consumer), acc, l_i, rows)
-            row = _told(slot, _TOLD_ROW) + consumer * _ROWS
-            stored = _told(slot, _TOLD_STORED) - consumer * _ROWS
-            head, batch, part = _told(slot, _TOLD_HEAD), _told(slot, _TOLD_BATCH), _told(slot, _TOLD_PART)
-            _write_rows(parameters, row, head, batch, part, rows, stored, mine, acc, m_i, l_i, consumer, D)
+            _write_told_rows(parameters, slot, rows, mine, acc, m_i, l_i, consumer, D)
             fence_async_shared()
         else:
             if unclean != 0:
                 _meet(CONSUMERS)  # as `_clean` of the others does: were it not all of them, turns would mix
             turn = _stand_aside(barriers, turn, kv_len, STAGES)
-            stored = _told(slot, _TOLD_STORED) - consumer * _ROWS
-            if stored > 0:
-                row = _told(slot, _TOLD_ROW) + consumer * _ROWS
-                head, batch, part = _told(slot, _TOLD_HEAD), _told(slot, _TOLD_BATCH), _told(slot, _TOLD_PART)
-                _write_empty_rows(
-                    parameters, row, head, batch, part, stored, queries.dtype, 0.0, float("-inf"), consumer, D
-                )
+            _write_told_empty_rows(parameters, slot, queries.dtype, consumer, D)
         mbarrier.arrive(_queries_empty(barriers, before + i, STAGES, Q_STAGES))
     return turn
 

@@ -488,6 +488,25 @@ def _write_empty_rows(
 
 
 @gluon.jit
+def _write_told_rows(parameters, slot, rows, stage, acc, m_i, l_i, consumer: gl.constexpr, D: gl.constexpr):
+    """As `_write_rows`, of the item that `slot` tells of."""
+    row = _told(slot, _TOLD_ROW) + consumer * _ROWS
+    stored = _told(slot, _TOLD_STORED) - consumer * _ROWS
+    head, batch, part = _told(slot, _TOLD_HEAD), _told(slot, _TOLD_BATCH), _told(slot, _TOLD_PART)
+    _write_rows(parameters, row, head, batch, part, rows, stored, stage, acc, m_i, l_i, consumer, D)
+
+
+@gluon.jit
+def _write_told_empty_rows(parameters, slot, dtype: gl.constexpr, consumer: gl.constexpr, D: gl.constexpr):
+    """Zeros, and an lse of -inf, for a consumer's rows of the item that `slot` tells of."""
+    stored = _told(slot, _TOLD_STORED) - consumer * _ROWS
+    if stored > 0:
+        row = _told(slot, _TOLD_ROW) + consumer * _ROWS
+        head, batch, part = _told(slot, _TOLD_HEAD), _told(slot, _TOLD_BATCH), _told(slot, _TOLD_PART)
+        _write_empty_rows(parameters, row, head, batch, part, stored, dtype, 0.0, float("-inf"), consumer, D)
+
+
+@gluon.jit
 def _note_overflow(notes, acc, l_i, alive_rows):
     """Set a warp's note if a sum of its rows is not finite: 0 * x is 0 for finite x only. Rows past the queries do not
     count."""

@@ -42,13 +42,8 @@ from .hopper_parts import (
     _ROWS,
     _ROWS_Q,
     _TOLD,
-    _TOLD_BATCH,
-    _TOLD_HEAD,
     _TOLD_KEYS,
-    _TOLD_PART,
     _TOLD_QUERIES,
-    _TOLD_ROW,
-    _TOLD_STORED,
     _V,
     _any_overflow,
     _async_load,
@@ -80,7 +75,8 @@ from .hopper_parts import (
     _told,
     _turns,
     _write_empty_rows,
-    _write_rows,
+    _write_told_empty_rows,
+    _write_told_rows,
 )
 from .launch import Launcher, MakeDescriptor
 from .ring_attention import Pieces, _looks, _signed
@@ -360,20 +356,11 @@ def _consume(
             rows = _told(slot, _TOLD_QUERIES) - consumer * _ROWS
             if not ONLINE:
                 _note_overflow(notes.index(consumer), acc, l_i, rows)
-            row = _told(slot, _TOLD_ROW) + consumer * _ROWS
-            stored = _told(slot, _TOLD_STORED) - consumer * _ROWS
-            head, sample, part = _told(slot, _TOLD_HEAD), _told(slot, _TOLD_BATCH), _told(slot, _TOLD_PART)
-            _write_rows(parameters, row, head, sample, part, rows, stored, mine, acc, m_i, l_i, consumer, D)
+            _write_told_rows(parameters, slot, rows, mine, acc, m_i, l_i, consumer, D)
             fence_async_shared()
         else:
             turn = _stand_aside_pieces(barriers, told_keys, fed % Q_STAGES, turn, first, pieces, CONSUMERS, STAGES)
-            stored = _told(slot, _TOLD_STORED) - consumer * _ROWS
-            if stored > 0:
-                row = _told(slot, _TOLD_ROW) + consumer * _ROWS
-                head, sample, part = _told(slot, _TOLD_HEAD), _told(slot, _TOLD_BATCH), _told(slot, _TOLD_PART)
-                _write_empty_rows(
-                    parameters, row, head, sample, part, stored, queries.dtype, 0.0, float("-inf"), consumer, D
-                )
+            _write_told_empty_rows(parameters, slot, queries.dtype, consumer, D)
         mbarrier.arrive(_queries_empty(barriers, fed, STAGES, Q_STAGES))
     return turn
 
