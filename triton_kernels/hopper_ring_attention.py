@@ -151,10 +151,8 @@ def _tell_pieces(parameters, told_keys, slot, kv_total, i):
     """
     piece = gl.arange(0, _MOST_PIECES, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     pieces = _integer(parameters, _PIECES)
-    row = _pointer(parameters, _TABLE, gl.int32) + gl.minimum(piece, pieces - 1) * 3
-    length = gl.where(piece < pieces, gl.load(row + 2), 0)
-    kv_len = gl.minimum(gl.maximum(kv_total - gl.load(row + 1), 0), length)
-    _, kv_len = _own_keys(parameters, _part(parameters, i), kv_len, _KEYS)
+    _, kv_len = _piece_span(parameters, gl.minimum(piece, pieces - 1), kv_total, i)
+    kv_len = gl.where(piece < pieces, kv_len, 0)
     told_keys.index(slot).store(kv_len)
     return gl.min(gl.where(kv_len > 0, piece, pieces), 0)
 

@@ -69,7 +69,8 @@ ATTEND: dict[str, Attend] = {"exact": attend_here, "int8": attend_in_8_bits}
 
 
 class AttentionLengths:
-    """The true lengths of the running forward, int32 (B,) on the device; never read on the host.
+    """The true lengths of the running forward, int32 (B,) on the device; never read on the host. And what else blocks
+    read of it.
 
     Inside `begin` ... `end` they come from the text's key mask. Outside they are derived from the mask that the model
     hands to attention, once per mask object: all blocks of a forward are given the same one.

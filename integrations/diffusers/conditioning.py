@@ -32,6 +32,10 @@ from .models import Conditioning
 from .own_forward import replace_own_forward
 from .parallel import Spread
 
+# Elements before the first part: compiled code holds a part that begins at 0, or at what happens to be its size, for a
+# case of its own. A multiple of 16 bytes.
+_APART = 8
+
 
 @dataclass(frozen=True, eq=False)
 class _Linear:
@@ -66,10 +70,6 @@ class _Linear:
         """Whether its weight lies where the vector does, and is like it."""
         weight = self.module.weight
         return weight.device == vector.device and weight.dtype == vector.dtype
-
-    def own(self, conditioning: Tensor) -> Tensor:
-        """What it makes, past all hooks."""
-        return _own(self.module, conditioning)
 
 
 class SharedConditioning:
@@ -145,7 +145,7 @@ class SharedConditioning:
         sizes = [linear.module.out_features for linear in self._linears]
         cuts = even_cuts(sizes, place.pieces)
         conditioning = nn.functional.silu(vector)
-        own = [linear.own(conditioning) for linear in self._linears[slice(*cuts[place.piece])]]
+        own = [_own(linear.module, conditioning) for linear in self._linears[slice(*cuts[place.piece])]]
         mine = torch.cat(own, dim=1) if own else vector.new_empty((vector.shape[0], 0))
         shards = Shards(tuple(sum(sizes[slice(*cut)]) for cut in cuts))
 
@@ -167,11 +167,6 @@ class SharedConditioning:
         self._vector, self._made, self._lengths.modulations = None, {}, {}
 
 
-# Elements before the first part: compiled code holds a part that begins at 0, or at what happens to be its size, for a
-# case of its own. A multiple of 16 bytes.
-_APART = 8
-
-
 def _made_or_own(lengths: AttentionLengths, name: str) -> Callable[[Any, Tensor], Tensor]:
     def forward(linear: Any, conditioning: Tensor) -> Tensor:
         made = (lengths.modulations or {}).get(name)
@@ -181,6 +176,7 @@ def _made_or_own(lengths: AttentionLengths, name: str) -> Callable[[Any, Tensor]
 
 
 def _own(linear: Any, conditioning: Tensor) -> Tensor:
+    """What a linear makes, past all hooks."""
     made: Tensor = type(linear).forward(linear, conditioning)
     return made
 
