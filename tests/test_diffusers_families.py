@@ -89,14 +89,24 @@ def spread(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize("name", TINY)
 def test_ranks_equal_one(spread: list[Any], name: str) -> None:
-    expected, alone = family_ranks.made(name)
+    expected, alone, _ = family_ranks.made(name)
     for seen in spread:
         if isinstance(seen, Exception):
             raise seen
-        got, measured = seen[name]
+        got, measured, _ = seen[name]
         assert np.abs(got - expected).max() <= ERROR * np.abs(expected).max()
         assert measured.keys() == alone.keys()
         assert measured == pytest.approx(alone, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_rank_has_fewer_rows_where_they_cost_more(spread: list[Any], name: str) -> None:
+    (pieces,) = {seen[name][2] for seen in spread}
+    assert len(pieces) == len(spread)
+    if name.startswith("FLUX.1"):  # whose text comes first
+        assert pieces[0] < pieces[-1]
+    else:
+        assert max(pieces) - min(pieces) <= 1
 
 
 # --- pipelines with two transformers ----------------------------------------------------------------------------------

@@ -137,6 +137,7 @@ def test_unknown_before_and_after() -> None:
         ({"processor": None}, "processor: got None"),
         ({"passes": Passes(("cond",), "text")}, "passes.prompts: got 'text', allowed is a tuple"),  # type: ignore[arg-type]
         ({"shards": replace(NOVEL.shards, sequence=("y",))}, "shards.sequence: got"),
+        ({"shards": replace(NOVEL.shards, text_cost=0.0)}, "shards.text_cost: got 0.0, allowed is a number above 0"),
         ({"components": "transformer"}, "components: got 'transformer', allowed is a tuple"),
         ({"joined": "layers"}, "joined: got 'layers', allowed is a tuple"),
         ({"shards": replace(NOVEL.shards, rows="timestep")}, "shards.rows: got 'timestep', allowed is a tuple"),

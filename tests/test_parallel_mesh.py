@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,29 @@ def test_pieces_make_up_the_sequence_and_differ_by_one(total: int, world: int) -
     assert rows == list(range(total))
     assert max(shards.sizes) - min(shards.sizes) <= 1
     assert (shards.total, shards.world) == (total, world)
+
+
+@given(
+    streams=st.lists(st.tuples(st.integers(0, 300), st.sampled_from((0.25, 1.0, 1.16, 3.0))), max_size=4), world=RANKS
+)
+def test_pieces_cost_the_same_to_within_a_row(streams: list[tuple[int, float]], world: int) -> None:
+    costs = [cost for rows, cost in streams for _ in range(rows)]
+    shards = Shards.of_equal_cost(streams, world)
+    assert (shards.total, shards.world) == (len(costs), world)
+    dearest = max((cost for _, cost in streams), default=0.0)
+    for rank in range(world):
+        assert abs(sum(costs[shards.piece(rank)]) - sum(costs) / world) <= dearest * (1 + 1e-9)
+
+
+@given(rows=st.lists(st.integers(0, 300), min_size=1, max_size=4), cost=st.sampled_from((1.0, 1.16)), world=RANKS)
+def test_rows_of_one_cost_are_cut_into_pieces_of_equal_size(rows: list[int], cost: float, world: int) -> None:
+    assert Shards.of_equal_cost([(count, cost) for count in rows], world) == Shards.of(sum(rows), world)
+
+
+def test_the_rank_with_the_dearer_rows_has_fewer() -> None:
+    assert Shards.of_equal_cost([(512, 1.16), (4096, 1.0)], 2).sizes == (2263, 2345)
+    assert Shards.of_equal_cost([(4096, 1.0), (512, 1.16)], 2).sizes == (2345, 2263)
+    assert Shards.of_equal_cost([(100, 10.0), (100, 1.0)], 4).sizes == (28, 27, 27, 118)
 
 
 @given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=8), streams=st.lists(st.integers(0, 60), max_size=4))
@@ -101,6 +125,10 @@ def test_merged_pieces_are_those_of_the_ring(total: int, ring: int, ulysses: int
         (lambda: Shards.of(-1, 2), "total: got -1"),
         (lambda: Shards.of(1, 0), "world: got 0"),
         (lambda: Shards.of(1.0, 2), "total: got 1.0"),
+        (lambda: Shards.of_equal_cost([(1, 1.0)], 0), "world: got 0"),
+        (lambda: Shards.of_equal_cost([(4, 1.0), (-1, 1.0)], 2), "streams: got [(4, 1.0), (-1, 1.0)]"),
+        (lambda: Shards.of_equal_cost([(4, 1.0), (4, 0.0)], 2), "streams: got [(4, 1.0), (4, 0.0)]"),
+        (lambda: Shards.of_equal_cost([(4, math.nan)], 2), "streams: got [(4, nan)]"),
         (lambda: Shards.of(8, 4).merged(3), "count: got 3, must divide the 4 ranks"),
         (lambda: Shards.of(8, 4).shard(torch.zeros(1, 7), 0), "tensor: got (1, 7)"),
         (lambda: Shards.of(8, 4).part_of_stream(3, 6, 0), "stream: got 6 rows from 3 on, must lie within 8 rows"),

@@ -29,6 +29,7 @@ class ShardPlan:
         heads: name of the config entry with the number of attention heads.
         sequence: names of the blocks' streams, (B, rows, C) each, in the order in which attention joins them. Padding
             may stand at the end of the last one only. This joint sequence is what the ranks share out.
+        text_cost: what a row of the text costs in a step, in rows of the video; ranks are given rows of equal cost.
         gathered_at: path of the submodule, called once after the last block with the video stream alone, whose output
             (B, rows, ...) is gathered: the later, the less there is to send.
         noise: name of the pipeline's method that returns the latents that a call starts from, alone or in a tuple.
@@ -38,6 +39,7 @@ class ShardPlan:
     text: str | None
     patch: tuple[tuple[int, str | tuple[str, int] | int], ...]
     sequence: tuple[str, ...]
+    text_cost: float = 1.0
     rows: tuple[str, ...] = ()
     prefix: str | None = None
     output: str = "sample"
@@ -230,6 +232,8 @@ FLUX = Family(
         text="encoder_hidden_states",
         patch=((1, 1),),
         sequence=("encoder_hidden_states", "hidden_states"),
+        # In a third of the blocks the text has products and element-wise operations of its own, too small for a GPU.
+        text_cost=1.16,
     ),
     modulation=Modulation("norm1", (("x", "hidden_states"), ("emb", "temb"))),
     conditioning=Conditioning("time_text_embed", ("norm1.linear", "norm1_context.linear", "norm.linear")),

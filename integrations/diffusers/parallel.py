@@ -60,6 +60,7 @@ class Spread:
         places: where forwards run.
         attention: one of `ATTEND`.
         last_place: where the last one ran, None before.
+        last_pieces: how many rows each rank had there, empty before.
         transport: how keys and values travelled, and why.
         can_share: whether this rank could share out what the timestep alone decides; None where nobody wants to.
         shares: whether all ranks could, when a call began.
@@ -76,6 +77,7 @@ class Spread:
         self.places = places
         self.attention = attention
         self.last_place: Place | None = None
+        self.last_pieces: tuple[int, ...] = ()
         self.transport = NOT_YET
         self.can_share: Callable[[], bool] | None = None
         self.shares = False
@@ -101,7 +103,7 @@ class Spread:
         before, self.places = self.places, places
         self._agreed.clear()
         if before is not places:
-            self.last_place = None
+            self.last_place, self.last_pieces = None, ()
             self.transport = NOT_YET
             before.close()
 
@@ -225,7 +227,9 @@ class Spread:
         if forward is None:
             return None
         streams = {name: argument.get(args, kwargs) for name, argument in self._streams.items()}
-        forward.shards = Shards.of(sum(stream.shape[1] for stream in streams.values()), forward.place.pieces)
+        costs = [(stream.shape[1], self._cost(name)) for name, stream in streams.items()]
+        forward.shards = Shards.of_equal_cost(costs, forward.place.pieces)
+        self.last_pieces = forward.shards.sizes
         start = 0
         for name, stream in streams.items():
             forward.streams[name] = forward.shards.stream(start, stream.shape[1])
@@ -240,6 +244,10 @@ class Spread:
             self._outside.video,
         )
         return args, kwargs
+
+    def _cost(self, stream: str) -> float:
+        """Of one of its rows, in rows of the video."""
+        return 1.0 if stream == self._video else self._plan.text_cost
 
     def _attend_joint(self, streams: Unprepared, lens: Tensor | None) -> Tensor:
         assert self._forward is not None

@@ -1,4 +1,4 @@
-"""How a sequence is cut over ranks: contiguous pieces in rank order, whose sizes differ by at most one.
+"""How a sequence is cut over ranks: contiguous pieces in rank order, of equal size or of equal cost.
 
 What is cut is the joint sequence that attention sees, all its streams one after the other. Padding then stands only at
 the end of the whole sequence, one `kv_lens` (B,) of the whole sequence describes it on every rank, and nothing has to
@@ -7,9 +7,11 @@ divide. Everything here is arithmetic on host integers; no device value is read.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from math import inf
 
 from torch import Tensor
 
@@ -44,6 +46,26 @@ class Shards:
             raise ValueError(f"world: got {world!r}, must be an integer >= 1")
         base, longer = divmod(total, world)
         return cls(tuple(base + (rank < longer) for rank in range(world)))
+
+    @classmethod
+    def of_equal_cost(cls, streams: Sequence[tuple[int, float]], world: int) -> Shards:
+        """As `of`, where a row of one stream costs more than a row of another: every piece costs the same, to within
+        one row.
+
+        Args:
+            streams: in the order of the sequence, of each its rows and what one of them costs.
+
+        Raises:
+            ValueError: for a negative number of rows, a cost that is not above 0, or a `world` below 1.
+        """
+        if any(not _is_count(rows) or not 0 < cost < inf for rows, cost in streams):
+            raise ValueError(f"streams: got {list(streams)!r}, must be integers >= 0, each with a cost > 0 of a row")
+        equal = cls.of(sum(rows for rows, _ in streams), world)
+        if len({cost for _, cost in streams}) == 1:
+            return equal
+        whole = sum(rows * cost for rows, cost in streams)
+        stops = [_rows_of_cost(streams, whole * rank / world) for rank in range(world)]
+        return cls(tuple(stop - start for start, stop in pairwise([*stops, equal.total])))
 
     @property
     def world(self) -> int:
@@ -114,6 +136,16 @@ class Shards:
             raise ValueError(
                 f"stream: got {stream_rows!r} rows from {stream_start!r} on, must lie within {self.total} rows"
             )
+
+
+def _rows_of_cost(streams: Sequence[tuple[int, float]], cost: float) -> int:
+    """How many of the first rows cost this much together."""
+    before = 0
+    for rows, each in streams:
+        if cost <= rows * each:
+            return before + round(cost / each)
+        before, cost = before + rows, cost - rows * each
+    return before
 
 
 def _is_count(value: object) -> bool:
