@@ -116,6 +116,8 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Row]], str]]] = {
     "flux-tail": (("flux_tail",), ranks.attention_of_steps),
     "flux-copies": (("flux_copies",), ranks.attention_of_steps),
     "flux-ranks-other": (("flux_step_ranks-other",), ranks.ranks_of_steps),
+    "flux-pieces": (("flux_pieces",), ranks.variants),
+    "flux-rows": (("flux_rows",), ranks.products),
     "flux-variants": (("flux_variants",), ranks.variants),
     "flux-ring-kernel": (("flux_ring_kernel",), ranks.ring_kernel),
     "flux-ranks": (("flux_step_ranks",), ranks.ranks_of_steps),

@@ -6,11 +6,12 @@ own context parallelism where that has a plan for the model (FLUX).
     torchrun --nproc-per-node 2 -m benchmarks.step_ranks flux --small --out /tmp/steps     a tiny model, over gloo
 
 Every way runs the same steps in rounds, after two to warm up; of each round the slowest rank counts, of the rounds the
-median. Python collects no garbage meanwhile: once in a while that takes as long as two steps of FLUX, in one process
-and not in the other. Each rank compares its output with its own on one GPU. With --compile also with compiled blocks,
-with --graphs also as CUDA graphs, on one GPU and on all; with both also with both. diffusers' ways use cuDNN's
-attention, the fastest that its context parallelism takes. A way that fails is reported and does not stop the others;
-the exit code is then 1.
+median. A round of FLUX is as long as an image: GPUs at their power limit change their clocks within seconds, so that
+rounds of 4 steps differ by 5 %, rounds of 28 by less than 1 %. Python collects no garbage meanwhile: once in a while
+that takes as long as two steps of FLUX, in one process and not in the other. Each rank compares its output with its own
+on one GPU. With --compile also with compiled blocks, with --graphs also as CUDA graphs, on one GPU and on all; with
+both also with both. diffusers' ways use cuDNN's attention, the fastest that its context parallelism takes. A way that
+fails is reported and does not stop the others; the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -43,14 +44,18 @@ from .step_settings import MODELS, Model, forward
 ALONE, STOCK_ALONE = "one GPU", "diffusers on one GPU"
 AUTO = "auto"
 WARM_UP = 2
+STEPS = {"flux": 28, "cogvideox": 4}
 CUDNN_BACKEND = "_native_cudnn"
 
 
 @dataclass
 class Measured:
-    """Seconds of a step, of the slowest rank; the last output on the host; where the work was."""
+    """Seconds of a step, of the slowest rank, in the median round and in each; the last output on the host; where the
+    work was.
+    """
 
     seconds: float
+    rounds: list[float]
     output: Tensor
     place: str
 
@@ -156,8 +161,9 @@ def _measured(
                 forward(transformer, model.steps[0])
             times = [_round(transformer, model, device) for _ in range(rounds)]
             everyone = exchange(_world(), [seconds for seconds, _ in times], "seconds")
-            seconds = median(map(max, zip(*everyone, strict=True)))
-            measured[name] = Measured(seconds, times[-1][1].float().cpu(), place())
+            of_rounds = [max(of_ranks) for of_ranks in zip(*everyone, strict=True)]
+            seconds = median(of_rounds)
+            measured[name] = Measured(seconds, of_rounds, times[-1][1].float().cpu(), place())
     except Exception as error:  # one way that fails, on all ranks alike, must not cost the others their results
         print(f"{name}: {type(error).__name__}: {error}", flush=True)
         return False
@@ -215,7 +221,8 @@ def _records(model: Model, measured: dict[str, Measured], dtype: torch.dtype) ->
         off = max((theirs for theirs in exchange(_world(), off, "differences") if theirs is not None), default=None)
         base = _base(name, measured)
         shape = model.shape | {"steps": len(model.steps), "ranks": dist.get_world_size()}
-        notes = {"difference": off, "place": entry.place}
+        rounds_ms = [round(seconds * 1e3, 2) for seconds in entry.rounds]
+        notes = {"difference": off, "place": entry.place, "rounds_ms": rounds_ms}
         kind, ms = str(dtype).removeprefix("torch."), entry.seconds * 1e3
         base_ms = None if base is None else measured[base].seconds * 1e3
         made.append(Record(model.op, shape, kind, name, ms, base, base_ms, notes=notes))
@@ -235,16 +242,18 @@ def _say(line: str) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=[name for name in MODELS if name != "hunyuan"])
+    parser.add_argument("model", choices=STEPS)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the JSON records")
     parser.add_argument("--small", action="store_true", help="a tiny model and picture")
-    parser.add_argument("--steps", type=int, default=4, metavar="N", help="timed together (default: 4)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of these steps (default: 5)")
+    usual = ", ".join(f"{steps} for {model}" for model, steps in STEPS.items())
+    parser.add_argument("--steps", type=int, metavar="N", help=f"timed together (default: {usual})")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of these steps (default: 3)")
     parser.add_argument("--compile", action="store_true", help="with compiled blocks too")
     parser.add_argument("--only", nargs="+", metavar="WAY", help="these instead of all")
     parser.add_argument("--graphs", action="store_true", help="as CUDA graphs too")
     parser.add_argument("--profile", action="store_true", help="then where the time of a step on all GPUs goes")
     options = parser.parse_args()
+    options.steps = STEPS[options.model] if options.steps is None else options.steps
     if options.steps < 1 or options.rounds < 1:
         parser.error("steps and rounds must be at least 1")
     return options

@@ -1031,6 +1031,8 @@ def test_steps_over_several_gpus_rehearse_without_any(model: str, tmp_path: Path
     for row in rows.values():
         assert row["notes"]["difference"] < 1e-5
         assert row["ratio"] > 0
+        assert row["shape"]["steps"] == 2
+        assert len(row["notes"]["rounds_ms"]) == 2
     assert rows["ring"]["notes"]["place"] == "batch 1 x ring 2 x ulysses 1"
     assert record.read_records(f"{model}_step_ranks_profile", tmp_path)
 

@@ -95,15 +95,23 @@ def ring_kernel(rows: Sequence[Row]) -> str:
 
 
 def where(rows: Sequence[Row]) -> str:
-    """Where the time of a step goes, on one GPU and on two."""
-    body = [
-        [
-            row["kernel"],
-            *(f"{ms:.1f}" for ms in (row["notes"]["one_gpu_ms"], row["median_ms"], row["notes"]["rank_1_ms"])),
-        ]
-        for row in rows
-    ]
-    return markdown_table(["work, ms", "one GPU", "the first of two", "the second"], body, rows)
+    """Where the time of a step goes, on each of two GPUs: alone, and together with rows cut in two ways."""
+    parts = ("one_gpu_ms", "equal_ms", "unequal_ms")
+    body = [[row["kernel"], *(f"{ms:.1f}" for part in parts for ms in row["notes"][part])] for row in rows]
+    ways = ("alone", "equal pieces", "pieces of equal cost")
+    head = [f"{way}, {rank} GPU" for way in ways for rank in ("first", "second")]
+    return markdown_table(["work, ms", *head], body, rows)
+
+
+def products(rows: Sequence[Row]) -> str:
+    """How long linears take, by the number of rows, and with which tiles."""
+    kinds = list(dict.fromkeys((row["shape"]["in"], row["shape"]["out"]) for row in rows))
+    body = []
+    for count in sorted({row["shape"]["rows"] for row in rows}):
+        found = {(row["shape"]["in"], row["shape"]["out"]): row for row in rows if row["shape"]["rows"] == count}
+        cells = [f"{found[kind]['median_ms'] * 1e3:.0f} ({found[kind]['kernel'].split()[-1]})" for kind in kinds]
+        body.append([f"{count:,}", *cells])
+    return markdown_table(["rows", *(f"{k:,} to {n:,} channels, us" for k, n in kinds)], body, rows)
 
 
 def vae(rows: Sequence[Row]) -> str:
