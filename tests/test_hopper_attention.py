@@ -13,8 +13,8 @@ from para_kernels import flash_attention, flash_attention_varlen
 from para_kernels.triton_kernels import (
     hopper_attention,
     hopper_choice,
-    hopper_parts,
     hopper_ring_attention,
+    hopper_tiles,
     launch,
     tail,
 )
@@ -42,7 +42,7 @@ on_hopper = [pytest.mark.gpu, pytest.mark.skipif(not is_hopper(), reason="needs 
     ],
 )
 def test_descriptors(shape: tuple[int, ...], stride: tuple[int, ...], expected: object) -> None:
-    assert hopper_parts._descriptor(shape, stride) == expected
+    assert hopper_tiles._descriptor(shape, stride) == expected
 
 
 @pytest.mark.parametrize(

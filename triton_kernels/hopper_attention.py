@@ -34,7 +34,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
 
 from .hopper_choice import CONFIGS, KEYS, ROWS, SMALL_CONFIGS, HopperConfig, choose, takes
-from .hopper_parts import (
+from .hopper_items import (
     _ACTIVE,
     _BLOCKS,
     _FLAGS,
@@ -42,14 +42,23 @@ from .hopper_parts import (
     _HAS_Q_LENS,
     _HEADS,
     _HEADS_PER_KV,
-    _K,
-    _KEYS,
-    _LEAST_SCALE,
-    _LOG2_E,
     _PACKED,
     _PARAMETERS,
-    _ROWS,
     _ROWS_Q,
+    _integer,
+    _key_span,
+    _own_keys,
+    _park,
+    _part,
+    _tile_of,
+    _turns,
+)
+from .hopper_rows import _write_told_empty_rows, _write_told_rows
+from .hopper_softmax import _LEAST_SCALE, _LOG2_E, _attend_blocks, _attend_window, _note_overflow
+from .hopper_tiles import (
+    _K,
+    _KEYS,
+    _ROWS,
     _TOLD,
     _TOLD_KEYS,
     _TOLD_QUERIES,
@@ -57,32 +66,20 @@ from .hopper_parts import (
     _V,
     _any_overflow,
     _async_load,
-    _attend_blocks,
-    _attend_window,
     _await_free_queries,
     _await_queries,
     _clean,
     _descriptor,
-    _integer,
-    _key_span,
     _load_queries,
     _make_descriptor,
     _meet,
-    _note_overflow,
-    _own_keys,
-    _park,
-    _part,
     _queries_empty,
     _release,
     _stand_aside,
     _tell,
     _thread_barrier,
     _tile,
-    _tile_of,
     _told,
-    _turns,
-    _write_told_empty_rows,
-    _write_told_rows,
 )
 from .launch import Launcher
 from .tail import Tail

@@ -42,31 +42,32 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .format8 import LARGEST_KEYS
 from .hopper_choice import ROWS
-from .hopper_parts import (
+from .hopper_items import (
     _BLOCKS,
     _HAS_KV_LENS,
     _HAS_Q_LENS,
     _HEADS,
     _HEADS_PER_KV,
-    _LOG2_E,
     _PARAMETERS,
     _ROWS_K,
     _ROWS_Q,
-    _async_load,
-    _await_free_queries,
-    _await_queries,
     _integer,
     _key_span,
-    _load_queries,
     _one,
     _park,
     _pointer,
+    _turns,
+)
+from .hopper_rows import _write_empty_rows, _write_rows
+from .hopper_softmax import _LOG2_E
+from .hopper_tiles import (
+    _async_load,
+    _await_free_queries,
+    _await_queries,
+    _load_queries,
     _queries_empty,
     _reinterpret,
     _thread_barrier,
-    _turns,
-    _write_empty_rows,
-    _write_rows,
 )
 from .launch import Launcher, MakeDescriptor
 from .quantize_int8 import K_BLOCK, Keys8, Queries8
@@ -204,7 +205,7 @@ def _followed(product, alpha):
     )  # fmt: skip
 
 
-# More parameters that wait in shared memory, see `hopper_parts`.
+# More parameters that wait in shared memory, see `hopper_items`.
 _Q_SCALES = gl.constexpr(0)
 _K_SCALES = gl.constexpr(1)
 _V_SCALES = gl.constexpr(2)
