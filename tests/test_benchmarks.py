@@ -1037,6 +1037,15 @@ def test_steps_over_several_gpus_rehearse_without_any(model: str, tmp_path: Path
     assert record.read_records(f"{model}_step_ranks_profile", tmp_path)
 
 
+@pytest.mark.parametrize(("model", "steps"), [("flux", 28), ("cogvideox", 4)])
+def test_a_round_is_as_long_as_an_image_of_flux(model: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    from benchmarks import step_ranks
+
+    monkeypatch.setattr(sys, "argv", ["step_ranks", model, "--out", "none"])
+    assert step_ranks._options().steps == steps
+
+
 def test_the_kept_demo_writes_its_record_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("diffusers")
     from tiny_hunyuan import PROMPTS, tiny_pipeline

@@ -137,7 +137,9 @@ def test_unknown_before_and_after() -> None:
         ({"processor": None}, "processor: got None"),
         ({"passes": Passes(("cond",), "text")}, "passes.prompts: got 'text', allowed is a tuple"),  # type: ignore[arg-type]
         ({"shards": replace(NOVEL.shards, sequence=("y",))}, "shards.sequence: got"),
-        ({"shards": replace(NOVEL.shards, text_cost=0.0)}, "shards.text_cost: got 0.0, allowed is a number above 0"),
+        ({"shards": replace(NOVEL.shards, text_cost=0.0)}, "shards.text_cost: got 0.0, allowed is a finite number > 0"),
+        ({"shards": replace(NOVEL.shards, text_cost=True)}, "shards.text_cost: got True, allowed is a finite number"),
+        ({"shards": replace(NOVEL.shards, text_cost="1")}, "shards.text_cost: got '1', allowed is a finite number"),  # type: ignore[arg-type]
         ({"components": "transformer"}, "components: got 'transformer', allowed is a tuple"),
         ({"joined": "layers"}, "joined: got 'layers', allowed is a tuple"),
         ({"shards": replace(NOVEL.shards, rows="timestep")}, "shards.rows: got 'timestep', allowed is a tuple"),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from math import inf
 from typing import Any
 
 from torch import nn
 
 from para_kernels.cache import check_threshold
+from para_kernels.cache.policy import is_finite_number
 
 from .models import FAMILIES, Conditioning, Family
 
@@ -113,8 +113,8 @@ def _check(family: Family) -> None:
         raise ValueError(f"joined: got {family.joined}, allowed are the last of the block_lists, but not the first")
     if joined and family.shards.sequence[-1] != streams[0]:
         raise ValueError(f"joined: allowed only where {streams[0]!r} is the last of shards.sequence")
-    if not 0 < family.shards.text_cost < inf:
-        raise ValueError(f"shards.text_cost: got {family.shards.text_cost!r}, allowed is a number above 0")
+    if not is_finite_number(family.shards.text_cost) or family.shards.text_cost <= 0:
+        raise ValueError(f"shards.text_cost: got {family.shards.text_cost!r}, allowed is a finite number > 0")
     if family.shards.rows and family.shards.sequence != streams[:1]:
         raise ValueError(f"shards.rows: got {family.shards.rows}, allowed where shards.sequence is {streams[:1]} alone")
     for known in known_families():

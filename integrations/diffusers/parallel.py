@@ -60,7 +60,6 @@ class Spread:
         places: where forwards run.
         attention: one of `ATTEND`.
         last_place: where the last one ran, None before.
-        last_pieces: how many rows each rank had there, empty before.
         transport: how keys and values travelled, and why.
         can_share: whether this rank could share out what the timestep alone decides; None where nobody wants to.
         shares: whether all ranks could, when a call began.
@@ -77,7 +76,6 @@ class Spread:
         self.places = places
         self.attention = attention
         self.last_place: Place | None = None
-        self.last_pieces: tuple[int, ...] = ()
         self.transport = NOT_YET
         self.can_share: Callable[[], bool] | None = None
         self.shares = False
@@ -103,7 +101,7 @@ class Spread:
         before, self.places = self.places, places
         self._agreed.clear()
         if before is not places:
-            self.last_place, self.last_pieces = None, ()
+            self.last_place = None
             self.transport = NOT_YET
             before.close()
 
@@ -229,7 +227,6 @@ class Spread:
         streams = {name: argument.get(args, kwargs) for name, argument in self._streams.items()}
         costs = [(stream.shape[1], self._cost(name)) for name, stream in streams.items()]
         forward.shards = Shards.of_equal_cost(costs, forward.place.pieces)
-        self.last_pieces = forward.shards.sizes
         start = 0
         for name, stream in streams.items():
             forward.streams[name] = forward.shards.stream(start, stream.shape[1])

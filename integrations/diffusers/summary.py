@@ -120,14 +120,7 @@ def _parallel(spread: Spread | None) -> list[str]:
     if place is None:
         return [f"parallel    {everyone.size()} ranks, the split is chosen when the shapes are known"]
     lines = [f"parallel    {everyone.size()} ranks: {place}; {place.why}"]
-    if place.pieces == 1:
-        return lines
-    return [*lines, *_pieces(spread), f"transport   {spread.transport}", *_modulations(spread)]
-
-
-def _pieces(spread: Spread) -> list[str]:
-    """How long the ranks' parts of the sequence are, once it is known."""
-    return [f"rows        {' + '.join(map(str, spread.last_pieces))}"] if spread.last_pieces else []
+    return lines if place.pieces == 1 else [*lines, f"transport   {spread.transport}", *_modulations(spread)]
 
 
 def _modulations(spread: Spread) -> list[str]:

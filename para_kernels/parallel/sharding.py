@@ -49,23 +49,25 @@ class Shards:
 
     @classmethod
     def of_equal_cost(cls, streams: Sequence[tuple[int, float]], world: int) -> Shards:
-        """As `of`, where a row of one stream costs more than a row of another: every piece costs the same, to within
-        one row.
+        """As `of`, where a row of one stream costs more than a row of another: pieces that cost the same.
+
+        A cut that would leave only a sixteenth of a piece on one side, of a stream that ends there, is made at the end
+        of the stream: a few rows of a stream take a rank as long as many.
 
         Args:
             streams: in the order of the sequence, of each its rows and what one of them costs.
 
         Raises:
-            ValueError: for a negative number of rows, a cost that is not above 0, or a `world` below 1.
+            ValueError: for a negative number of rows, a cost that is not finite and above 0, or a `world` below 1.
         """
         if any(not _is_count(rows) or not 0 < cost < inf for rows, cost in streams):
-            raise ValueError(f"streams: got {list(streams)!r}, must be integers >= 0, each with a cost > 0 of a row")
+            raise ValueError(f"streams: got {list(streams)!r}, must be counts >= 0 with finite costs > 0")
         equal = cls.of(sum(rows for rows, _ in streams), world)
-        if len({cost for _, cost in streams}) == 1:
+        if len({cost for rows, cost in streams if rows}) < 2:
             return equal
-        whole = sum(rows * cost for rows, cost in streams)
-        stops = [_rows_of_cost(streams, whole * rank / world) for rank in range(world)]
-        return cls(tuple(stop - start for start, stop in pairwise([*stops, equal.total])))
+        piece = sum(rows * cost for rows, cost in streams) / world
+        cuts = (_rows_of_cost(streams, rank * piece, piece / 16) for rank in range(1, world))
+        return cls(tuple(stop - start for start, stop in pairwise([0, *cuts, equal.total])))
 
     @property
     def world(self) -> int:
@@ -138,13 +140,16 @@ class Shards:
             )
 
 
-def _rows_of_cost(streams: Sequence[tuple[int, float]], cost: float) -> int:
-    """How many of the first rows cost this much together."""
+def _rows_of_cost(streams: Sequence[tuple[int, float]], cost: float, slack: float) -> int:
+    """How many of the first rows cost so much together, or all of a stream that ends within `slack` of it."""
     before = 0
     for rows, each in streams:
-        if cost <= rows * each:
+        behind = rows * each - cost
+        if behind > slack:
             return before + round(cost / each)
-        before, cost = before + rows, cost - rows * each
+        before, cost = before + rows, -behind
+        if cost <= slack:
+            break
     return before
 
 
