@@ -324,6 +324,49 @@ def test_options_in_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("environment", "device", "own"),
+    [
+        ({}, "cuda", "cuda"),
+        ({"WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "cuda", "cuda:0"),
+        ({"WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "cuda:1", "cuda:1"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "cuda", "cuda:1"),
+        ({"WORLD_SIZE": "2"}, "cuda", "cuda:0"),  # who starts processes otherwise shows each its GPU alone
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "cpu", "cpu"),
+    ],
+)
+def test_the_device_of_a_process(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], device: str, own: str
+) -> None:
+    set_environment(monkeypatch, environment)
+    assert str(processes.own_device(torch.device(device))) == own
+
+
+@pytest.mark.parametrize(
+    ("environment", "device", "message"),
+    [
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "cuda:0", "device: 'cuda:0'; must be auto, cpu or cuda"),
+        ({"WORLD_SIZE": "3", "LOCAL_RANK": "2"}, "cuda", "too few for local rank 2"),
+        ({"WORLD_SIZE": "1", "LOCAL_RANK": "2"}, "cuda", "too few for local rank 2"),
+    ],
+)
+def test_a_device_that_a_process_cannot_have(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], device: str, message: str
+) -> None:
+    set_environment(monkeypatch, environment)
+    with pytest.raises(ValueError, match=message):
+        processes.own_device(torch.device(device))
+
+
+def set_environment(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    """That of one process on a machine with two GPUs."""
+    for name in ("WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
 def test_every_case_is_looked_at() -> None:
     text = Path(__file__).read_text()
     for cases in OTHERS.values():
