@@ -33,7 +33,7 @@ def own_device(device: torch.device) -> torch.device:
         ValueError: if the node has fewer GPUs than processes, or all were sent to the same one.
     """
     alone = world_size() == 1
-    if device.type != "cuda" or alone and (device.index is not None or "LOCAL_RANK" not in os.environ):
+    if device.type != "cuda" or (alone and (device.index is not None or "LOCAL_RANK" not in os.environ)):
         return device
     if device.index is not None:
         raise ValueError(f"device: '{device}'; must be auto, cpu or cuda on several ranks: each takes a GPU of its own")
