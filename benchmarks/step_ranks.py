@@ -3,6 +3,7 @@ own context parallelism where that has a plan for the model (FLUX).
 
     torchrun --nproc-per-node 2 -m benchmarks.step_ranks flux --out benchmarks/results
     torchrun --nproc-per-node 2 -m benchmarks.step_ranks cogvideox --out benchmarks/results
+    torchrun --nproc-per-node 2 -m benchmarks.step_ranks flux --graphs --text-cost 1 1.08 1.16 1.24 --out /tmp/steps
     torchrun --nproc-per-node 2 -m benchmarks.step_ranks flux --small --out /tmp/steps     a tiny model, over gloo
 
 Every way runs the same steps in rounds, after two to warm up; of each round the slowest rank counts, of the rounds the
@@ -22,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,7 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from para_kernels import ContextParallel
-from para_kernels.integrations.diffusers import accelerate
+from para_kernels.integrations.diffusers import accelerate, known_families, register_family
 from para_kernels.integrations.diffusers.processes import is_first, joined, own_device
 from para_kernels.parallel.failure import exchange
 
@@ -68,10 +69,9 @@ def main() -> int:
         model = MODELS[options.model](options, device, dtype)
         _say(f"{options.model}: {model.shape}, {len(model.steps)} steps, {dist.get_world_size()} ranks")
         measured: dict[str, Measured] = {}
+        chosen = _chosen(ways(model, options.compile, options.graphs, options.text_cost), options.only)
         failed = [
-            name
-            for name, way in _chosen(ways(model, options.compile, options.graphs), options.only).items()
-            if not _measured(model, name, way, measured, device, options.rounds)
+            name for name, way in chosen.items() if not _measured(model, name, way, measured, device, options.rounds)
         ]
         found = _records(model, measured, dtype)
         if is_first():
@@ -87,7 +87,7 @@ Way = Callable[[], Entered]
 """Gives, while it is entered, the transformer to call and what tells afterwards where the work was."""
 
 
-def ways(model: Model, compiled: bool, graphs: bool) -> dict[str, Way]:
+def ways(model: Model, compiled: bool, graphs: bool, text_costs: Sequence[float]) -> dict[str, Way]:
     world = dist.get_world_size()
     ours = {
         ALONE: None,
@@ -99,6 +99,9 @@ def ways(model: Model, compiled: bool, graphs: bool) -> dict[str, Way]:
     for how in _hows(compiled, graphs):
         for name in (ALONE, AUTO):
             found[", ".join([name, *how])] = _ours(model, ours[name], how)
+    for cost in text_costs:
+        for how in ((), *_hows(compiled, graphs)):
+            found[", ".join([f"{AUTO} (text {cost:g})", *how])] = _ours(model, ours[AUTO], how, cost)
     found[STOCK_ALONE] = _stock(model, None)
     if getattr(model.transformer, "_cp_plan", None) and next(model.transformer.parameters()).is_cuda:
         found["diffusers ring"] = _stock(model, {"ring_degree": world})
@@ -121,17 +124,34 @@ def _hows(compiled: bool, graphs: bool) -> list[tuple[str, ...]]:
     return [*hows, (_COMPILED, _GRAPHS)] if compiled and graphs else hows
 
 
-def _ours(model: Model, parallel: ContextParallel | None, how: Sequence[str] = ()) -> Way:
+def _ours(
+    model: Model, parallel: ContextParallel | None, how: Sequence[str] = (), text_cost: float | None = None
+) -> Way:
     @contextmanager
     def entered() -> Iterator[tuple[Any, Callable[[], str]]]:
         settings = {"compile": _COMPILED in how, "graphs": _GRAPHS in how}
-        handle = accelerate(model.pipe, cache=None, parallel=parallel, **settings)
+        with _text_at(text_cost, model):
+            handle = accelerate(model.pipe, cache=None, parallel=parallel, **settings)
         try:
             yield model.transformer, lambda: "" if handle.spread is None else str(handle.spread.last_place)
         finally:
             handle.remove()
 
     return entered
+
+
+@contextmanager
+def _text_at(cost: float | None, model: Model) -> Iterator[None]:
+    """Inside, a row of the text costs so much; None: what the table says."""
+    if cost is None:
+        yield
+        return
+    family = next(row for row in known_families() if type(model.pipe).__name__ in row.pipelines)
+    forget = register_family(replace(family, shards=replace(family.shards, text_cost=cost)), instead_of=family)
+    try:
+        yield
+    finally:
+        forget()
 
 
 def _stock(model: Model, degrees: dict[str, Any] | None) -> Way:
@@ -195,7 +215,8 @@ def _no_garbage_collected() -> Iterator[None]:
 
 def _base(name: str, measured: dict[str, Measured]) -> str | None:
     """The way that a way is compared with; None where that has failed."""
-    base = ALONE + name.removeprefix(AUTO) if name.startswith(AUTO) else ALONE
+    way, comma, how = name.partition(", ")
+    base = ALONE + comma + how if way.startswith(AUTO) else ALONE
     return base if base in measured else None
 
 
@@ -251,6 +272,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="with compiled blocks too")
     parser.add_argument("--only", nargs="+", metavar="WAY", help="these instead of all")
     parser.add_argument("--graphs", action="store_true", help="as CUDA graphs too")
+    help_of_cost = "also with pieces for which a row of the text costs as much as C of the video"
+    parser.add_argument("--text-cost", nargs="+", type=float, default=[], metavar="C", help=help_of_cost)
     parser.add_argument("--profile", action="store_true", help="then where the time of a step on all GPUs goes")
     options = parser.parse_args()
     options.steps = STEPS[options.model] if options.steps is None else options.steps

@@ -1023,11 +1023,13 @@ def test_a_setting_that_fails_costs_no_other(
 def test_steps_over_several_gpus_rehearse_without_any(model: str, tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     printed = torchrun(
-        "benchmarks.step_ranks", model, "--small", "--steps", "2", "--rounds", "2", "--profile", "--out", str(tmp_path)
-    )
+        "benchmarks.step_ranks", model, "--small", "--steps", "2", "--rounds", "2", "--profile", "--text-cost", "1.5",
+        "--out", str(tmp_path),
+    )  # fmt: skip
     assert "failed: none" in printed
     rows = {row["kernel"]: row for row in record.read_records(f"{model}_step_ranks", tmp_path)}
-    assert list(rows) == ["one GPU", "auto", "ring", "ulysses", "diffusers on one GPU"]
+    assert list(rows) == ["one GPU", "auto", "ring", "ulysses", "auto (text 1.5)", "diffusers on one GPU"]
+    assert rows["auto (text 1.5)"]["peer"] == "one GPU"
     for row in rows.values():
         assert row["notes"]["difference"] < 1e-5
         assert row["ratio"] > 0

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from para_kernels import FirstBlockCache
 from para_kernels.integrations.diffusers import (
     Conditioning,
     Family,
@@ -18,6 +19,7 @@ from para_kernels.integrations.diffusers import (
     Processor,
     ShardPlan,
     accelerate,
+    known_families,
     register_family,
 )
 
@@ -123,6 +125,47 @@ def test_unknown_before_and_after() -> None:
     register_family(NOVEL)()
     with pytest.raises(ValueError, match="pipe: got a NovelPipeline, supported: "):
         accelerate(NovelPipeline())
+
+
+def test_a_row_instead_of_another(pipe: NovelPipeline) -> None:
+    rows = known_families()
+    first = replace(NOVEL, cache_threshold=0.2)
+    forget_first = register_family(first, instead_of=NOVEL)
+    forget_second = register_family(replace(NOVEL, cache_threshold=0.3), instead_of=first)
+    assert known_families()[:-1] == rows[:-1]
+    handle = accelerate(pipe, cache=True)
+    assert handle.settings.cache == FirstBlockCache(0.3)
+    handle.remove()
+    forget_second()
+    assert known_families() == (*rows[:-1], first)
+    forget_first()
+    assert known_families() == rows
+
+
+def test_a_row_of_the_package_can_be_otherwise() -> None:
+    rows = known_families()
+    forget = register_family(replace(rows[0], cache_threshold=0.5), instead_of=rows[0])
+    assert known_families() == (replace(rows[0], cache_threshold=0.5), *rows[1:])
+    forget()
+    assert known_families() == rows
+    assert known_families()[0] is rows[0]
+
+
+def test_a_row_outlives_what_it_stood_for() -> None:
+    rows = known_families()
+    forget = register_family(NOVEL)
+    forget_other = register_family(replace(NOVEL, cache_threshold=0.2), instead_of=NOVEL)
+    forget()
+    assert known_families() == (*rows, replace(NOVEL, cache_threshold=0.2))
+    forget_other()
+    assert known_families() == rows
+
+
+def test_a_row_stands_instead_of_a_known_one_alone() -> None:
+    with pytest.raises(ValueError, match=r"instead_of: got Family.*, allowed is one of known_families"):
+        register_family(NOVEL, instead_of=replace(NOVEL, cache_threshold=0.2))
+    with pytest.raises(ValueError, match="belong to"):
+        register_family(replace(NOVEL, pipelines=("FluxPipeline",)), instead_of=known_families()[0])
 
 
 @pytest.mark.parametrize(

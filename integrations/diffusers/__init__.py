@@ -9,7 +9,7 @@ from para_kernels.parallel.mesh import init_context_parallel_mesh
 
 from .accelerate import accelerate, apply_cache_on_pipe, parallelize_pipe
 from .attention import ParaAttnProcessor
-from .families import register_family
+from .families import known_families, register_family
 from .handle import Handle
 from .linears import Fp8Linears
 from .models import Conditioning, Family, Passes, ShardPlan
@@ -29,6 +29,7 @@ __all__ = [
     "accelerate",
     "apply_cache_on_pipe",
     "init_context_parallel_mesh",
+    "known_families",
     "parallelize_pipe",
     "parallelize_vae",
     "register_family",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -13,34 +14,53 @@ from para_kernels.cache.policy import is_finite_number
 
 from .models import FAMILIES, Conditioning, Family
 
-_registered: list[Family] = []
+
+@dataclass(frozen=True, eq=False)
+class _Registered:
+    family: Family
+    instead_of: Family | None
 
 
-def register_family(family: Family) -> Callable[[], None]:
+_registered: list[_Registered] = []
+
+
+def register_family(family: Family, *, instead_of: Family | None = None) -> Callable[[], None]:
     """Let `accelerate` and its like know a model that this package has never seen. docs/your_own_family.md has a
     worked example.
 
     Args:
         family: its row. Its pipelines and those of the other rows must have different class names.
+        instead_of: one of `known_families()`, in whose place the row stands until it is forgotten: for a row of the
+            package that you want otherwise, `dataclasses.replace(row, ...)`.
 
     Returns:
         A function that forgets the family again; what is installed on pipelines stays. A second call does nothing.
 
     Raises:
-        ValueError: if the row contradicts itself or names a pipeline that another row has.
+        ValueError: if the row contradicts itself, names a pipeline that another row has, or is to stand instead of one
+            that is not known.
     """
-    _check(family)
-    _registered.append(family)
+    known = known_families()
+    if instead_of is not None and not any(row is instead_of for row in known):
+        raise ValueError(f"instead_of: got {instead_of!r}, allowed is one of known_families()")
+    _check(family, [row for row in known if row is not instead_of])
+    entry = _Registered(family, instead_of)
+    _registered.append(entry)
 
     def forget() -> None:
-        _registered[:] = [known for known in _registered if known is not family]
+        _registered[:] = [known for known in _registered if known is not entry]
 
     return forget
 
 
 def known_families() -> tuple[Family, ...]:
-    """Every row, the package's own first."""
-    return (*FAMILIES, *_registered)
+    """Every row, the package's own first, or what stands in their place."""
+    rows = list(FAMILIES)
+    for entry in _registered:
+        places = [place for place, row in enumerate(rows) if row is entry.instead_of]
+        place = places[0] if places else len(rows)
+        rows[place : place + 1] = [entry.family]
+    return tuple(rows)
 
 
 def check_transformer(family: Family, transformer: nn.Module) -> None:
@@ -75,7 +95,7 @@ def _check_conditioning(family: Family, where: Conditioning, transformer: Any) -
             raise ValueError(f"conditioning.argument: {kind.__name__}.forward has no argument {where.argument!r}")
 
 
-def _check(family: Family) -> None:
+def _check(family: Family, others: Sequence[Family]) -> None:
     if not isinstance(family, Family):
         raise ValueError(f"family: got {family!r}, allowed is a Family")
     for name in (
@@ -117,7 +137,7 @@ def _check(family: Family) -> None:
         raise ValueError(f"shards.text_cost: got {family.shards.text_cost!r}, allowed is a finite number > 0")
     if family.shards.rows and family.shards.sequence != streams[:1]:
         raise ValueError(f"shards.rows: got {family.shards.rows}, allowed where shards.sequence is {streams[:1]} alone")
-    for known in known_families():
+    for known in others:
         if both := set(known.pipelines) & set(family.pipelines):
             raise ValueError(f"pipelines: {sorted(both)} belong to {known.name!r} already")
 
