@@ -33,7 +33,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from para_kernels import ContextParallel
-from para_kernels.integrations.diffusers import accelerate, known_families, register_family
+from para_kernels.integrations.diffusers import accelerate, register_family
+from para_kernels.integrations.diffusers.families import family_of
 from para_kernels.integrations.diffusers.processes import is_first, joined, own_device
 from para_kernels.parallel.failure import exchange
 
@@ -51,14 +52,15 @@ CUDNN_BACKEND = "_native_cudnn"
 
 @dataclass
 class Measured:
-    """Seconds of a step, of the slowest rank, in the median round and in each; the last output on the host; where the
-    work was.
-    """
+    """Seconds of a step, of the slowest rank, in each round; the last output on the host; where the work was."""
 
-    seconds: float
     rounds: list[float]
     output: Tensor
     place: str
+
+    @property
+    def seconds(self) -> float:
+        return median(self.rounds)
 
 
 def main() -> int:
@@ -146,7 +148,7 @@ def _text_at(cost: float | None, model: Model) -> Iterator[None]:
     if cost is None:
         yield
         return
-    family = next(row for row in known_families() if type(model.pipe).__name__ in row.pipelines)
+    family = family_of(model.pipe)
     forget = register_family(replace(family, shards=replace(family.shards, text_cost=cost)), instead_of=family)
     try:
         yield
@@ -182,12 +184,11 @@ def _measured(
             times = [_round(transformer, model, device) for _ in range(rounds)]
             everyone = exchange(_world(), [seconds for seconds, _ in times], "seconds")
             of_rounds = [max(of_ranks) for of_ranks in zip(*everyone, strict=True)]
-            seconds = median(of_rounds)
-            measured[name] = Measured(seconds, of_rounds, times[-1][1].float().cpu(), place())
+            measured[name] = Measured(of_rounds, times[-1][1].float().cpu(), place())
     except Exception as error:  # one way that fails, on all ranks alike, must not cost the others their results
         print(f"{name}: {type(error).__name__}: {error}", flush=True)
         return False
-    base = _base(name, measured)
+    base, seconds = _base(name, measured), measured[name].seconds
     against = f"{measured[base].seconds / seconds:5.2f}x" if base is not None else ""
     _say(f"{name:<22} {seconds * 1e3:9.1f} ms a step  {against}  {measured[name].place}")
     return True

@@ -16,7 +16,7 @@ from para_kernels.parallel.failure import DEFAULT_TIMEOUT
 
 from .attention import ATTEND
 from .compiled import DEFAULT_BACKEND
-from .families import check_transformer, known_families
+from .families import check_transformer, class_names, family_of
 from .handle import Handle
 from .installation import STOCK, Settings
 from .linears import Fp8Linears, check_linears, execution_device, resolve_linears
@@ -172,7 +172,7 @@ def recognised(pipe: Any) -> tuple[Family, dict[str, Any]]:
     Raises:
         ValueError: if the pipe is not supported.
     """
-    family = _family(pipe)
+    family = family_of(pipe)
     for path in family.without:
         if (value := _attribute(pipe, path)) not in (None, False):
             got = repr(value) if isinstance(value, bool) else f"a {type(value).__name__}"
@@ -188,7 +188,7 @@ def recognised(pipe: Any) -> tuple[Family, dict[str, Any]]:
 
 
 def _check_supported(family: Family, name: str, transformer: Any) -> None:
-    if not _class_names(transformer) & set(family.transformers):
+    if not class_names(transformer) & set(family.transformers):
         raise ValueError(
             f"pipe: its {name} is a {type(transformer).__name__}, allowed is {' or '.join(family.transformers)}"
         )
@@ -198,25 +198,11 @@ def _check_supported(family: Family, name: str, transformer: Any) -> None:
     check_transformer(family, transformer)
 
 
-def _family(pipe: Any) -> Family:
-    names = _class_names(pipe)
-    for family in known_families():
-        if names & set(family.pipelines):
-            return family
-    supported = ", ".join(f"{' or '.join(family.pipelines)} [{family.name}]" for family in known_families())
-    raise ValueError(f"pipe: got a {type(pipe).__name__}, supported: {supported}")
-
-
 def _attribute(thing: Any, path: str) -> Any:
     """What stands at a dotted path; None where the path ends early."""
     for name in path.split("."):
         thing = getattr(thing, name, None)
     return thing
-
-
-def _class_names(thing: object) -> set[str]:
-    """Recognising by name spares importing every model of diffusers; subclasses are recognised too."""
-    return {cls.__name__ for cls in type(thing).__mro__}
 
 
 def _policy(cache: Policy | float | bool | None, family: Family) -> Policy | None:

@@ -63,6 +63,25 @@ def known_families() -> tuple[Family, ...]:
     return tuple(rows)
 
 
+def family_of(pipe: Any) -> Family:
+    """The row of a pipeline.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    names = class_names(pipe)
+    for family in known_families():
+        if names & set(family.pipelines):
+            return family
+    supported = ", ".join(f"{' or '.join(family.pipelines)} [{family.name}]" for family in known_families())
+    raise ValueError(f"pipe: got a {type(pipe).__name__}, supported: {supported}")
+
+
+def class_names(thing: object) -> set[str]:
+    """Recognising by name spares importing every model of diffusers; subclasses are recognised too."""
+    return {cls.__name__ for cls in type(thing).__mro__}
+
+
 def check_transformer(family: Family, transformer: nn.Module) -> None:
     """Raise a ValueError if what the row names is not in the transformer."""
     kind = type(transformer).__name__

@@ -232,7 +232,8 @@ FLUX = Family(
         text="encoder_hidden_states",
         patch=((1, 1),),
         sequence=("encoder_hidden_states", "hidden_states"),
-        # In a third of the blocks the text has products and element-wise operations of its own, too small for a GPU.
+        # In a third of the blocks the text has products and element-wise operations of its own, too small for a GPU. A
+        # step on two H200s takes 74.6 ms with 1, 71.5 to 71.9 with 1.08 to 1.24.
         text_cost=1.16,
     ),
     modulation=Modulation("norm1", (("x", "hidden_states"), ("emb", "temb"))),
