@@ -2,12 +2,13 @@
 
     python -m benchmarks.step_settings hunyuan --out benchmarks/results
     python -m benchmarks.step_settings flux --out benchmarks/results --steps 28
+    python -m benchmarks.step_settings flux --side 512 --out /tmp/steps      pictures whose steps Python is slower than
     python -m benchmarks.step_settings flux --small --out /tmp/steps         a tiny model, also on a CPU
     python -m benchmarks.step_settings hunyuan --only "diffusers,exact,exact compiled" --out /tmp/steps
 
-`hunyuan`: one step at 720 x 1280 x 129. `flux`: FLUX.1-dev's configuration, 28 steps at 1024 x 1024. `cogvideox`:
-CogVideoX-5b's, one step at 480 x 720 x 49. Weights are random
-in the shapes of the public configurations. Every second step's latents differ little from those before, so that a cache
+`hunyuan`: one step at 720 x 1280 x 129. `flux`: FLUX.1-dev's configuration, 28 steps at 1024 x 1024 or --side.
+`cogvideox`: CogVideoX-5b's, one step at 480 x 720 x 49. Weights are random in the shapes of the public configurations.
+Every second step's latents differ little from those before, so that a cache
 reuses about half of the steps; which ones is in the record. The differences between outputs are those of the last step.
 A setting that fails is reported and does not stop the others; the exit code is then 1.
 """
@@ -20,11 +21,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
+from diffusers.hooks.first_block_cache import FirstBlockCacheConfig
 from torch import Tensor
 
 from para_kernels.integrations.diffusers import Fp8Linears, Handle, accelerate
@@ -45,11 +48,13 @@ class Setting:
     Attributes:
         options: what `accelerate` is given; None: nothing of this package is installed.
         compiled: stock diffusers with its own regional compilation.
+        cache: stock diffusers with its own First Block Cache, of this threshold.
     """
 
     name: str
     options: dict[str, Any] | None
     compiled: bool = False
+    cache: float | None = None
 
     @property
     def is_of_one_size(self) -> bool:
@@ -58,21 +63,29 @@ class Setting:
         return self.compiled or bool(options.get("compile") or options.get("graphs"))
 
 
+THRESHOLD = 0.08
 SETTINGS = (
     Setting(STOCK, None),
     Setting("diffusers compiled", None, compiled=True),
+    Setting("diffusers, cache", None, cache=THRESHOLD),
     Setting("exact", {}),
     Setting("exact, graphs", {"graphs": True}),
     Setting("exact compiled", {"compile": True}),
     Setting("exact compiled, graphs", {"compile": True, "graphs": True}),
-    Setting("exact compiled, cache", {"compile": True, "cache": 0.08}),
+    Setting("exact, cache", {"cache": THRESHOLD}),
+    Setting("exact, cache, graphs", {"cache": THRESHOLD, "graphs": True}),
+    Setting("exact compiled, cache", {"compile": True, "cache": THRESHOLD}),
+    Setting("exact compiled, cache, graphs", {"compile": True, "cache": THRESHOLD, "graphs": True}),
     Setting("fp8 linears compiled", {"compile": True, "linears": FP8}),
     Setting("fp8 linears compiled, graphs", {"compile": True, "linears": FP8, "graphs": True}),
+    Setting(
+        "fp8 linears compiled, cache, graphs", {"compile": True, "linears": FP8, "cache": THRESHOLD, "graphs": True}
+    ),
     Setting("int8 attention", {"attention": "int8"}),
     Setting("int8 attention, fp8 linears compiled", {"compile": True, "linears": FP8, "attention": "int8"}),
     Setting(
         "int8 attention, fp8 linears compiled, cache",
-        {"compile": True, "linears": FP8, "attention": "int8", "cache": 0.08},
+        {"compile": True, "linears": FP8, "attention": "int8", "cache": THRESHOLD},
     ),
 )
 
@@ -91,14 +104,18 @@ class Model:
 
 @dataclass
 class Measured:
-    """Seconds of all steps, peak memory in GiB, the last output on the host, steps reused, seconds of the warm-up."""
+    """Seconds of all steps in each round, peak memory in GiB, the last output on the host, steps reused (None: not
+    known), seconds of the warm-up."""
 
-    seconds: float
+    rounds: list[float]
     peak_gib: float
     output: Tensor
-    reused: int
+    reused: int | None
     warmup: float
-    notes: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        return median(self.rounds)
 
 
 def hunyuan(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Model:
@@ -117,7 +134,7 @@ def hunyuan(options: argparse.Namespace, device: torch.device, dtype: torch.dtyp
 def flux(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Model:
     config = flux_model.SMALL_CONFIG if options.small else flux_model.CONFIG
     transformer = flux_model.build_transformer(config, device, dtype)
-    side = 64 if options.small else 1024
+    side = 64 if options.small else options.side
     inputs, small = (flux_model.step_inputs(transformer, of, of, device, dtype) for of in (side, 64))
     shape = {"height": side, "width": side, "S": inputs["hidden_states"].shape[1] + flux_model.TEXT_TOKENS}
     pipe = flux_model.pipeline_around(transformer)
@@ -168,7 +185,7 @@ def main() -> int:
         if setting.name not in options.only:
             continue
         try:
-            measured[setting.name] = measure(model, setting, device)
+            measured[setting.name] = measure(model, setting, device, options.rounds)
         except Exception:  # one setting that fails must not cost the others their results
             failed.append(setting.name)
             print(f"{setting.name}: {traceback.format_exc()}", flush=True)
@@ -180,28 +197,35 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def measure(model: Model, setting: Setting, device: torch.device) -> Measured:
-    """Install, warm up, run all steps, remove. What compiles is warmed up by two steps of full size, for a cache that
-    reuses a step runs other code than in one that it computes, and graphs are recorded in the second; the others by a
-    tiny one.
+def measure(model: Model, setting: Setting, device: torch.device, rounds: int) -> Measured:
+    """Install, warm up, run all steps so many times, remove. What compiles is warmed up by three steps of full size:
+    a cache that reuses a step, the second, runs other code than in one that it computes, and graphs are recorded in a
+    later one that is computed. The others are warmed up by a tiny one.
     """
     handle = _installed(model, setting)
     try:
         start = time.perf_counter()
-        _run(model, model.steps[:2] if setting.is_of_one_size else [model.small])
+        _run(model, model.steps[:3] if setting.is_of_one_size else [model.small])
         _synchronize(device)
         warmup = time.perf_counter() - start
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        start = time.perf_counter()
-        output = _run(model, model.steps)
-        _synchronize(device)
-        seconds = time.perf_counter() - start
+        times = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            output = _run(model, model.steps)
+            _synchronize(device)
+            times.append(time.perf_counter() - start)
         peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-        reused = 0 if handle is None else sum(record.reused for record in handle.records[-len(model.steps) :])
-        return Measured(seconds, peak, output.float().cpu(), reused, warmup)
+        return Measured(times, peak, output.float().cpu(), _reused(model, setting, handle), warmup)
     finally:
         _uninstall(model, setting, handle)
+
+
+def _reused(model: Model, setting: Setting, handle: Handle | None) -> int | None:
+    if handle is None:
+        return 0 if setting.cache is None else None
+    return sum(record.reused for record in handle.records[-len(model.steps) :])
 
 
 def _installed(model: Model, setting: Setting) -> Handle | None:
@@ -209,6 +233,8 @@ def _installed(model: Model, setting: Setting) -> Handle | None:
         return accelerate(model.pipe, **setting.options)
     if setting.compiled:
         model.transformer.compile_repeated_blocks(fullgraph=True)
+    if setting.cache is not None:
+        model.transformer.enable_cache(FirstBlockCacheConfig(threshold=setting.cache))
     return None
 
 
@@ -218,6 +244,8 @@ def _uninstall(model: Model, setting: Setting, handle: Handle | None) -> None:
     if setting.compiled:
         for module in model.transformer.modules():
             module._compiled_call_impl = None
+    if setting.cache is not None:
+        model.transformer.disable_cache()
 
 
 def _run(model: Model, steps: list[dict[str, Any]]) -> Tensor:
@@ -247,7 +275,8 @@ def records(model: Model, measured: dict[str, Measured], dtype: torch.dtype) -> 
     stock = measured.get(STOCK)
     made = []
     for name, entry in measured.items():
-        notes = {"peak_gib": entry.peak_gib, "reused": entry.reused, "warmup_s": entry.warmup}
+        notes: dict[str, Any] = {"peak_gib": entry.peak_gib, "reused": entry.reused, "warmup_s": entry.warmup}
+        notes["rounds_ms"] = [round(seconds * 1e3, 2) for seconds in entry.rounds]
         if stock is not None:
             notes |= {"difference": relative_error(entry.output, stock.output), "peer_peak_gib": stock.peak_gib}
         peer = (None, None) if stock is None else (STOCK, stock.seconds * 1e3)
@@ -262,9 +291,10 @@ def records(model: Model, measured: dict[str, Measured], dtype: torch.dtype) -> 
 
 def _line(name: str, measured: dict[str, Measured]) -> str:
     entry, stock = measured[name], measured.get(STOCK)
+    reused = "?" if entry.reused is None else entry.reused
     against = "" if stock is None else f"  {stock.seconds / entry.seconds:5.2f}x"
     return (
-        f"{name:<46} {entry.seconds:8.3f} s{against}  peak {entry.peak_gib:5.1f} GiB  {entry.reused} reused"
+        f"{name:<46} {entry.seconds:8.3f} s{against}  peak {entry.peak_gib:5.1f} GiB  {reused} reused"
         f"  (warm-up {entry.warmup:.1f} s)"
     )
 
@@ -274,12 +304,16 @@ def _options() -> argparse.Namespace:
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the JSON records")
     parser.add_argument("--small", action="store_true", help="a tiny model and picture")
+    parser.add_argument("--side", type=int, default=1024, metavar="PIXELS", help="of flux's picture (default: 1024)")
     parser.add_argument("--steps", type=int, metavar="N", help="default: 28 for flux, 1 for the others")
+    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="of all steps (default: 1)")
     names = [setting.name for setting in SETTINGS]
     parser.add_argument("--only", nargs="+", default=names, choices=names, metavar="SETTING", help=", ".join(names))
     options = parser.parse_args()
-    if options.steps is not None and options.steps < 1:
-        parser.error("steps must be at least 1")
+    if (options.steps is not None and options.steps < 1) or options.rounds < 1:
+        parser.error("steps and rounds must be at least 1")
+    if options.side < 16 or options.side % 16:
+        parser.error("side must be a multiple of 16")
     return options
 
 

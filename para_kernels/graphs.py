@@ -4,8 +4,12 @@ What waits for other processes, or for words that change from call to call, cann
 made by `outside`: while a function is being recorded, the graph ends there, the call runs as always, and the next graph
 begins. A replay goes through the same list; of the function's own Python nothing runs but those calls.
 
+A part of the function may be left out at some times and not at others, as a cache of steps does it. It lies between
+`leave_out`, which asks on the host, and `rejoin`; it is recorded by a run that does not leave it out.
+
 All graphs of a recording share one pool of memory, which holds for a replay because the order is always that of the
-recording. The calls between are given the addresses that the recording's tensors had.
+recording, and a part that is left out changes nothing of what was made before it. The calls between are given the
+addresses that the recording's tensors had.
 """
 
 from __future__ import annotations
@@ -14,7 +18,9 @@ import contextlib
 import gc
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -34,10 +40,10 @@ class Graph(Protocol):
 
 
 class Capture(Protocol):
-    """Makes graphs, one after the other, that share their memory."""
+    """Makes graphs, one after the other; those of one recording share their memory."""
 
     def around(self) -> contextlib.AbstractContextManager[None]:
-        """Where a recording runs, and calls that prepare for one."""
+        """Where a recording runs, or calls that prepare for one."""
         ...
 
     def begin(self) -> None:
@@ -63,13 +69,13 @@ class CudaCapture:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._device_index = torch.cuda.current_device() if device.index is None else device.index
-        self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @contextlib.contextmanager
     def around(self) -> Iterator[None]:
         """In the stream of the recordings, ordered after and before the current one."""
+        self._pool = torch.cuda.graph_pool_handle()  # one that is empty cannot be taken up again
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         try:
@@ -120,12 +126,15 @@ class Recorded:
     """What a function did, to be done again on the memory that it had.
 
     Attributes:
-        graphs, calls: how many graphs there are, and calls between them; of a recording that failed, until then.
+        graphs, calls, parts: how many graphs there are, calls between them that `outside` made, and parts that may be
+            left out; of a recording that failed, until then.
+        is_whole: whether it can be replayed. It cannot where the function left out a part, or did not end one.
     """
 
     def __init__(self) -> None:
-        self.graphs = self.calls = 0
-        self._steps: list[Callable[[], object]] = []
+        self.graphs = self.calls = self.parts = 0
+        self.is_whole = False
+        self._steps: _Steps = []
 
     def record(self, function: Callable[[], R], capture: Capture) -> R:
         """Run `function` and record it. The result is real, and the next replay overwrites it.
@@ -133,12 +142,12 @@ class Recorded:
         Raises:
             RuntimeError: if it does what no graph can hold, as waiting for the device. It may have run in part.
         """
-        recording = _Recording(self, capture)
+        recording = _Recording(self, self._steps, capture)
         with capture.around(), _active(recording), _no_garbage_collected():
             try:
                 capture.begin()
                 result = function()
-                recording.end_graph()
+                self.is_whole = recording.finish()
             except BaseException:
                 capture.abandon()
                 raise
@@ -146,16 +155,12 @@ class Recorded:
 
     def replay(self) -> None:
         """Enqueue everything again in the current stream."""
+        assert self.is_whole
         for step in self._steps:
             step()
 
-    def add_graph(self, graph: Graph) -> None:
-        self.graphs += 1
-        self._steps.append(graph.replay)
 
-    def add_call(self, call: Callable[[], object]) -> None:
-        self.calls += 1
-        self._steps.append(call)
+_Steps = list[Callable[[], object]]
 
 
 def outside(function: Callable[..., Tensor], *inputs: Tensor | None, out: Callable[[], Tensor]) -> Tensor:
@@ -168,33 +173,133 @@ def outside(function: Callable[..., Tensor], *inputs: Tensor | None, out: Callab
         out: makes a tensor like the result. In a recording it is what the function is given, and a result that it
             returns in other memory is copied into it.
     """
-    recording: _Recording | None = getattr(_here, "recording", None)
+    recording = _running()
     return function(*inputs, None) if recording is None else recording.outside(function, inputs, out())
+
+
+def leave_out(decide: Callable[..., bool], *inputs: Tensor | None) -> bool:
+    """Whether what follows, up to `rejoin`, is left out: `decide(*inputs)`, which may wait for the device.
+
+    Every replay asks again. A function that is being recorded and leaves the part out goes on as without a recording,
+    which then is none (`Recorded.is_whole`). Parts do not lie in each other.
+
+    Args:
+        decide: may keep what it makes of its inputs, and not the inputs: the next replay overwrites them.
+    """
+    recording = _running()
+    return decide(*inputs) if recording is None else recording.leave_out(decide, inputs)
+
+
+Between = Callable[[Sequence[Tensor], Sequence[Tensor]], object]
+"""Is given what was there before a part, and what there is, or is to be, after it."""
+
+
+def rejoin(ran: Between, instead: Between, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+    """End a part that was not left out: `ran(before, after)`, which is not to become part of a graph.
+
+    Args:
+        ran: may keep what it makes of its inputs, and not the inputs.
+        instead: called by a replay that leaves the part out. It writes into `after` what is to be there; what lies in
+            `before` may lie in the same memory.
+    """
+    recording = _running()
+    if recording is None:
+        ran(before, after)
+    else:
+        recording.rejoin(ran, instead, before, after)
 
 
 _here = threading.local()
 
 
-class _Recording:
-    def __init__(self, recorded: Recorded, capture: Capture) -> None:
-        self._recorded = recorded
-        self._capture = capture
+def _running() -> _Recording | None:
+    recording: _Recording | None = getattr(_here, "recording", None)
+    return recording
 
-    def end_graph(self) -> None:
-        """Of what has been captured, which then runs."""
-        graph = self._capture.end()
-        self._recorded.add_graph(graph)
-        graph.replay()
+
+class _Recording:
+    """A function is being recorded: where its steps go."""
+
+    def __init__(self, recorded: Recorded, steps: _Steps, capture: Capture) -> None:
+        self._recorded = recorded
+        self._steps = self._all_steps = steps
+        self._capture = capture
+        self._part: _Part | None = None
+        self._is_left = False
+
+    def finish(self) -> bool:
+        """The function has returned. Returns whether all of it is recorded."""
+        if not self._is_left:
+            self._end_graph()
+        return self._part is None
 
     def outside(self, function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], out: Tensor) -> Tensor:
-        borrowed = self._capture.borrowed
-        call = _CallOutside(function, tuple(None if x is None else borrowed(x) for x in inputs), borrowed(out))
-        self.end_graph()
-        self._recorded.add_call(call)
-        with _active(None):
+        call = _CallOutside(function, self._borrowed(inputs), self._capture.borrowed(out))
+        with self._between():
+            self._recorded.calls += 1
+            self._steps.append(call)
             call()
-        self._capture.begin()
         return out
+
+    def leave_out(self, decide: Callable[..., bool], inputs: tuple[Tensor | None, ...]) -> bool:
+        assert self._part is None, "parts do not lie in each other"
+        self._part = _Part(partial(decide, *self._borrowed(inputs)))
+        self._end_graph()
+        self._recorded.parts += 1
+        self._steps.append(self._part)
+        self._steps = self._part.steps
+        with _active(None):
+            self._is_left = self._part.is_left_out()
+        if self._is_left:
+            _here.recording = None
+        else:
+            self._capture.begin()
+        return self._is_left
+
+    def rejoin(self, ran: Between, instead: Between, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+        assert self._part is not None, "rejoin() belongs after a leave_out() that returned False"
+        part, self._part = self._part, None
+        streams = self._borrowed(before), self._borrowed(after)
+        part.ran, part.instead = partial(ran, *streams), partial(instead, *streams)
+        with self._between():
+            self._steps = self._all_steps
+            part.ran()
+
+    @contextlib.contextmanager
+    def _between(self) -> Iterator[None]:
+        """Between two graphs."""
+        self._end_graph()
+        with _active(None):
+            yield
+        self._capture.begin()
+
+    def _end_graph(self) -> None:
+        """Of what has been captured, which then runs."""
+        graph = self._capture.end()
+        self._recorded.graphs += 1
+        self._steps.append(graph.replay)
+        graph.replay()
+
+    def _borrowed(self, tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+        return tuple(None if x is None else self._capture.borrowed(x) for x in tensors)
+
+
+@dataclass
+class _Part:
+    """Steps of a replay that it may leave out."""
+
+    is_left_out: Callable[[], bool]
+    steps: _Steps = field(default_factory=list)
+    ran: Callable[[], object] = lambda: None
+    instead: Callable[[], object] = lambda: None
+
+    def __call__(self) -> None:
+        if self.is_left_out():
+            self.instead()
+            return
+        for step in self.steps:
+            step()
+        self.ran()
 
 
 class _CallOutside:

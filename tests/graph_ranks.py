@@ -8,10 +8,12 @@ from unittest.mock import patch
 import torch
 from compile_ranks import difference
 from fake_graphs import fake_capture_for
+from hits_and_misses import POLICIES, STEPS, pattern
 from tiny_families import generate_family, tiny_family
 from tiny_hunyuan import PROMPTS, generate, tiny_pipeline
 
 from para_kernels import ContextParallel
+from para_kernels.cache import Policy
 from para_kernels.integrations.diffusers import accelerate, graphs
 
 TIMEOUT = 60.0
@@ -26,6 +28,39 @@ def run(rank: int, world: int) -> dict[str, Any]:
             },
             "families": {name: family(name, world) for name in ("FLUX.1-dev", "Wan 2.1")},
         }
+
+
+def run_with_cache(rank: int, world: int) -> dict[str, Any]:
+    with patch.object(graphs, "capture_for", fake_capture_for):
+        return {
+            f"{policy}, {way}": with_cache(POLICIES[policy], ContextParallel(**split, timeout=TIMEOUT))
+            for policy, way, split in (
+                ("taylor", "ring", {"ring": world}),
+                ("first and last blocks", "ulysses", {"ulysses": world}),
+                ("teacache", "ring", {"ring": world}),
+                ("adacache", "batch" if world == 2 else "ring", {"batch" if world == 2 else "ring": world}),
+            )
+        }
+
+
+def with_cache(policy: Policy, parallel: ContextParallel) -> dict[str, Any]:
+    """Two sizes in turns, with a cache: the largest difference from one process, what was decided and what recorded."""
+    pipe = tiny_pipeline()
+    handle, expected = accelerate(pipe, cache=policy), {}
+    for name, size in SIZES.items():
+        expected[name] = generate(pipe, PROMPTS[:2], steps=STEPS, **size), pattern(handle)
+    handle = accelerate(pipe, parallel=parallel, graphs=True)
+    worst, patterns, order = 0.0, [], [*SIZES, *SIZES]
+    for name in order:
+        worst = max(worst, difference(generate(pipe, PROMPTS[:2], steps=STEPS, **SIZES[name]), expected[name][0]))
+        patterns.append(pattern(handle))
+    (recorded,) = handle.graphs
+    return {
+        "worst": worst,
+        "patterns": patterns,
+        "expected": [expected[name][1] for name in order],
+        "counts": [(one.recorded.parts, one.replays) for one in recorded.forwards.values()],
+    }
 
 
 def ways(world: int) -> dict[str, dict[str, int]]:

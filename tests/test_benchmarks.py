@@ -986,21 +986,18 @@ def test_the_settings_of_a_step_run_small(model: str, tmp_path: Path, monkeypatc
     pytest.importorskip("diffusers")
     from benchmarks import step_settings
 
-    settings = ["diffusers", "exact", "exact, cache"]
-    monkeypatch.setattr(
-        step_settings,
-        "SETTINGS",
-        (*step_settings.SETTINGS, step_settings.Setting("exact, cache", {"cache": 0.08})),
-    )
-    arguments = [model, "--small", "--steps", "4", "--out", str(tmp_path), "--only", *settings]
+    settings = ["diffusers", "diffusers, cache", "exact", "exact, cache", "exact, cache, graphs"]
+    arguments = [model, "--small", "--steps", "4", "--rounds", "2", "--out", str(tmp_path), "--only", *settings]
     monkeypatch.setattr(sys, "argv", ["step_settings", *arguments])
     assert step_settings.main() == 0
     rows = record.read_records(f"{model}_step_settings", tmp_path)
     assert [row["kernel"] for row in rows] == settings
-    stock, exact, cached = rows
+    stock, _, exact, cached, graphs = rows
     assert (stock["ratio"], stock["notes"]["difference"]) == (1.0, 0.0)
     assert exact["notes"]["difference"] < (1e-2 if torch.cuda.is_available() else 1e-5)
-    assert (exact["notes"]["reused"], cached["notes"]["reused"]) == (0, 2)
+    assert [row["notes"]["reused"] for row in rows] == [0, None, 0, 2, 2]
+    assert graphs["notes"]["difference"] == cached["notes"]["difference"]
+    assert all(len(row["notes"]["rounds_ms"]) == 2 for row in rows)
 
 
 def test_a_setting_that_fails_costs_no_other(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import HunyuanVideoPipeline
+from hits_and_misses import PLAIN, POLICIES, STEPS, pattern
 from host_reads import HostReads
 from tiny_hunyuan import NUM_BLOCKS, generate, tiny_pipeline, transformer_inputs
 from torch import Tensor
@@ -18,19 +19,6 @@ from para_kernels.integrations.diffusers import Handle, accelerate
 from para_kernels.integrations.diffusers.cache import check_cacheable, transformer_blocks
 from para_kernels.integrations.diffusers.models import HUNYUAN_VIDEO
 
-STEPS = 8
-PLAIN = (1.0, 0.0)
-# Thresholds that give hits and misses in turn on random weights, whose streams change by tens of per cent a step.
-POLICIES: dict[str, Policy] = {
-    "teacache": TeaCache(0.6, rescale=PLAIN),
-    "adacache": AdaCache(1.0, codebook=((0.3, 3), (1.0, 2))),
-    "two first blocks": FirstBlockCache(0.3, first_blocks=2),
-    "first and last blocks": FirstBlockCache(0.32, first_blocks=1, last_blocks=2),
-    "taylor": FirstBlockCache(0.32, taylor_order=1),
-    "teacache, last block": TeaCache(0.6, rescale=PLAIN, last_blocks=1, taylor_order=2),
-    "adacache, first and last block": AdaCache(1.0, codebook=((1.0, 3),), first_blocks=1, last_blocks=1),
-    "bounded": FirstBlockCache(9.0, max_accumulated_error=0.6),
-}
 each_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,11 +27,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def pipe() -> HunyuanVideoPipeline:
     return tiny_pipeline()
-
-
-def pattern(handle: Handle, branch: str = "cond") -> str:
-    """One letter per step of a branch: (c)omputed or (r)eused."""
-    return "".join("r" if record.reused else "c" for record in handle.records if record.branch == branch)
 
 
 class Blocks:

@@ -11,18 +11,19 @@ import pytest
 import torch
 from diffusers.hooks.first_block_cache import FirstBlockCacheConfig
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import HunyuanVideoPipeline
+from hits_and_misses import STEPS, pattern
 from host_reads import HostReads
 from tiny_hunyuan import NUM_BLOCKS, PROMPTS, generate, tiny_pipeline, transformer_inputs
 from torch import nn
 
 from para_kernels import FirstBlockCache
-from para_kernels.integrations.diffusers import Handle, accelerate, apply_cache_on_pipe
+from para_kernels.integrations.diffusers import accelerate, apply_cache_on_pipe
+from para_kernels.integrations.diffusers.attention import AttentionLengths
 from para_kernels.integrations.diffusers.cache import BlockCache, add_cache_hooks, transformer_blocks
 from para_kernels.integrations.diffusers.calls import Calls
 from para_kernels.integrations.diffusers.hooks import BranchName
 from para_kernels.integrations.diffusers.models import HUNYUAN_VIDEO
 
-STEPS = 8
 # Random weights change the first block's residual by 20 to 40 % a step: this threshold gives hits and misses in turn.
 THRESHOLD = 0.32
 GUIDED: dict[str, Any] = {"true_cfg_scale": 3.0, "negative_prompt": ["slowly", "up and down", "a"]}
@@ -33,11 +34,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def pipe() -> HunyuanVideoPipeline:
     return tiny_pipeline()
-
-
-def pattern(handle: Handle, branch: str = "cond") -> str:
-    """One letter per step of a branch: (c)omputed or (r)eused."""
-    return "".join("r" if record.reused else "c" for record in handle.records if record.branch == branch)
 
 
 class BlockCounter:
@@ -285,7 +281,7 @@ def test_other_families_are_a_row_in_the_table(positional: bool) -> None:
         reused_streams=("hidden_states", "encoder_hidden_states"),
     )
     blocks: list[nn.Module] = [Block() for _ in range(3)]
-    cache = BlockCache(FirstBlockCache(0.1), family, BranchName(), len(blocks))
+    cache = BlockCache(FirstBlockCache(0.1), family, BranchName(), AttentionLengths(), len(blocks))
     with ExitStack() as undo:
         add_cache_hooks(undo, cache, blocks)
         for expect_reuse in (False, True):

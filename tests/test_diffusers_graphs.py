@@ -23,7 +23,7 @@ from tiny_hunyuan import PROMPTS, generate, tiny_pipeline, transformer_inputs
 from para_kernels import FirstBlockCache
 from para_kernels import graphs as recorded_graphs
 from para_kernels.graphs import outside
-from para_kernels.integrations.diffusers import accelerate, apply_cache_on_pipe, cli, graphs
+from para_kernels.integrations.diffusers import accelerate, cli, graphs
 from para_kernels.integrations.diffusers import generate as generate_module
 from para_kernels.integrations.diffusers.generate import Acceleration
 
@@ -308,8 +308,6 @@ def test_refused() -> None:
     pipe = tiny_pipeline()
     with pytest.raises(ValueError, match="graphs: got 1, allowed is True or False"):
         accelerate(pipe, graphs=1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="graphs: got True beside a cache"):
-        accelerate(pipe, graphs=True, cache=0.1)
     assert "forward" not in pipe.transformer.__dict__
     pipe.transformer.forward = lambda *args, **kwargs: None
     with pytest.raises(ValueError, match="graphs: the forward of the HunyuanVideoTransformer3DModel has been replaced"):
@@ -319,13 +317,6 @@ def test_refused() -> None:
     with pytest.raises(ValueError, match="graphs: diffusers' own cache is enabled"):
         accelerate(pipe, graphs=True)
     pipe.transformer._cache_config = None
-    handle = accelerate(pipe, graphs=True)
-    for put in (lambda: apply_cache_on_pipe(pipe, 0.1), lambda: accelerate(pipe, cache=FirstBlockCache(0.1))):
-        with pytest.raises(ValueError, match="graphs: got True beside a cache"):
-            put()
-    assert handle.settings.graphs
-    assert handle.settings.cache is None
-    assert accelerate(pipe, cache=0.1, graphs=False).settings.cache is not None
 
 
 @pytest.mark.usefixtures("recording")
@@ -359,8 +350,8 @@ def test_the_option(monkeypatch: pytest.MonkeyPatch, options: list[str], wanted:
 def test_the_option_and_others() -> None:
     with pytest.raises(ValueError, match="attention: 'stock'; must be exact or int8 with graphs"):
         Acceleration(attention="stock", graphs=True).check()
-    with pytest.raises(ValueError, match=r"graphs, cache: True, 0\.1; allowed is one of them"):
-        Acceleration(graphs=True, cache=0.1).check()
+    settings = Acceleration(graphs=True, cache=0.1).install(tiny_pipeline()).settings
+    assert (settings.graphs, settings.cache) == (True, FirstBlockCache(0.1))
 
 
 # --- several ranks ----------------------------------------------------------------------------------------------------

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from fake_graphs import FakeCapture
 from torch import Tensor
 
-from para_kernels.graphs import Capture, CudaCapture, Recorded, capture_for, outside
+from para_kernels.graphs import Capture, CudaCapture, Recorded, capture_for, leave_out, outside, rejoin
 
 CPU = torch.device("cpu")
 
@@ -108,6 +109,109 @@ def test_a_failure_ends_the_recording(function: Callable[[], Tensor], calls: int
     check_replays(Function(), capture)
 
 
+# --- parts that are left out ------------------------------------------------------------------------------------------
+
+
+class Cached:
+    """Layers of which a run leaves the middle out where `x` has changed by less than 1 since it last did not: what
+    those added then is added again, doubled to tell it apart."""
+
+    def __init__(self, device: torch.device = CPU, size: int = 4) -> None:
+        self.x = torch.arange(float(size), device=device)
+        self.runs = 0
+        self.kept: tuple[Tensor, Tensor] | None = None
+        self.decisions: list[bool] = []
+
+    def close(self, first: Tensor, none: Tensor | None) -> bool:
+        assert none is None
+        self.decisions.append(self.kept is not None and (first - self.kept[0]).abs().max().item() < 1)
+        if not self.decisions[-1]:
+            self.kept = (first.clone(), first)
+        return self.decisions[-1]
+
+    def remember(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+        assert self.kept is not None
+        self.kept = (self.kept[0], after[0] - before[0])
+
+    def added(self, before: Tensor) -> Tensor:
+        assert self.kept is not None
+        return before + 2 * self.kept[1]
+
+    def fill(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+        after[0].copy_(self.added(before[0]))
+
+    def middle(self, y: Tensor) -> Tensor:
+        for _ in range(6):
+            wide = torch.cat([y, y * 2])
+            y = (wide[: y.numel()] - wide[y.numel() :] * 0.25) + outside(lambda z, out: z * 0.1 + 1, y, out=y.clone)
+        return y
+
+    def __call__(self) -> Tensor:
+        self.runs += 1
+        constant = self.x.flip(0) * 3
+        first = self.x * 1.5 + 1
+        if leave_out(self.close, first, None):
+            last = self.added(first)
+        else:
+            last = self.middle(first)
+            rejoin(self.remember, self.fill, [first], [last])
+            del first
+        return (last + constant) * 0.5 + self.x
+
+
+CHANGES = [0.0, 0.1, 0.2, 3.0, 0.1, 5.0, 0.0, 0.3, 0.2, 0.1, 0.2, 2.0]
+
+
+def check_parts(function: Cached, plain: Cached, capture: Capture) -> None:
+    """In replays the same values and the same decisions as without, whatever the order of hits and misses."""
+    recorded = Recorded()
+    y = recorded.record(function, capture)
+    assert torch.equal(y, plain())
+    assert recorded.is_whole
+    for change in CHANGES:
+        for one in (function, plain):
+            one.x += change
+        recorded.replay()
+        assert torch.equal(y, plain())
+    assert function.decisions == plain.decisions
+    assert set(function.decisions) == {True, False}
+    assert (function.runs, recorded.graphs, recorded.calls, recorded.parts) == (1, 9, 6, 1)
+
+
+def test_a_replay_leaves_out_what_it_is_told_to() -> None:
+    check_parts(Cached(), Cached(), FakeCapture())
+
+
+def test_a_run_that_leaves_a_part_out_is_no_recording() -> None:
+    function, plain, capture, recorded = Cached(), Cached(), FakeCapture(), Recorded()
+    for one in (function, plain):
+        one()
+        one.x += 0.1
+    y = recorded.record(function, capture)
+    assert torch.equal(y, plain())
+    assert not recorded.is_whole
+    assert function.decisions == [False, True]
+    for one in (function, plain):  # The capture serves another recording.
+        one.x += 7
+        one.runs = 0
+    check_parts(function, plain, capture)
+
+
+def test_a_part_that_is_not_ended_is_no_recording() -> None:
+    recorded = Recorded()
+    y = recorded.record(lambda: torch.ones(2) + float(leave_out(lambda: False)), FakeCapture())
+    assert torch.equal(y, torch.ones(2))
+    assert not recorded.is_whole
+
+
+def test_outside_of_a_recording_parts_are_plain_calls() -> None:
+    seen: list[Any] = []
+    x = torch.ones(3)
+    assert leave_out(lambda y: y is x, x)
+    rejoin(lambda *streams: seen.append(streams), pytest.fail, [x], [x])
+    assert seen == [([x], [x])]
+
+
 def test_nothing_records_on_a_cpu() -> None:
     assert capture_for(CPU) is None
 
@@ -119,6 +223,26 @@ def test_nothing_records_on_a_cpu() -> None:
 def test_on_a_gpu() -> None:
     device = torch.device("cuda")
     check_replays(Function(device), CudaCapture(device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [4, 1 << 18])
+def test_parts_on_a_gpu(size: int) -> None:
+    """Where memory is used again: the part's by what is made before it and behind it."""
+    device = torch.device("cuda")
+    check_parts(Cached(device, size), Cached(device, size), CudaCapture(device))
+
+
+@pytest.mark.gpu
+def test_a_capture_serves_again_on_a_gpu() -> None:
+    device = torch.device("cuda")
+    function, capture = Cached(device), CudaCapture(device)
+    function()
+    recorded = Recorded()
+    recorded.record(function, capture)
+    assert not recorded.is_whole
+    del recorded
+    check_replays(Function(device), capture)
 
 
 @pytest.mark.gpu

@@ -37,7 +37,7 @@ def settings(rows: Sequence[Row]) -> str:
             f"{row['median_ms'] / 1e3:.2f}",
             f"{row['ratio']:.2f}x",
             f"{row['notes']['peak_gib']:.1f}",
-            f"{row['notes']['reused']} of {steps}",
+            "" if row["notes"]["reused"] is None else f"{row['notes']['reused']} of {steps}",
             "" if row["kernel"] == row["peer"] else f"{row['notes']['difference']:.1e}",
         ]
         for row in rows

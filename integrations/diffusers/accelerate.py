@@ -68,17 +68,18 @@ def accelerate(
             `keep_originals=True`: only then can the installation be removed. None for linears as they were. Not given:
             as it is.
         graphs: True to record the transformer's forward as CUDA graphs, at the second step of every new size: a GPU
-            that is done sooner than Python no longer waits for it. They take the memory of a forward once more. Not
-            with a cache; without effect on a CPU, under autocast, and while LoRA adapters are loaded. What a replay
-            does not run are hooks of other packages inside of the transformer, and what it does not see are attention
-            processors that were put on since: call this again after such a change. Not given: as it is.
+            that is done sooner than Python no longer waits for it. They take the memory of a forward once more. With a
+            cache only its decision and what it keeps stay in Python. Without effect on a CPU, under autocast, and
+            while LoRA adapters are loaded. What a replay does not run are hooks of other packages inside of the
+            transformer, and what it does not see are attention processors that were put on since: call this again
+            after such a change. Not given: as it is.
 
     Returns:
         The handle of the installation: `summary()`, `records`, `remove()`. The same one every time until it is removed.
 
     Raises:
-        ValueError: if the pipe is not supported or an argument is not allowed, also beside the others: graphs beside a
-            cache. The pipe is then as it was.
+        ValueError: if the pipe is not supported or an argument is not allowed, also beside the others. The pipe is then
+            as it was.
     """
     family, transformers = recognised(pipe)
     if attention not in ATTENTION:

@@ -100,6 +100,10 @@ class AttentionLengths:
         """Go on with the same lengths in other memory."""
         self.of_text, self._joint = of_text, None
 
+    def forget(self) -> None:
+        """Derive anew what comes next: what was derived before is of blocks that a replay of graphs may leave out."""
+        self._joint = self._mask = None
+
     def end(self) -> None:
         """The forward is over: what is called from here on belongs to another one."""
         self.of_text = self._joint = self.shard = None

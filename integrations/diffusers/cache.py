@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +12,9 @@ from diffusers.hooks.hooks import ModelHook
 from torch import Tensor, nn
 
 from para_kernels.cache import CacheState, Policy, StepRecord
+from para_kernels.graphs import leave_out, rejoin
 
+from .attention import AttentionLengths
 from .hooks import Argument, BranchName, add_hook, hook_again
 from .models import Family, Modulation
 from .offload import load_left_out
@@ -25,6 +29,7 @@ class BlockCache:
     The policy's first and last blocks always run. Between them, `start` to `stop`, is what a reused step skips.
 
     Args:
+        lengths: what the blocks read.
         count: of the blocks.
         joined: how many of them, at the end, take and return all streams in one.
 
@@ -34,13 +39,22 @@ class BlockCache:
         hooks: of the blocks, in their order.
     """
 
-    def __init__(self, policy: Policy, family: Family, branch: BranchName, count: int, joined: int = 0) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        family: Family,
+        branch: BranchName,
+        lengths: AttentionLengths,
+        count: int,
+        joined: int = 0,
+    ) -> None:
         self.family = family
         self.branch = branch
         self.spread: Spread | None = None
         self.states: dict[str, CacheState] = {}
         self.rows: dict[str, int] = {}
         self.hooks: list[BlockHook] = []
+        self._lengths = lengths
         self._count = count
         self.joined = joined
         self.retune(policy)
@@ -76,6 +90,7 @@ class BlockCache:
         self._hidden_in: Tensor | None = None
         self._modulated: Tensor | None = None
         self._before: dict[str, Tensor] = {}
+        self._remembered = False
 
     @property
     def reusing(self) -> bool:
@@ -98,7 +113,8 @@ class BlockCache:
             return self._decided(streams)
         if index == self.stop - 1:
             before, self._before = self._before, {}
-            self._state().remember(tuple(before.values()), tuple(streams[name] for name in before))
+            self._lengths.forget()
+            rejoin(self._remember, self._reuse, tuple(before.values()), tuple(streams[name] for name in before))
         return streams
 
     def watches(self, index: int) -> bool:
@@ -109,28 +125,40 @@ class BlockCache:
 
     def _decided(self, streams: dict[str, Tensor]) -> dict[str, Tensor]:
         """On a hit the streams as the last of the skipped blocks would have left them."""
-        state, hidden_in, modulated = self._state(), self._hidden_in, self._modulated
+        hidden_in, modulated, hidden_out = self._hidden_in, self._modulated, streams[self.family.block_arguments[0]]
         assert hidden_in is not None
         self._hidden_in = self._modulated = None
-        self.decision = self._decide(state, hidden_in, streams[self.family.block_arguments[0]], modulated)
         kept = {name: streams[name] for name in self.reused}
-        if self.decision.reused:
-            return streams | dict(zip(kept, state.reuse(tuple(kept.values())), strict=True))
-        self._before = kept
+        if leave_out(partial(self._reuses, self._everywhere()), hidden_in, hidden_out, modulated):
+            return streams | dict(zip(kept, self._state().reuse(tuple(kept.values())), strict=True))
+        if not self._remembered:
+            self._before = kept
         return streams
 
-    def _decide(self, state: CacheState, hidden_in: Tensor, hidden_out: Tensor, modulated: Tensor | None) -> StepRecord:
+    def _everywhere(self) -> dict[str, Any]:
+        """What ranks need to decide alike: a replay runs no Python that would find it out."""
         spread = self.spread
         if spread is None:
-            return state.decide(hidden_in, hidden_out, modulated=modulated)
-        return state.decide(
-            hidden_in,
-            hidden_out,
-            modulated=modulated,
-            reduce=spread.reduce,
-            first_token=spread.first_token,
-            whole=spread.whole,
-        )
+            return {}
+        return {"reduce": spread.reduce, "first_token": spread.first_token, "whole": spread.whole}
+
+    # What follows runs between graphs, where a forward is replayed as such; and it is not repeated where a forward
+    # whose recording has failed is run once more.
+
+    def _reuses(
+        self, everywhere: dict[str, Any], hidden_in: Tensor, hidden_out: Tensor, modulated: Tensor | None
+    ) -> bool:
+        if self.decision is None:
+            self.decision = self._state().decide(hidden_in, hidden_out, modulated=modulated, **everywhere)
+        return self.decision.reused
+
+    def _remember(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+        self._remembered = True
+        self._state().remember(before, after)
+
+    def _reuse(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+        for stream, reused in zip(after, self._state().reuse(before), strict=True):
+            stream.copy_(reused)
 
     def _state(self) -> CacheState:
         name = self.branch.name

@@ -77,7 +77,7 @@ class Acceleration:
         parallel_vae: with `parallel`, whether the ranks share out the VAE's tiles too. Turns tiling on.
         compile: whether the transformer's blocks are compiled.
         linears: ``fp8`` or ``fp8-weight-only`` for linears in FP8, None for none.
-        graphs: whether forwards are recorded as CUDA graphs; not with a cache.
+        graphs: whether forwards are recorded as CUDA graphs.
     """
 
     attention: str = "exact"
@@ -100,8 +100,6 @@ class Acceleration:
             raise ValueError(f"attention: {self.attention!r}; must be exact or int8 with compile")
         if self.graphs and self.attention == "stock":
             raise ValueError(f"attention: {self.attention!r}; must be exact or int8 with graphs")
-        if self.graphs and self.cache is not None:
-            raise ValueError(f"graphs, cache: True, {self.cache!r}; allowed is one of them")
         if self.linears is not None:
             self._check_linears()
         # True stands for a threshold that only the model's family knows; any valid one lets the others be checked.

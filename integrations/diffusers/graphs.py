@@ -2,7 +2,8 @@
 
 What is recorded stands below every hook, in the place of the class's own forward. The first forward with shapes that
 are new runs as always, the second is recorded, those after it are replays. Over ranks, attention and the gathering at
-the end stay calls between the graphs (`para_kernels.graphs`).
+the end stay calls between the graphs (`para_kernels.graphs`). With a cache of steps, the blocks that it may skip are a
+part that a replay may leave out: a forward that skips them is not recorded, the next one that does not is.
 """
 
 from __future__ import annotations
@@ -162,9 +163,13 @@ class ForwardGraphs:
             return forward()
         with capture.around():
             output = forward()
+        self._see(key, capture)
+        return output
+
+    def _see(self, key: Hashable, capture: Capture) -> None:
+        """The next forward with the key is to be recorded by `capture`."""
         self._seen[key] = capture
         _keep(self._seen, _SEEN)
-        return output
 
     def _recorded(
         self, key: Hashable, forward: Forward, given: _Arguments, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -174,9 +179,10 @@ class ForwardGraphs:
         inputs = [x.clone() for x in given.tensors]
         own_args, own_kwargs, own_lengths = given.with_tensors(inputs)
         self._lengths.replace(own_lengths)
+        capture = self._seen.pop(key)
         try:
             _free_memory(inputs[0].device)
-            output = recorded.record(lambda: forward(*own_args, **own_kwargs), self._seen.pop(key))
+            output = recorded.record(lambda: forward(*own_args, **own_kwargs), capture)
         except RankFailure:
             raise
         except RuntimeError as error:
@@ -185,6 +191,9 @@ class ForwardGraphs:
                 raise  # They would be made a second time, and other ranks made them once.
             self._lengths.replace(of_text)
             return forward(*args, **kwargs)
+        if not recorded.is_whole:
+            self._see(key, capture)
+            return output
         self._weights = tuple(_addresses(self._transformer))
         self.forwards[key] = _Forward(recorded, inputs, *pytree.tree_flatten(output))
         return self.forwards[key].output()

@@ -250,11 +250,6 @@ class Handle:
 
 
 def _check(installation: Installation, settings: Settings) -> None:
-    if settings.graphs and settings.cache is not None:
-        raise ValueError(
-            "graphs: got True beside a cache, which decides on the host in the middle of a forward; allowed is one of"
-            " them: cache=None or graphs=False"
-        )
     if settings.graphs:
         check_recordable(installation.transformer, installed=installation.graphs is not None)
     if settings.cache is not None:

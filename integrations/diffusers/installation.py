@@ -40,7 +40,7 @@ class Settings:
         parallel: where forwards run, None in one process; not with `"stock"`.
         compile: the backend of `torch.compile` for the blocks, None where they are not compiled.
         linears: how linears are quantised, None where they are not.
-        graphs: whether forwards are recorded as CUDA graphs; not with a cache.
+        graphs: whether forwards are recorded as CUDA graphs.
     """
 
     attention: str = STOCK
@@ -240,7 +240,7 @@ class Installation:
         assert settings.cache is not None
         undo.callback(self._forget_cache)
         joined = sum(len(getattr(self.transformer, name)) for name in self.family.joined)
-        self.cache = BlockCache(settings.cache, self.family, self._branch, len(self.blocks), joined)
+        self.cache = BlockCache(settings.cache, self.family, self._branch, self._lengths, len(self.blocks), joined)
         add_cache_hooks(undo, self.cache, self.blocks)
 
     def _forget_cache(self) -> None:

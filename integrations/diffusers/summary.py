@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from para_kernels.attention import selected_kernel
 from para_kernels.attention8 import int8_faster_from, selected_kernel_int8
 from para_kernels.cache import StepRecord
+from para_kernels.graphs import Recorded
 
 from .compiled import kinds
 from .linears import QuantisedLinears, Taken
@@ -91,8 +92,13 @@ def _graphs(handle: Handle) -> list[str]:
     obstacles = [f"graphs      none now: {known.obstacle}" for known in handle.graphs if known.obstacle]
     if not recorded:
         return obstacles or ["graphs      none yet: a forward on a GPU is recorded when its shapes come a second time"]
-    counts = ", ".join(f"{one.graphs} graphs and {one.calls} calls between" for one in recorded)
+    counts = ", ".join(_graphs_of(one) for one in recorded)
     return [f"graphs      {len(recorded)} forward(s) recorded: {counts}", *obstacles]
+
+
+def _graphs_of(recorded: Recorded) -> str:
+    left_out = " and a part that the cache may leave out" if recorded.parts else ""
+    return f"{recorded.graphs} graphs and {recorded.calls} calls between{left_out}"
 
 
 def _linears(linears: QuantisedLinears | None) -> list[str]:
