@@ -5,7 +5,8 @@ made by `outside`: while a function is being recorded, the graph ends there, the
 begins. A replay goes through the same list; of the function's own Python nothing runs but those calls.
 
 A part of the function may be left out at some times and not at others, as a cache of steps does it. It lies between
-`leave_out`, which asks on the host, and `rejoin`; it is recorded by a run that does not leave it out.
+`leave_out`, which asks on the host, and `rejoin`; where it is left out, `instead` makes what it would have made. A
+recording of a run with the part serves both; one of a run without it serves until the part is to run.
 
 All graphs of a recording share one pool of memory, which holds for a replay because the order is always that of the
 recording, and a part that is left out changes nothing of what was made before it. The calls between are given the
@@ -19,7 +20,7 @@ import gc
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -128,36 +129,43 @@ class Recorded:
     Attributes:
         graphs, calls, parts: how many graphs there are, calls between them that `outside` made, and parts that may be
             left out; of a recording that failed, until then.
-        is_whole: whether it can be replayed. It cannot where the function left out a part, or did not end one.
     """
 
     def __init__(self) -> None:
         self.graphs = self.calls = self.parts = 0
-        self.is_whole = False
         self._steps: _Steps = []
 
     def record(self, function: Callable[[], R], capture: Capture) -> R:
         """Run `function` and record it. The result is real, and the next replay overwrites it.
 
         Raises:
-            RuntimeError: if it does what no graph can hold, as waiting for the device. It may have run in part.
+            RuntimeError: if it does what no graph can hold, as waiting for the device, or does not end a part. Some of
+            it may have run.
         """
         recording = _Recording(self, self._steps, capture)
         with capture.around(), _active(recording), _no_garbage_collected():
             try:
                 capture.begin()
                 result = function()
-                self.is_whole = recording.finish()
+                recording.finish()
             except BaseException:
                 capture.abandon()
                 raise
         return result
 
-    def replay(self) -> None:
-        """Enqueue everything again in the current stream."""
-        assert self.is_whole
-        for step in self._steps:
-            step()
+    def replay(self) -> bool:
+        """Enqueue everything again in the current stream.
+
+        Returns:
+            Whether all of it was: False where a part is to run that was left out of the recording. What has been made
+            until then is of no use; the function is to run as always, or to be recorded anew.
+        """
+        try:
+            for step in self._steps:
+                step()
+        except _NotRecordedError:
+            return False
+        return True
 
 
 _Steps = list[Callable[[], object]]
@@ -180,8 +188,7 @@ def outside(function: Callable[..., Tensor], *inputs: Tensor | None, out: Callab
 def leave_out(decide: Callable[..., bool], *inputs: Tensor | None) -> bool:
     """Whether what follows, up to `rejoin`, is left out: `decide(*inputs)`, which may wait for the device.
 
-    Every replay asks again. A function that is being recorded and leaves the part out goes on as without a recording,
-    which then is none (`Recorded.is_whole`). Parts do not lie in each other.
+    Every replay asks again. Parts do not lie in each other.
 
     Args:
         decide: may keep what it makes of its inputs, and not the inputs: the next replay overwrites them.
@@ -190,23 +197,35 @@ def leave_out(decide: Callable[..., bool], *inputs: Tensor | None) -> bool:
     return decide(*inputs) if recording is None else recording.leave_out(decide, inputs)
 
 
-Between = Callable[[Sequence[Tensor], Sequence[Tensor]], object]
-"""Is given what was there before a part, and what there is, or is to be, after it."""
+Streams = Sequence[Tensor]
 
 
-def rejoin(ran: Between, instead: Between, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+def instead(make: Callable[[Streams], Streams], before: Streams) -> Streams:
+    """What stands for what a part would have made that is left out: `make(before)`, which is not to become part of a
+    graph. Like `before` in shapes and dtypes.
+
+    Args:
+        make: called again by every replay that leaves the part out. It changes nothing.
+    """
+    recording = _running()
+    return make(before) if recording is None else recording.instead(make, before)
+
+
+def rejoin(
+    ran: Callable[[Streams, Streams], object], make: Callable[[Streams], Streams], before: Streams, after: Streams
+) -> None:
     """End a part that was not left out: `ran(before, after)`, which is not to become part of a graph.
 
     Args:
         ran: may keep what it makes of its inputs, and not the inputs.
-        instead: called by a replay that leaves the part out. It writes into `after` what is to be there; what lies in
-            `before` may lie in the same memory.
+        make: as for `instead`, for replays that leave the part out.
+        before, after: what was there before the part, and what is after it. They may lie in the same memory.
     """
     recording = _running()
     if recording is None:
         ran(before, after)
     else:
-        recording.rejoin(ran, instead, before, after)
+        recording.rejoin(ran, make, before, after)
 
 
 _here = threading.local()
@@ -225,13 +244,12 @@ class _Recording:
         self._steps = self._all_steps = steps
         self._capture = capture
         self._part: _Part | None = None
-        self._is_left = False
 
-    def finish(self) -> bool:
-        """The function has returned. Returns whether all of it is recorded."""
-        if not self._is_left:
-            self._end_graph()
-        return self._part is None
+    def finish(self) -> None:
+        """The function has returned."""
+        if self._part is not None:
+            raise RuntimeError("a part that may be left out has no end")
+        self._end_graph()
 
     def outside(self, function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], out: Tensor) -> Tensor:
         call = _CallOutside(function, self._borrowed(inputs), self._capture.borrowed(out))
@@ -243,27 +261,41 @@ class _Recording:
 
     def leave_out(self, decide: Callable[..., bool], inputs: tuple[Tensor | None, ...]) -> bool:
         assert self._part is None, "parts do not lie in each other"
-        self._part = _Part(partial(decide, *self._borrowed(inputs)))
-        self._end_graph()
-        self._recorded.parts += 1
-        self._steps.append(self._part)
-        self._steps = self._part.steps
-        with _active(None):
-            self._is_left = self._part.is_left_out()
-        if self._is_left:
-            _here.recording = None
-        else:
-            self._capture.begin()
-        return self._is_left
+        self._part = part = _Part(partial(decide, *self._borrowed(inputs)))
+        with self._between():
+            self._recorded.parts += 1
+            left_out = part.is_left_out()
+            if not left_out:
+                self._steps.append(part)
+                self._steps = part.steps = []
+        return left_out
 
-    def rejoin(self, ran: Between, instead: Between, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
-        assert self._part is not None, "rejoin() belongs after a leave_out() that returned False"
-        part, self._part = self._part, None
-        streams = self._borrowed(before), self._borrowed(after)
-        part.ran, part.instead = partial(ran, *streams), partial(instead, *streams)
+    def instead(self, make: Callable[[Streams], Streams], before: Streams) -> Streams:
+        after = [torch.empty_like(x) for x in before]
+        part = self._ended(make, before, after)
+        with self._between():
+            self._steps.append(part)  # behind the graph in which there came to be memory for `after`
+            part.instead()
+        return after
+
+    def rejoin(
+        self,
+        ran: Callable[[Streams, Streams], object],
+        make: Callable[[Streams], Streams],
+        before: Streams,
+        after: Streams,
+    ) -> None:
+        part = self._ended(make, before, after)
+        part.ran = partial(ran, self._borrowed(before), self._borrowed(after))
         with self._between():
             self._steps = self._all_steps
             part.ran()
+
+    def _ended(self, make: Callable[[Streams], Streams], before: Streams, after: Streams) -> _Part:
+        assert self._part is not None, "a part ends behind a leave_out()"
+        part, self._part = self._part, None
+        part.instead = _Made(make, self._borrowed(before), self._borrowed(after))
+        return part
 
     @contextlib.contextmanager
     def _between(self) -> Iterator[None]:
@@ -286,10 +318,14 @@ class _Recording:
 
 @dataclass
 class _Part:
-    """Steps of a replay that it may leave out."""
+    """Steps of a replay that it may leave out.
+
+    Attributes:
+        steps: None where the recording has left them out.
+    """
 
     is_left_out: Callable[[], bool]
-    steps: _Steps = field(default_factory=list)
+    steps: _Steps | None = None
     ran: Callable[[], object] = lambda: None
     instead: Callable[[], object] = lambda: None
 
@@ -297,9 +333,27 @@ class _Part:
         if self.is_left_out():
             self.instead()
             return
+        if self.steps is None:
+            raise _NotRecordedError
         for step in self.steps:
             step()
         self.ran()
+
+
+class _NotRecordedError(Exception):
+    """A part is to run that was left out of the recording."""
+
+
+class _Made:
+    """In a replay `after` is what is made of `before`."""
+
+    def __init__(self, make: Callable[[Streams], Streams], before: Streams, after: Streams) -> None:
+        self._make, self._before, self._after = make, before, after
+
+    def __call__(self) -> None:
+        # All of it is made before any of it is written: it may lie where `before` does.
+        for mine, made in zip(self._after, self._make(self._before), strict=True):
+            mine.copy_(made)
 
 
 class _CallOutside:

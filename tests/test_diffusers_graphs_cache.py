@@ -93,19 +93,18 @@ def test_every_policy_has_the_bits_and_the_decisions_of_eager_steps(policy: Poli
     assert runs.of_blocks == before
 
 
-def test_a_recording_waits_for_a_step_that_is_computed() -> None:
-    """All steps of the first call but its first are reused, so it is the first one of the second call."""
+def test_a_recording_of_a_reused_step_serves_until_one_is_computed() -> None:
+    """All steps but the first of each call are reused: the second is recorded, and the first of the second call."""
     want, decided = eager(FirstBlockCache(100.0), calls=3)
     pipe = tiny_pipeline()
     handle = accelerate(pipe, cache=100.0, graphs=True)
     runs = Runs(pipe)
     assert torch.equal(latents_of(pipe, 0), want[0])
-    assert (runs.of_blocks, counts(handle)) == ([STEPS, 1, 1, 1, 1], [])
-    assert "none yet" in handle.summary()
+    assert (runs.of_blocks, counts(handle)) == ([2, 1, 1, 1, 1], [(3, 0, 1, STEPS - 2)])
     assert torch.equal(latents_of(pipe, 1), want[1])
-    assert (runs.of_blocks, counts(handle)) == ([STEPS + 1, 2, 2, 2, 2], [(3, 0, 1, STEPS - 1)])
+    assert (runs.of_blocks, counts(handle)) == ([3, 2, 2, 2, 2], [(3, 0, 1, STEPS - 1)])
     assert torch.equal(latents_of(pipe, 2), want[2])
-    assert (runs.of_blocks, counts(handle)) == ([STEPS + 1, 2, 2, 2, 2], [(3, 0, 1, 2 * STEPS - 1)])
+    assert (runs.of_blocks, counts(handle)) == ([3, 2, 2, 2, 2], [(3, 0, 1, 2 * STEPS - 1)])
     assert decisions(handle) == decided
     assert "3 graphs and 0 calls between and a part that the cache may leave out" in handle.summary()
 
@@ -176,9 +175,8 @@ def test_every_policy_on_a_gpu(policy: Policy) -> None:
     for call, latents in enumerate(want):
         torch.testing.assert_close(latents_of(pipe, call), latents, rtol=0, atol=1e-2)
     assert [record.reused for record in handle.records] == decided
-    ((_, calls, parts, replays),) = counts(handle)
-    assert (calls, parts) == (0, 1)
-    assert replays >= STEPS
+    assert all((calls, parts) == (0, 1) for _, calls, parts, _ in counts(handle))  # bfloat16's first step is another
+    assert sum(replays for *_, replays in counts(handle)) >= STEPS
 
 
 # --- several ranks ----------------------------------------------------------------------------------------------------

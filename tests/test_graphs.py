@@ -10,7 +10,7 @@ import torch
 from fake_graphs import FakeCapture
 from torch import Tensor
 
-from para_kernels.graphs import Capture, CudaCapture, Recorded, capture_for, leave_out, outside, rejoin
+from para_kernels.graphs import Capture, CudaCapture, Recorded, capture_for, instead, leave_out, outside, rejoin
 
 CPU = torch.device("cpu")
 
@@ -133,12 +133,9 @@ class Cached:
         assert self.kept is not None
         self.kept = (self.kept[0], after[0] - before[0])
 
-    def added(self, before: Tensor) -> Tensor:
+    def added(self, before: Sequence[Tensor]) -> Sequence[Tensor]:
         assert self.kept is not None
-        return before + 2 * self.kept[1]
-
-    def fill(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
-        after[0].copy_(self.added(before[0]))
+        return [before[0] + 2 * self.kept[1]]
 
     def middle(self, y: Tensor) -> Tensor:
         for _ in range(6):
@@ -151,11 +148,11 @@ class Cached:
         constant = self.x.flip(0) * 3
         first = self.x * 1.5 + 1
         if leave_out(self.close, first, None):
-            last = self.added(first)
+            (last,) = instead(self.added, [first])
         else:
             last = self.middle(first)
-            rejoin(self.remember, self.fill, [first], [last])
-            del first
+            rejoin(self.remember, self.added, [first], [last])
+        del first
         return (last + constant) * 0.5 + self.x
 
 
@@ -167,11 +164,10 @@ def check_parts(function: Cached, plain: Cached, capture: Capture) -> None:
     recorded = Recorded()
     y = recorded.record(function, capture)
     assert torch.equal(y, plain())
-    assert recorded.is_whole
     for change in CHANGES:
         for one in (function, plain):
             one.x += change
-        recorded.replay()
+        assert recorded.replay()
         assert torch.equal(y, plain())
     assert function.decisions == plain.decisions
     assert set(function.decisions) == {True, False}
@@ -182,32 +178,43 @@ def test_a_replay_leaves_out_what_it_is_told_to() -> None:
     check_parts(Cached(), Cached(), FakeCapture())
 
 
-def test_a_run_that_leaves_a_part_out_is_no_recording() -> None:
-    function, plain, capture, recorded = Cached(), Cached(), FakeCapture(), Recorded()
+def check_hits_alone(function: Cached, plain: Cached, capture: Capture) -> None:
+    """What was recorded without the part serves until the part is to run, and makes no second decision then."""
+    recorded = Recorded()
     for one in (function, plain):
         one()
         one.x += 0.1
     y = recorded.record(function, capture)
     assert torch.equal(y, plain())
-    assert not recorded.is_whole
-    assert function.decisions == [False, True]
-    for one in (function, plain):  # The capture serves another recording.
-        one.x += 7
-        one.runs = 0
-    check_parts(function, plain, capture)
+    for _ in range(3):
+        for one in (function, plain):
+            one.x += 0.1
+        assert recorded.replay()
+        assert torch.equal(y, plain())
+    function.x += 7
+    plain.x += 7
+    assert not recorded.replay()
+    plain()
+    assert function.decisions == plain.decisions == [False, True, True, True, True, False]
+    assert (function.runs, recorded.graphs, recorded.calls, recorded.parts) == (2, 3, 0, 1)
 
 
-def test_a_part_that_is_not_ended_is_no_recording() -> None:
-    recorded = Recorded()
-    y = recorded.record(lambda: torch.ones(2) + float(leave_out(lambda: False)), FakeCapture())
-    assert torch.equal(y, torch.ones(2))
-    assert not recorded.is_whole
+def test_a_run_that_leaves_a_part_out() -> None:
+    check_hits_alone(Cached(), Cached(), FakeCapture())
+
+
+def test_a_part_without_an_end_is_no_recording() -> None:
+    capture = FakeCapture()
+    with pytest.raises(RuntimeError, match="a part that may be left out has no end"):
+        Recorded().record(lambda: torch.ones(2) + float(leave_out(lambda: False)), capture)
+    check_replays(Function(), capture)
 
 
 def test_outside_of_a_recording_parts_are_plain_calls() -> None:
     seen: list[Any] = []
     x = torch.ones(3)
     assert leave_out(lambda y: y is x, x)
+    assert instead(lambda streams: [streams[0]], [x])[0] is x
     rejoin(lambda *streams: seen.append(streams), pytest.fail, [x], [x])
     assert seen == [([x], [x])]
 
@@ -234,15 +241,11 @@ def test_parts_on_a_gpu(size: int) -> None:
 
 
 @pytest.mark.gpu
-def test_a_capture_serves_again_on_a_gpu() -> None:
+def test_parts_that_were_left_out_on_a_gpu() -> None:
     device = torch.device("cuda")
-    function, capture = Cached(device), CudaCapture(device)
-    function()
-    recorded = Recorded()
-    recorded.record(function, capture)
-    assert not recorded.is_whole
-    del recorded
-    check_replays(Function(device), capture)
+    capture = CudaCapture(device)
+    check_hits_alone(Cached(device), Cached(device), capture)
+    check_parts(Cached(device), Cached(device), capture)
 
 
 @pytest.mark.gpu

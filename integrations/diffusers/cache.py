@@ -12,7 +12,7 @@ from diffusers.hooks.hooks import ModelHook
 from torch import Tensor, nn
 
 from para_kernels.cache import CacheState, Policy, StepRecord
-from para_kernels.graphs import leave_out, rejoin
+from para_kernels.graphs import instead, leave_out, rejoin
 
 from .attention import AttentionLengths
 from .hooks import Argument, BranchName, add_hook, hook_again
@@ -130,7 +130,7 @@ class BlockCache:
         self._hidden_in = self._modulated = None
         kept = {name: streams[name] for name in self.reused}
         if leave_out(partial(self._reuses, self._everywhere()), hidden_in, hidden_out, modulated):
-            return streams | dict(zip(kept, self._state().reuse(tuple(kept.values())), strict=True))
+            return streams | dict(zip(kept, instead(self._reuse, tuple(kept.values())), strict=True))
         if not self._remembered:
             self._before = kept
         return streams
@@ -142,8 +142,8 @@ class BlockCache:
             return {}
         return {"reduce": spread.reduce, "first_token": spread.first_token, "whole": spread.whole}
 
-    # What follows runs between graphs, where a forward is replayed as such; and it is not repeated where a forward
-    # whose recording has failed is run once more.
+    # What follows runs between graphs where the forward is replayed. Where it is run once more, because it could not be
+    # recorded or a part of it was not, it decides and remembers no second time.
 
     def _reuses(
         self, everywhere: dict[str, Any], hidden_in: Tensor, hidden_out: Tensor, modulated: Tensor | None
@@ -156,9 +156,8 @@ class BlockCache:
         self._remembered = True
         self._state().remember(before, after)
 
-    def _reuse(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
-        for stream, reused in zip(after, self._state().reuse(before), strict=True):
-            stream.copy_(reused)
+    def _reuse(self, before: Sequence[Tensor]) -> Sequence[Tensor]:
+        return self._state().reuse(before)
 
     def _state(self) -> CacheState:
         name = self.branch.name

@@ -3,7 +3,7 @@
 What is recorded stands below every hook, in the place of the class's own forward. The first forward with shapes that
 are new runs as always, the second is recorded, those after it are replays. Over ranks, attention and the gathering at
 the end stay calls between the graphs (`para_kernels.graphs`). With a cache of steps, the blocks that it may skip are a
-part that a replay may leave out: a forward that skips them is not recorded, the next one that does not is.
+part that a replay may leave out. Where the recorded forward skipped them, the next one that does not is recorded anew.
 """
 
 from __future__ import annotations
@@ -84,17 +84,19 @@ class _Forward:
     """A recorded forward and the memory that it reads and writes."""
 
     recorded: Recorded
+    capture: Capture
     inputs: list[Tensor]
     outputs: list[Any]
     spec: pytree.TreeSpec
     replays: int = 0
 
-    def run(self, tensors: Sequence[Tensor]) -> Any:
+    def run(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether it could be replayed."""
         for mine, given in zip(self.inputs, tensors, strict=True):
             mine.copy_(given)
-        self.recorded.replay()
-        self.replays += 1
-        return self.output()
+        done = self.recorded.replay()
+        self.replays += done
+        return done
 
     def output(self) -> Any:
         """The results, in memory of their own: the next replay overwrites the graph's."""
@@ -149,12 +151,19 @@ class ForwardGraphs:
         if self.obstacle:
             return forward(*args, **kwargs)
         key = (self._place(), given.key)
-        if key in self.forwards:
-            self.forwards.move_to_end(key)
-            return self.forwards[key].run(given.tensors)
+        if key in self.forwards and self._replayed(key, given.tensors):
+            return self.forwards[key].output()
         if key in self._seen:
             return self._recorded(key, forward, given, args, kwargs)
         return self._warmed_up(key, given.tensors[0].device, functools.partial(forward, *args, **kwargs))
+
+    def _replayed(self, key: Hashable, tensors: Sequence[Tensor]) -> bool:
+        """Whether the recording serves this time; if not, it makes room for one that does."""
+        self.forwards.move_to_end(key)
+        replayed = self.forwards[key].run(tensors)
+        if not replayed:
+            self._seen[key] = self.forwards.pop(key).capture
+        return replayed
 
     def _warmed_up(self, key: Hashable, device: torch.device, forward: Callable[[], Any]) -> Any:
         """Compiling, choices that are made once and the workspaces of libraries do not belong into a graph."""
@@ -163,13 +172,9 @@ class ForwardGraphs:
             return forward()
         with capture.around():
             output = forward()
-        self._see(key, capture)
-        return output
-
-    def _see(self, key: Hashable, capture: Capture) -> None:
-        """The next forward with the key is to be recorded by `capture`."""
         self._seen[key] = capture
         _keep(self._seen, _SEEN)
+        return output
 
     def _recorded(
         self, key: Hashable, forward: Forward, given: _Arguments, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -191,11 +196,8 @@ class ForwardGraphs:
                 raise  # They would be made a second time, and other ranks made them once.
             self._lengths.replace(of_text)
             return forward(*args, **kwargs)
-        if not recorded.is_whole:
-            self._see(key, capture)
-            return output
         self._weights = tuple(_addresses(self._transformer))
-        self.forwards[key] = _Forward(recorded, inputs, *pytree.tree_flatten(output))
+        self.forwards[key] = _Forward(recorded, capture, inputs, *pytree.tree_flatten(output))
         return self.forwards[key].output()
 
     def _forget_moved_weights(self) -> None:
