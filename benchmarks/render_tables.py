@@ -112,6 +112,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Row]], str]]] = {
     "step": (("hunyuan_step",), steps.step),
     "step-settings": (("hunyuan_step_settings",), steps.settings),
     "flux-settings": (("flux_step_settings",), steps.settings),
+    "flux-settings-512": (("flux_step_settings-512",), steps.settings),
     "flux-ranks-profile": (("flux_graphs_profile",), ranks.where),
     "flux-tail": (("flux_tail",), ranks.attention_of_steps),
     "flux-copies": (("flux_copies",), ranks.attention_of_steps),
