@@ -1,9 +1,14 @@
 """Shared by all tests: those marked `gpu` are skipped where there is none."""
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+# For the benchmarks. At the end of the path, so that an installed para_kernels stays the one that is tested.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 
 @pytest.fixture

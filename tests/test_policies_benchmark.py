@@ -16,9 +16,6 @@ pytest.importorskip("diffusers")
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
 
-# At the end of the path, so that an installed para_kernels stays the one that is tested.
-sys.path.append(str(Path(__file__).resolve().parent.parent))
-
 from tiny_hunyuan import NUM_BLOCKS, PROMPTS, tiny_pipeline
 
 from benchmarks import policies, record, render_tables, trade_off

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given as drawn
 from hypothesis import strategies as st
-
-# At the end of the path, so that an installed para_kernels stays the one that is tested.
-sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import scaling_model
 from benchmarks.scaling_model import ALLOWED, Link, Measured, Work, layer_seconds, predict, ring_seconds, validate
