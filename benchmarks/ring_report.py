@@ -31,7 +31,7 @@ from torch import Tensor
 from para_kernels import flash_attention
 from para_kernels.attention8 import flash_attention_int8
 from para_kernels.parallel import Shards, deadline, raise_on_failure, select_transport, ulysses_attention
-from para_kernels.parallel.failure import exchange
+from para_kernels.parallel.agreement import exchange
 from para_kernels.parallel.ring8 import ring_int8
 from para_kernels.parallel.transport import Transport
 

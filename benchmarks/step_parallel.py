@@ -20,7 +20,7 @@ from torch import Tensor
 from para_kernels import ContextParallel
 from para_kernels.integrations.diffusers import Handle, accelerate
 from para_kernels.integrations.diffusers.processes import is_first, joined, own_device
-from para_kernels.parallel.failure import exchange
+from para_kernels.parallel.agreement import exchange
 
 from .record import Record, write_records
 from .reference import relative_error

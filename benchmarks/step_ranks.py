@@ -36,7 +36,7 @@ from para_kernels import ContextParallel
 from para_kernels.integrations.diffusers import accelerate, register_family
 from para_kernels.integrations.diffusers.families import family_of
 from para_kernels.integrations.diffusers.processes import is_first, joined, own_device
-from para_kernels.parallel.failure import exchange
+from para_kernels.parallel.agreement import exchange
 
 from . import step_profile
 from .record import Record, write_records

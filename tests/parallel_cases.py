@@ -19,17 +19,17 @@ from para_kernels import flash_attention
 from para_kernels.parallel import (
     RankFailure,
     Shards,
+    agreement,
     check_agreement,
     collective,
     context_parallel_attention,
     deadline,
-    failure,
     ring_attention,
     set_layer,
     ulysses_attention,
 )
+from para_kernels.parallel.agreement import exchange
 from para_kernels.parallel.collective import all_to_all, broadcast, gather_rows, sum_over_ranks
-from para_kernels.parallel.failure import exchange
 from para_kernels.parallel.mesh import build_mesh, group_of, init_context_parallel_mesh, mesh_groups
 from para_kernels.parallel.split import measure_links
 from para_kernels.parallel.transport import close_transports, selection
@@ -376,11 +376,11 @@ def leave_at_once(rank: int, world: int) -> None:
 
 def refused_by_the_host(rank: int, world: int) -> str:
     """Rank 0, which hosts the store, ends as soon as it is refused, and rank 2 is slow to read why."""
-    await_keys = failure._await_keys
+    await_keys = agreement._await_keys
 
     def slowly(*arguments: Any) -> None:
         await_keys(*arguments)
         time.sleep(0.5 * (rank == 2))
 
-    failure._await_keys = slowly
+    agreement._await_keys = slowly
     return told(lambda: check_agreement(dist.group.WORLD, {"a": rank}))

@@ -27,7 +27,8 @@ from fake_ring import FAKES, FakeDevice  # noqa: E402
 
 from para_kernels.parallel import control, device_ring, host, peer  # noqa: E402
 from para_kernels.parallel.device_ring import Place, Shape  # noqa: E402
-from para_kernels.parallel.failure import RankFailure, deadline, raise_on_failure, set_layer  # noqa: E402
+from para_kernels.parallel.failure import RankFailure, deadline, set_layer  # noqa: E402
+from para_kernels.parallel.progress import raise_on_failure  # noqa: E402
 
 NAMES = tuple(FAKES)
 

@@ -19,8 +19,9 @@ from ranks import launch
 import para_kernels
 from para_kernels import ContextParallel
 from para_kernels.parallel import Shards, deadline, init_context_parallel_mesh, transport
-from para_kernels.parallel.failure import ProgressWatch, RankFailure
+from para_kernels.parallel.failure import RankFailure
 from para_kernels.parallel.mesh import MESH_DIMS, mesh_sizes
+from para_kernels.parallel.progress import ProgressWatch
 from para_kernels.parallel.split import (
     FLOPS,
     NVLINK,
@@ -293,7 +294,7 @@ def test_a_mark_that_is_never_reached_is_named_once() -> None:
 def test_marks_far_ahead_are_no_failure_while_there_is_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     failures: list[str] = []
     now = [0.0]
-    monkeypatch.setattr("para_kernels.parallel.failure.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("para_kernels.parallel.progress.time.monotonic", lambda: now[0])
     watch = ProgressWatch(failures.append, interval=3600.0)
     done = [False] * 10
     for index in range(10):

@@ -10,8 +10,11 @@ import torch
 import torch.distributed as dist
 from ranks import launch
 
-from para_kernels.parallel import attention, deadline, failure, ring_attention, transport
-from para_kernels.parallel.failure import RankFailure, raise_obstacles, raise_on_failure
+from para_kernels.parallel import attention, deadline, progress, ring_attention, transport, waiting
+from para_kernels.parallel.agreement import raise_obstacles
+from para_kernels.parallel.failure import RankFailure
+from para_kernels.parallel.progress import raise_on_failure
+from para_kernels.parallel.waiting import wait_for_collective
 
 
 def world_of_one() -> dist.ProcessGroup:
@@ -25,8 +28,8 @@ def test_a_failure_ends_with_its_group() -> None:
     """A new group has the name of the one before it, and not its failure."""
     group = world_of_one()
     try:
-        watch = failure._watch_of(group)
-        assert failure._watch_of(group) is watch
+        watch = progress._watch_of(group)
+        assert progress._watch_of(group) is watch
         watch.failure = "rank 0 waited"
         with pytest.raises(RankFailure, match="rank 0 waited"):
             raise_on_failure()
@@ -40,7 +43,7 @@ def test_a_failure_ends_with_its_group() -> None:
         assert group.group_name == name
         raise_on_failure()
         assert watch._closed.is_set()
-        assert failure._watch_of(group) is not watch
+        assert progress._watch_of(group) is not watch
     finally:
         dist.destroy_process_group()
 
@@ -57,10 +60,10 @@ def test_kernels_that_wait_for_a_late_rank_are_ended(monkeypatch: pytest.MonkeyP
     group = world_of_one()
     calls = []
     try:
-        monkeypatch.setattr(failure.dist, "get_backend", lambda group: backend)
+        monkeypatch.setattr(waiting.dist, "get_backend", lambda group: backend)
         monkeypatch.setattr(type(group), "abort", lambda self: calls.append(self))
         with deadline(0.3), pytest.raises(RankFailure, match=r"waited .* for tile 3"):
-            failure.wait_for_collective(NeverDone(), group, "tile 3", 0)  # pyright: ignore[reportArgumentType]
+            wait_for_collective(NeverDone(), group, "tile 3", 0)  # pyright: ignore[reportArgumentType]
         assert len(calls) == ended
     finally:
         monkeypatch.undo()

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from para_kernels.parallel.agreement import check_agreement, exchange
 from para_kernels.parallel.collective import broadcast
-from para_kernels.parallel.failure import check_agreement, exchange, global_rank
+from para_kernels.parallel.failure import global_rank
 
 SAMPLED = 64  # elements of each tensor that are compared: two noises or two prompts never agree in all of them
 SAME = 0.05  # of the largest sampled element: far above the rounding of one kernel or another, far below other noise

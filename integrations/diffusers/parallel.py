@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from para_kernels.graphs import outside
+from para_kernels.parallel.agreement import exchange
 from para_kernels.parallel.attention import context_parallel_attention
 from para_kernels.parallel.collective import gather_rows
-from para_kernels.parallel.failure import deadline, exchange, raise_on_failure, set_layer
+from para_kernels.parallel.failure import deadline, set_layer
+from para_kernels.parallel.progress import raise_on_failure
 from para_kernels.parallel.sharding import Shards
 from para_kernels.sources import Unprepared
 

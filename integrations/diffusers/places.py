@@ -11,7 +11,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from para_kernels import ContextParallel
-from para_kernels.parallel.failure import check_agreement, deadline
+from para_kernels.parallel.agreement import check_agreement
+from para_kernels.parallel.failure import deadline
 from para_kernels.parallel.mesh import check_mesh, mesh_groups, node_size, world_size
 from para_kernels.parallel.split import Links, Workload, assumed_flops, measure_links, resolve_split
 from para_kernels.parallel.transport import close_transports, selection

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from para_kernels.parallel.failure import wait_for_collective
+from para_kernels.parallel.waiting import wait_for_collective
 
 # A round is this many tiles per rank. Two rounds are under way at a time: while one is handed out, the next one is
 # computed. More would balance no better: 308 tiles of a 720p video on 8 ranks keep them busy for 99.4 % of the time.

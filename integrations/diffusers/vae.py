@@ -19,14 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from para_kernels.checks import check_inference
-from para_kernels.parallel.failure import (
-    DEFAULT_TIMEOUT,
-    check_agreement,
-    check_timeout,
-    deadline,
-    exchange,
-    give_up,
-)
+from para_kernels.parallel.agreement import check_agreement, exchange
+from para_kernels.parallel.failure import DEFAULT_TIMEOUT, check_timeout, deadline, give_up
 
 from .tile_exchange import Tile, TileExchange
 

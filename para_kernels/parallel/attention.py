@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from para_kernels.attention import check_attention, flash_attention, softmax_scale
 from para_kernels.attention8 import flash_attention_int8, selected_kernel_int8
-from para_kernels.parallel.failure import RankFailure, check_agreement, current_timeout, deadline, give_up
+from para_kernels.parallel.agreement import check_agreement
+from para_kernels.parallel.failure import RankFailure, current_timeout, deadline, give_up
 from para_kernels.parallel.mesh import group_of, mesh_groups
 from para_kernels.parallel.ring8 import ring_int8
 from para_kernels.parallel.sharding import Shards

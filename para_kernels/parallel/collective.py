@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from para_kernels.attention import flash_attention
-from para_kernels.parallel.failure import global_rank, named, other_ranks, stream_ordered, wait, watch_progress
+from para_kernels.parallel.failure import global_rank, named, other_ranks
 from para_kernels.parallel.parts import Parts
+from para_kernels.parallel.progress import watch_progress
 from para_kernels.parallel.sharding import Shards
+from para_kernels.parallel.waiting import stream_ordered, wait
 from para_kernels.sources import Source
 
 # --- the ring ---------------------------------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ def all_to_all(local: Tensor, sends: Sequence[int], receives: Sequence[int], gro
 
 
 def await_collective(work: dist.Work | None, group: ProcessGroup, what: str, device: torch.device) -> None:
-    """Wait as `failure.wait` does, for what all ranks of `group` take part in."""
+    """Wait as `waiting.wait` does, for what all ranks of `group` take part in."""
     what = f"{what} of {named(other_ranks(group))}"
     wait(work, group, what, device)
     if stream_ordered(group, device):

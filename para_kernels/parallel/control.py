@@ -13,7 +13,7 @@ for `timeout` seconds, the watch says so in the shared `abort` words, then write
 epochs in use, again and again: whoever waits, on any rank, goes on. It can, because the words lie in host memory, where
 a processor reaches them without a queue of the GPU that may itself be blocked. What the streams then copy is garbage:
 the abort stands in the shared memory before the first word is released, so a host that has waited for its device and
-then asks (`RankFailure` from `check`, and from `failure.raise_on_failure`) knows. A kernel that waits for a flag of a
+then asks (`RankFailure` from `check`, and from `progress.raise_on_failure`) knows. A kernel that waits for a flag of a
 copy is released by the copies behind the released waits; and it waits for about `timeout` seconds only, whatever
 happens, then fills its rows with NaN and writes its error words, which the watch reports in the same way.
 """
@@ -37,8 +37,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from para_kernels import ops
-from para_kernels.parallel import failure
-from para_kernels.parallel.failure import RankFailure, exchange, global_rank, raise_obstacles
+from para_kernels.parallel.agreement import exchange, raise_obstacles
+from para_kernels.parallel.failure import RankFailure, current_timeout, global_rank, where
+from para_kernels.parallel.progress import register_check, unregister_check
 
 _LINE = 16  # words: 64 bytes, so that no two writers share a line
 _READY, _CREDIT = 0, 1
@@ -138,7 +139,7 @@ class Control:
         self.failure: str | None = None
         self._closed = threading.Event()
         self._check_name = f"{name}:{group.group_name}:{id(self)}"
-        failure.register_check(self._check_name, self.check)
+        register_check(self._check_name, self.check)
         self._thread = threading.Thread(
             target=_watch, args=(weakref.ref(self), self._closed), name=f"para_kernels {name} watch", daemon=True
         )
@@ -186,7 +187,7 @@ class Control:
         """
         self.check()
         self.epoch = (self.epoch + 1) % 2**32
-        self._issued.append((self.epoch, failure.where(), failure.current_timeout()))
+        self._issued.append((self.epoch, where(), current_timeout()))
         return self.epoch
 
     def check(self) -> None:
@@ -206,7 +207,7 @@ class Control:
         To be called when this rank's device is done: the others then lack nothing to go on with. Without an error where
         a rank has failed or its process has ended, or after the timeout: nobody's result depends on it any more.
         """
-        end = time.monotonic() + failure.current_timeout()
+        end = time.monotonic() + current_timeout()
         for rank in range(self.world):
             while self.failure is None and self._behind(_CREDIT, rank) > 0 and time.monotonic() < end:
                 if not _is_running(self._pids[rank]):
@@ -224,7 +225,7 @@ class Control:
     def close(self) -> None:
         """End the watch. The streams must be done with the words."""
         self._closed.set()
-        failure.unregister_check(self._check_name)
+        unregister_check(self._check_name)
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=5)
         self._memory.close()
@@ -270,7 +271,7 @@ class Control:
         for issued, layer, timeout in reversed(list(self._issued)):  # the main thread appends meanwhile
             if issued == epoch % 2**32:
                 return layer or f" in ring call {epoch}", timeout
-        return f" in ring call {epoch}", failure.current_timeout()
+        return f" in ring call {epoch}", current_timeout()
 
     def _abort(self, epoch: int, missing: list[int], gone: list[int], what: str, waited: float) -> None:
         me = global_rank(self.group, self.rank)

@@ -45,8 +45,9 @@ from torch.distributed import ProcessGroup
 
 from para_kernels import ops
 from para_kernels.attention import softmax_scale
+from para_kernels.parallel.agreement import exchange, raise_obstacles
 from para_kernels.parallel.control import Control
-from para_kernels.parallel.failure import current_timeout, exchange, raise_obstacles
+from para_kernels.parallel.failure import current_timeout
 from para_kernels.sources import Source
 
 LIBRARY = "libcuda.so.1"

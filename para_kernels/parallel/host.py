@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from para_kernels import ops
+from para_kernels.parallel.agreement import exchange
 from para_kernels.parallel.control import SharedMemory, node
 from para_kernels.parallel.device_ring import MAX_CHUNKS, DeviceRing, Place, Shape, unavailable_here
-from para_kernels.parallel.failure import exchange
 
 # What a rank takes in begins to arrive one chunk after it began to leave; smaller ones cost more launches.
 CHUNK_BYTES = 8 * 2**20

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from para_kernels import ops
+from para_kernels.parallel.agreement import exchange
 from para_kernels.parallel.control import node
 from para_kernels.parallel.device_ring import DeviceRing, Place, unavailable_here
-from para_kernels.parallel.failure import exchange
 
 _COPIES = (0, 1)  # streams
 # A copy over NVLink costs some 3 us besides its bytes, at 340 to 370 GB/s, and those of the two streams do not overlap.

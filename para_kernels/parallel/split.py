@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from para_kernels.parallel.agreement import exchange
 from para_kernels.parallel.collective import await_collective, sum_over_ranks
-from para_kernels.parallel.failure import exchange, wait
 from para_kernels.parallel.mesh import ContextParallel
+from para_kernels.parallel.waiting import wait
 
 
 @dataclass(frozen=True)

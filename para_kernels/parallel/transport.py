@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from para_kernels.parallel.agreement import exchange
 from para_kernels.parallel.collective import CollectiveTransport
-from para_kernels.parallel.failure import RankFailure, exchange, global_rank
+from para_kernels.parallel.failure import RankFailure, global_rank
 from para_kernels.parallel.mesh import TRANSPORTS
 from para_kernels.sources import Source
 
