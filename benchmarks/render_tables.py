@@ -123,6 +123,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Row]], str]]] = {
     "flux-ring-kernel": (("flux_ring_kernel",), ranks.ring_kernel),
     "flux-ranks": (("flux_step_ranks",), ranks.ranks_of_steps),
     "cogvideox-ranks": (("cogvideox_step_ranks",), ranks.ranks_of_steps),
+    "cogvideox-half": (("cogvideox_half",), ranks.variants),
     "vae": (("vae_parallel",), ranks.vae),
     "ring": (("ring-speed",), ranks.ring),
     "ring-int8": (("ring-int8",), ranks.ring),
