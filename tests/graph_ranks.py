@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_diffusers_graphs.py do: recorded forwards over several ranks."""
+"""What the ranks of tests/test_diffusers_graphs.py and ..._graphs_cache.py do: recorded forwards over several ranks."""
 
 from __future__ import annotations
 
@@ -27,20 +27,17 @@ def run(rank: int, world: int) -> dict[str, Any]:
                 name: hunyuan(ContextParallel(**split, timeout=TIMEOUT)) for name, split in ways(world).items()
             },
             "families": {name: family(name, world) for name in ("FLUX.1-dev", "Wan 2.1")},
+            "cached": {
+                policy: with_cache(POLICIES[policy], ContextParallel(**{split: world}, timeout=TIMEOUT))
+                for policy, split in CACHED[world].items()
+            },
         }
 
 
-def run_with_cache(rank: int, world: int) -> dict[str, Any]:
-    with patch.object(graphs, "capture_for", fake_capture_for):
-        return {
-            f"{policy}, {way}": with_cache(POLICIES[policy], ContextParallel(**split, timeout=TIMEOUT))
-            for policy, way, split in (
-                ("taylor", "ring", {"ring": world}),
-                ("first and last blocks", "ulysses", {"ulysses": world}),
-                ("teacache", "ring", {"ring": world}),
-                ("adacache", "batch" if world == 2 else "ring", {"batch" if world == 2 else "ring": world}),
-            )
-        }
+CACHED = {
+    2: {"taylor": "ring", "adacache": "batch"},
+    3: {"first and last blocks": "ulysses", "teacache": "ring"},
+}
 
 
 def with_cache(policy: Policy, parallel: ContextParallel) -> dict[str, Any]:
