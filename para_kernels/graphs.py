@@ -19,6 +19,7 @@ import contextlib
 import gc
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -91,11 +92,12 @@ class CudaCapture:
         self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
     def end(self) -> Graph:
-        graph, self._graph = self._graph, None
+        graph = self._graph
         assert graph is not None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*CUDA Graph is empty.*")  # between two calls outside
             graph.capture_end()
+        self._graph = None  # not before: a capture that cannot be ended is one to abandon
         return graph
 
     def abandon(self) -> None:
@@ -129,43 +131,54 @@ class Recorded:
     Attributes:
         graphs, calls, parts: how many graphs there are, calls between them that `outside` made, and parts that may be
             left out; of a recording that failed, until then.
+        has_parts: whether the parts are in the recording, which else serves while they are left out.
+        is_whole: whether it can be replayed: every part has an end.
+        is_repeatable: of a recording that failed, whether the function may be run once more: nothing was made outside.
     """
 
     def __init__(self) -> None:
         self.graphs = self.calls = self.parts = 0
+        self.has_parts = self.is_repeatable = True
+        self.is_whole = False
         self._steps: _Steps = []
 
-    def record(self, function: Callable[[], R], capture: Capture) -> R:
+    def record(self, function: Callable[[], R], capture: Capture, made: Sequence[Tensor] = ()) -> R:
         """Run `function` and record it. The result is real, and the next replay overwrites it.
 
+        Args:
+            made: what its first calls of `outside` have made already, in the replay that asks for this recording. They
+                are not made again: to a call over ranks the others would not come.
+
         Raises:
-            RuntimeError: if it does what no graph can hold, as waiting for the device, or does not end a part. Some of
-            it may have run.
+            RuntimeError: if it does what no graph can hold, as waiting for the device. Some of it may have run.
         """
-        recording = _Recording(self, self._steps, capture)
+        self.is_repeatable = not made
+        recording = _Recording(self, self._steps, capture, made)
         with capture.around(), _active(recording), _no_garbage_collected():
             try:
                 capture.begin()
                 result = function()
-                recording.finish()
+                self.is_whole = recording.finish()
             except BaseException:
                 capture.abandon()
                 raise
         return result
 
-    def replay(self) -> bool:
+    def replay(self) -> list[Tensor] | None:
         """Enqueue everything again in the current stream.
 
         Returns:
-            Whether all of it was: False where a part is to run that was left out of the recording. What has been made
-            until then is of no use; the function is to run as always, or to be recorded anew.
+            None; or, where a part is to run that was left out of the recording, what the calls outside have made until
+            then. The rest is of no use: the function is to be recorded anew.
         """
+        assert self.is_whole
         try:
             for step in self._steps:
                 step()
         except _NotRecordedError:
-            return False
-        return True
+            calls = (step for step in self._steps if isinstance(step, _CallOutside))
+            return [call.made for call in calls if call.made is not None]
+        return None
 
 
 _Steps = list[Callable[[], object]]
@@ -239,24 +252,28 @@ def _running() -> _Recording | None:
 class _Recording:
     """A function is being recorded: where its steps go."""
 
-    def __init__(self, recorded: Recorded, steps: _Steps, capture: Capture) -> None:
+    def __init__(self, recorded: Recorded, steps: _Steps, capture: Capture, made: Sequence[Tensor]) -> None:
         self._recorded = recorded
-        self._steps = self._all_steps = steps
+        self._steps = self._outer_steps = steps
         self._capture = capture
+        self._made = deque(made)
         self._part: _Part | None = None
 
-    def finish(self) -> None:
-        """The function has returned."""
-        if self._part is not None:
-            raise RuntimeError("a part that may be left out has no end")
+    def finish(self) -> bool:
+        """The function has returned. Returns whether every part has an end."""
         self._end_graph()
+        return self._part is None
 
     def outside(self, function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], out: Tensor) -> Tensor:
         call = _CallOutside(function, self._borrowed(inputs), self._capture.borrowed(out))
         with self._between():
             self._recorded.calls += 1
+            self._recorded.is_repeatable = False
             self._steps.append(call)
-            call()
+            if self._made:
+                out.copy_(self._made.popleft())
+            else:
+                call()
         return out
 
     def leave_out(self, decide: Callable[..., bool], inputs: tuple[Tensor | None, ...]) -> bool:
@@ -274,6 +291,10 @@ class _Recording:
         after = [torch.empty_like(x) for x in before]
         part = self._ended(make, before, after)
         with self._between():
+            for call in self._steps:
+                if isinstance(call, _CallOutside):
+                    call.keeps = True
+            self._recorded.has_parts = False
             self._steps.append(part)  # behind the graph in which there came to be memory for `after`
             part.instead()
         return after
@@ -288,7 +309,7 @@ class _Recording:
         part = self._ended(make, before, after)
         part.ran = partial(ran, self._borrowed(before), self._borrowed(after))
         with self._between():
-            self._steps = self._all_steps
+            self._steps = self._outer_steps
             part.ran()
 
     def _ended(self, make: Callable[[Streams], Streams], before: Streams, after: Streams) -> _Part:
@@ -299,10 +320,14 @@ class _Recording:
 
     @contextlib.contextmanager
     def _between(self) -> Iterator[None]:
-        """Between two graphs."""
+        """Between two graphs. What fails here is no matter of recording."""
         self._end_graph()
-        with _active(None):
-            yield
+        try:
+            with _active(None):
+                yield
+        except BaseException:
+            self._recorded.is_repeatable = False
+            raise
         self._capture.begin()
 
     def _end_graph(self) -> None:
@@ -321,7 +346,7 @@ class _Part:
     """Steps of a replay that it may leave out.
 
     Attributes:
-        steps: None where the recording has left them out.
+        steps: None where the recording has left them out, and until it is known whether it does.
     """
 
     is_left_out: Callable[[], bool]
@@ -357,13 +382,23 @@ class _Made:
 
 
 class _CallOutside:
+    """A call between two graphs.
+
+    Attributes:
+        keeps: whether what it makes is kept, in `made`: graphs behind it may overwrite it, and it may be asked for.
+    """
+
     def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], out: Tensor) -> None:
         self._function, self._inputs, self._out = function, inputs, out
+        self.keeps = False
+        self.made: Tensor | None = None
 
     def __call__(self) -> None:
         result = self._function(*self._inputs, self._out)
         if result is not self._out:
             self._out.copy_(result)
+        if self.keeps:
+            self.made = self._out.clone()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from hits_and_misses import POLICIES, STEPS, pattern
 from tiny_families import generate_family, tiny_family
 from tiny_hunyuan import PROMPTS, generate, tiny_pipeline
 
-from para_kernels import ContextParallel
+from para_kernels import ContextParallel, FirstBlockCache
 from para_kernels.cache import Policy
 from para_kernels.integrations.diffusers import accelerate, graphs
 
@@ -31,7 +31,43 @@ def run(rank: int, world: int) -> dict[str, Any]:
                 policy: with_cache(POLICIES[policy], ContextParallel(**{split: world}, timeout=TIMEOUT))
                 for policy, split in CACHED[world].items()
             },
+            "moved": moved_on_one(rank, world),
+            "skips": skips(world),
         }
+
+
+def moved_on_one(rank: int, world: int) -> float:
+    """The weights of one rank move: it records anew, and the others go on with what they have. All steps but the first
+    are reused."""
+    pipe = tiny_pipeline()
+    accelerate(pipe, cache=100.0)
+    expected = [generate(pipe, PROMPTS[: 2 + call % 2]) for call in range(4)]
+    accelerate(pipe, parallel=ContextParallel(ring=world, timeout=TIMEOUT), graphs=True)
+    worst = 0.0
+    for call, one_process in enumerate(expected):
+        worst = max(worst, difference(generate(pipe, PROMPTS[: 2 + call % 2]), one_process))
+        if rank == world - 1:
+            for parameter in pipe.transformer.parameters():  # type: ignore[union-attr]
+                parameter.data = parameter.data.clone()
+    return worst
+
+
+# Of Stable Diffusion 3.5: a third pass, which leaves out the last but one block.
+SKIPS = {
+    "skip_guidance_layers": [1],
+    "skip_layer_guidance_scale": 2.8,
+    "skip_layer_guidance_start": 0.0,
+    "skip_layer_guidance_stop": 1.0,
+}
+
+
+def skips(world: int) -> float:
+    name, policy = "Stable Diffusion 3.5 medium", FirstBlockCache(9.0, last_blocks=1, max_consecutive_hits=1)
+    pipe = tiny_family(name)
+    accelerate(pipe, cache=policy)
+    expected = generate_family(name, pipe, guided=True, steps=6, **SKIPS)
+    accelerate(pipe, parallel=ContextParallel(ring=world, timeout=TIMEOUT), graphs=True)
+    return difference(generate_family(name, pipe, guided=True, steps=6, **SKIPS), expected)
 
 
 CACHED = {

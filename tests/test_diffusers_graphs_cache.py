@@ -13,6 +13,7 @@ pytest.importorskip("diffusers")
 import graph_ranks
 import ranks
 from fake_graphs import fake_capture_for
+from graph_ranks import SKIPS
 from hits_and_misses import POLICIES, STEPS, pattern
 from test_diffusers_cache import GUIDED
 from tiny_families import TINY, generate_family, tiny_family
@@ -139,7 +140,55 @@ def test_every_family_but_one(name: str) -> None:
         assert set(replayed) == {1}
 
 
+def test_a_forward_that_is_called_past_all_hooks_is_not_cached() -> None:
+    pipe = tiny_family("FLUX.1-dev")
+    transformer: Any = pipe.transformer
+    given: list[Any] = []
+    listener = transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs), with_kwargs=True
+    )
+    accelerate(pipe)
+    generate_family("FLUX.1-dev", pipe)
+    listener.remove()
+    with torch.no_grad():
+        want = [transformer.forward(**one)[0] for one in given]
+        handle = accelerate(pipe, cache=100.0, graphs=True)
+        for _ in range(2):
+            for one, plain in zip(given, want, strict=True):
+                assert torch.equal(transformer.forward(**one)[0], plain)
+            generate_family("FLUX.1-dev", pipe)
+            assert [record.reused for record in handle.records] == [False, True, True, True]
+
+
+def test_weights_that_move_between_calls_are_recorded_anew() -> None:
+    """Also where the last step of a call has been recorded anew, and replayed in none."""
+    policy = FirstBlockCache(9.0, max_consecutive_hits=2)
+    pipe = tiny_pipeline()
+    accelerate(pipe, cache=policy)
+    want = generate(pipe)
+    handle = accelerate(pipe, graphs=True)
+    for _ in range(5):
+        assert torch.equal(generate(pipe), want)
+        assert pattern(handle) == "crrc"
+        assert len(counts(handle)) == 1
+        for parameter in pipe.transformer.parameters():  # type: ignore[union-attr]
+            parameter.data = parameter.data.clone()
+
+
 # --- what cannot be recorded ------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_leaves_out_the_block_behind_which_the_cache_remembers() -> None:
+    """The passes that do not are recorded all the same."""
+    name, policy = "Stable Diffusion 3.5 medium", FirstBlockCache(9.0, last_blocks=1, max_consecutive_hits=1)
+    pipe = tiny_family(name)
+    accelerate(pipe, cache=policy)
+    want = generate_family(name, pipe, guided=True, steps=6, **SKIPS)
+    handle = accelerate(pipe, graphs=True)
+    assert torch.equal(generate_family(name, pipe, guided=True, steps=6, **SKIPS), want)
+    ((_, calls, parts, replays),) = counts(handle)
+    assert (calls, parts, replays > 0) == (0, 1, True)
+    assert "none now" not in handle.summary()
 
 
 @each_policy
@@ -195,6 +244,12 @@ def test_ranks_decide_alike_and_as_one_process_does(spread: list[Any]) -> None:
             assert found["patterns"] == found["expected"]
             assert {"c", "r"} == set("".join(found["patterns"]))
             assert all(parts == 1 and replays >= STEPS - 1 for parts, replays in found["counts"])
+
+
+def test_ranks_whose_recordings_differ_call_alike(spread: list[Any]) -> None:
+    for seen in spread:
+        assert seen["moved"] <= ERROR
+        assert seen["skips"] <= ERROR
 
 
 def test_the_pattern_has_both() -> None:

@@ -114,16 +114,20 @@ def test_a_failure_ends_the_recording(function: Callable[[], Tensor], calls: int
 
 class Cached:
     """Layers of which a run leaves the middle out where `x` has changed by less than 1 since it last did not: what
-    those added then is added again, doubled to tell it apart."""
+    those added then is added again, doubled to tell it apart. `decided` stands for a decision that has been made."""
 
     def __init__(self, device: torch.device = CPU, size: int = 4) -> None:
         self.x = torch.arange(float(size), device=device)
-        self.runs = 0
+        self.runs = self.called = 0
+        self.decided: bool | None = None
         self.kept: tuple[Tensor, Tensor] | None = None
         self.decisions: list[bool] = []
 
     def close(self, first: Tensor, none: Tensor | None) -> bool:
         assert none is None
+        decided, self.decided = self.decided, None
+        if decided is not None:
+            return decided
         self.decisions.append(self.kept is not None and (first - self.kept[0]).abs().max().item() < 1)
         if not self.decisions[-1]:
             self.kept = (first.clone(), first)
@@ -143,10 +147,14 @@ class Cached:
             y = (wide[: y.numel()] - wide[y.numel() :] * 0.25) + outside(lambda z, out: z * 0.1 + 1, y, out=y.clone)
         return y
 
+    def call(self, y: Tensor, out: Tensor | None) -> Tensor:
+        self.called += 1
+        return y + 0.25
+
     def __call__(self) -> Tensor:
         self.runs += 1
         constant = self.x.flip(0) * 3
-        first = self.x * 1.5 + 1
+        first = outside(self.call, self.x * 1.5 + 1, out=lambda: torch.empty_like(self.x)) * 1.25
         if leave_out(self.close, first, None):
             (last,) = instead(self.added, [first])
         else:
@@ -164,14 +172,21 @@ def check_parts(function: Cached, plain: Cached, capture: Capture) -> None:
     recorded = Recorded()
     y = recorded.record(function, capture)
     assert torch.equal(y, plain())
+    check_replays_of_parts(recorded, y, function, plain)
+    assert (function.runs, recorded.graphs, recorded.calls, recorded.parts) == (1, 10, 7, 1)
+
+
+def check_replays_of_parts(recorded: Recorded, y: Tensor, function: Cached, plain: Cached) -> None:
     for change in CHANGES:
         for one in (function, plain):
             one.x += change
-        assert recorded.replay()
+        assert recorded.replay() is None
         assert torch.equal(y, plain())
     assert function.decisions == plain.decisions
+    assert function.called == plain.called
     assert set(function.decisions) == {True, False}
-    assert (function.runs, recorded.graphs, recorded.calls, recorded.parts) == (1, 9, 6, 1)
+    assert recorded.is_whole
+    assert recorded.has_parts
 
 
 def test_a_replay_leaves_out_what_it_is_told_to() -> None:
@@ -179,7 +194,8 @@ def test_a_replay_leaves_out_what_it_is_told_to() -> None:
 
 
 def check_hits_alone(function: Cached, plain: Cached, capture: Capture) -> None:
-    """What was recorded without the part serves until the part is to run, and makes no second decision then."""
+    """What was recorded without the part serves until the part is to run; then it is recorded anew, with the part, and
+    what had been decided and called until then is not decided and called again."""
     recorded = Recorded()
     for one in (function, plain):
         one()
@@ -189,24 +205,42 @@ def check_hits_alone(function: Cached, plain: Cached, capture: Capture) -> None:
     for _ in range(3):
         for one in (function, plain):
             one.x += 0.1
-        assert recorded.replay()
+        assert recorded.replay() is None
         assert torch.equal(y, plain())
     function.x += 7
     plain.x += 7
-    assert not recorded.replay()
-    plain()
+    made = recorded.replay()
+    assert made is not None
+    assert (len(made), recorded.has_parts) == (1, False)
+    function.decided = function.decisions[-1]
+    anew = Recorded()
+    y = anew.record(function, capture, made)
+    assert torch.equal(y, plain())
     assert function.decisions == plain.decisions == [False, True, True, True, True, False]
-    assert (function.runs, recorded.graphs, recorded.calls, recorded.parts) == (2, 3, 0, 1)
+    assert function.called == plain.called
+    assert ((recorded.graphs, recorded.calls), (anew.graphs, anew.calls)) == ((4, 1), (10, 7))
+    check_replays_of_parts(anew, y, function, plain)
 
 
 def test_a_run_that_leaves_a_part_out() -> None:
     check_hits_alone(Cached(), Cached(), FakeCapture())
 
 
-def test_a_part_without_an_end_is_no_recording() -> None:
-    capture = FakeCapture()
-    with pytest.raises(RuntimeError, match="a part that may be left out has no end"):
-        Recorded().record(lambda: torch.ones(2) + float(leave_out(lambda: False)), capture)
+def test_a_part_without_an_end_makes_no_recording() -> None:
+    recorded = Recorded()
+    y = recorded.record(lambda: torch.ones(2) + float(leave_out(lambda: False)), FakeCapture())
+    assert torch.equal(y, torch.ones(2))
+    assert not recorded.is_whole
+
+
+def test_an_error_between_graphs_is_no_matter_of_recording() -> None:
+    def fails() -> bool:
+        raise RuntimeError("out of memory")
+
+    recorded, capture = Recorded(), FakeCapture()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        recorded.record(lambda: torch.ones(2) + float(leave_out(fails)), capture)
+    assert not recorded.is_repeatable
     check_replays(Function(), capture)
 
 

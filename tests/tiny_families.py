@@ -517,7 +517,9 @@ def _transformer(tiny: Tiny) -> Any:
     return transformer
 
 
-def generate_family(name: str, pipe: Any, *, guided: bool = False, prompts: int = 2, steps: int = 4) -> Tensor:
+def generate_family(
+    name: str, pipe: Any, *, guided: bool = False, prompts: int = 2, steps: int = 4, **arguments: Any
+) -> Tensor:
     """Latents of one call with different prompts, each with noise from a seed of its own."""
     tiny = TINY[name]
     settings: dict[str, Any] = {
@@ -539,7 +541,7 @@ def generate_family(name: str, pipe: Any, *, guided: bool = False, prompts: int 
     if guided and (tiny.guided or "guider" in tiny.parts):
         negative = {f"negative_{key}": value for key, value in _prompts(tiny, prompts, seed=2).items()}
         settings |= tiny.guided | negative
-    return pipe(**settings)[tiny.frames]
+    return pipe(**settings | arguments)[tiny.frames]
 
 
 def _prompts(tiny: Tiny, prompts: int, seed: int) -> dict[str, Tensor]:

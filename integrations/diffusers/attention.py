@@ -101,7 +101,8 @@ class AttentionLengths:
         self.of_text, self._joint = of_text, None
 
     def forget(self) -> None:
-        """Derive anew what comes next: what was derived before is of blocks that a replay of graphs may leave out."""
+        """Behind the last block that a cache may skip: what it has derived is not there where a replay of graphs skips
+        it."""
         self._joint = self._mask = None
 
     def end(self) -> None:

@@ -143,7 +143,7 @@ class BlockCache:
         return {"reduce": spread.reduce, "first_token": spread.first_token, "whole": spread.whole}
 
     # What follows runs between graphs where the forward is replayed. Where it is run once more, because it could not be
-    # recorded or a part of it was not, it decides and remembers no second time.
+    # recorded or a part of it was not, what was decided and remembered stays.
 
     def _reuses(
         self, everywhere: dict[str, Any], hidden_in: Tensor, hidden_out: Tensor, modulated: Tensor | None
@@ -153,8 +153,8 @@ class BlockCache:
         return self.decision.reused
 
     def _remember(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
-        self._remembered = True
         self._state().remember(before, after)
+        self._remembered = True
 
     def _reuse(self, before: Sequence[Tensor]) -> Sequence[Tensor]:
         return self._state().reuse(before)

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 _TENSOR = object()  # in the place of a tensor among plain arguments
+_FAILED = object()  # in the place of an output
 
 
 @dataclass
@@ -90,13 +91,13 @@ class _Forward:
     spec: pytree.TreeSpec
     replays: int = 0
 
-    def run(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether it could be replayed."""
+    def run(self, tensors: Sequence[Tensor]) -> list[Tensor] | None:
+        """Replay it: see `Recorded.replay`."""
         for mine, given in zip(self.inputs, tensors, strict=True):
             mine.copy_(given)
-        done = self.recorded.replay()
-        self.replays += done
-        return done
+        made = self.recorded.replay()
+        self.replays += made is None
+        return made
 
     def output(self) -> Any:
         """The results, in memory of their own: the next replay overwrites the graph's."""
@@ -121,8 +122,9 @@ class ForwardGraphs:
         self._transformer = transformer
         self._lengths = lengths
         self._place = place
-        self._seen: OrderedDict[Hashable, Capture] = OrderedDict()
+        self._seen: OrderedDict[Hashable, Capture | None] = OrderedDict()  # None: runs as always
         self._weights: list[int] = []
+        self._has_replayed = False
         self._in_vain = 0
         self._given_up = False
 
@@ -136,6 +138,7 @@ class ForwardGraphs:
         self.forwards.clear()
         self._seen.clear()
         self.obstacle = None
+        self._has_replayed = False
         self._in_vain = 0
         self._given_up = False
 
@@ -151,19 +154,31 @@ class ForwardGraphs:
         if self.obstacle:
             return forward(*args, **kwargs)
         key = (self._place(), given.key)
-        if key in self.forwards and self._replayed(key, given.tensors):
-            return self.forwards[key].output()
-        if key in self._seen:
-            return self._recorded(key, forward, given, args, kwargs)
-        return self._warmed_up(key, given.tensors[0].device, functools.partial(forward, *args, **kwargs))
+        made: list[Tensor] = []
+        if key in self.forwards:
+            replayed = self._replayed(key, given.tensors)
+            if replayed is None:
+                return self.forwards[key].output()
+            made, self._seen[key] = replayed, self.forwards.pop(key).capture
+        as_always = functools.partial(forward, *args, **kwargs)
+        if key not in self._seen:
+            return self._warmed_up(key, given.tensors[0].device, as_always)
+        capture = self._seen[key]
+        if capture is None:
+            return as_always()
+        of_text = self._lengths.of_text
+        output = self._recorded(key, capture, forward, given, made)
+        if output is not _FAILED:
+            return output
+        self._lengths.replace(of_text)
+        return as_always()
 
-    def _replayed(self, key: Hashable, tensors: Sequence[Tensor]) -> bool:
-        """Whether the recording serves this time; if not, it makes room for one that does."""
+    def _replayed(self, key: Hashable, tensors: Sequence[Tensor]) -> list[Tensor] | None:
+        """None, or what calls have made until the recording did not serve any more."""
         self.forwards.move_to_end(key)
-        replayed = self.forwards[key].run(tensors)
-        if not replayed:
-            self._seen[key] = self.forwards.pop(key).capture
-        return replayed
+        made = self.forwards[key].run(tensors)
+        self._has_replayed |= made is None
+        return made
 
     def _warmed_up(self, key: Hashable, device: torch.device, forward: Callable[[], Any]) -> Any:
         """Compiling, choices that are made once and the workspaces of libraries do not belong into a graph."""
@@ -177,25 +192,27 @@ class ForwardGraphs:
         return output
 
     def _recorded(
-        self, key: Hashable, forward: Forward, given: _Arguments, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, key: Hashable, capture: Capture, forward: Forward, given: _Arguments, made: Sequence[Tensor]
     ) -> Any:
+        """The output of a forward that is recorded; `_FAILED` if it has to run once more, as always."""
         _keep(self.forwards, _KEPT - 1)
-        recorded, of_text = Recorded(), self._lengths.of_text
-        inputs = [x.clone() for x in given.tensors]
-        own_args, own_kwargs, own_lengths = given.with_tensors(inputs)
-        self._lengths.replace(own_lengths)
-        capture = self._seen.pop(key)
+        self._seen[key] = None
+        recorded, inputs = Recorded(), [x.clone() for x in given.tensors]
+        args, kwargs, of_text = given.with_tensors(inputs)
+        self._lengths.replace(of_text)
         try:
             _free_memory(inputs[0].device)
-            output = recorded.record(lambda: forward(*own_args, **own_kwargs), capture)
+            output = recorded.record(lambda: forward(*args, **kwargs), capture, made)
         except RankFailure:
             raise
         except RuntimeError as error:
             self._give_up(f"the forward cannot be recorded: {str(error).splitlines()[0]}")
-            if recorded.calls:
-                raise  # They would be made a second time, and other ranks made them once.
-            self._lengths.replace(of_text)
-            return forward(*args, **kwargs)
+            if not recorded.is_repeatable:
+                raise  # What was made would be made a second time, and other ranks made it once.
+            return _FAILED
+        if not recorded.is_whole:  # The model has left out the block behind which the cache remembers.
+            return output
+        del self._seen[key]
         self._weights = _addresses(self._transformer)
         self.forwards[key] = _Forward(recorded, capture, inputs, *pytree.tree_flatten(output))
         return self.forwards[key].output()
@@ -204,7 +221,7 @@ class ForwardGraphs:
         """Graphs hold the addresses of the weights."""
         if not self.forwards or _addresses(self._transformer) == self._weights:
             return
-        in_vain = 0 if any(known.replays for known in self.forwards.values()) else self._in_vain + 1
+        in_vain = 0 if self._has_replayed else self._in_vain + 1
         self.clear()
         self._in_vain = in_vain
         if in_vain >= _IN_VAIN:

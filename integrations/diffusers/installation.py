@@ -208,7 +208,8 @@ class Installation:
 
     def _place(self) -> Hashable:
         """What the running forward depends on beside its arguments."""
-        return None if self.spread is None else self.spread.situation
+        is_cached = self.cache is not None and self.cache.running  # not where a forward is called past all hooks
+        return is_cached, None if self.spread is None else self.spread.situation
 
     def _add_parallel(self, undo: ExitStack, settings: Settings) -> None:
         assert settings.parallel is not None

@@ -97,7 +97,9 @@ def _graphs(handle: Handle) -> list[str]:
 
 
 def _graphs_of(recorded: Recorded) -> str:
-    left_out = " and a part that the cache may leave out" if recorded.parts else ""
+    left_out = ""
+    if recorded.parts:
+        left_out = f" and a part that the cache {'may leave' if recorded.has_parts else 'has left'} out"
     return f"{recorded.graphs} graphs and {recorded.calls} calls between{left_out}"
 
 
