@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers import AutoencoderTiny
 from hypothesis import given
 from hypothesis import strategies as st
 from vae_ranks import BF16, CASES, SMALL, rank_main, video_vae
 
 from para_kernels.integrations.diffusers import parallelize_vae
-from para_kernels.integrations.diffusers.tile_exchange import TILES_PER_ROUND, assign, rounds
+from para_kernels.integrations.diffusers.tile_exchange import TILES_PER_ROUND, Tile, assign, rounds, wholes
 from para_kernels.integrations.diffusers.vae import ParallelVae, checksum
 
 WORLDS = (2, 3)
@@ -259,8 +259,8 @@ class TestAlone:
         assert list(vae.__dict__) == before
 
     def test_other_vaes(self) -> None:
-        with pytest.raises(ValueError, match="vae: got a AutoencoderKLWan, supported"):
-            parallelize_vae(AutoencoderKLWan.__new__(AutoencoderKLWan))
+        with pytest.raises(ValueError, match="vae: got a AutoencoderTiny, supported"):
+            parallelize_vae(AutoencoderTiny.__new__(AutoencoderTiny))
 
     def test_replaced_decode(self) -> None:
         vae = video_vae()
@@ -294,6 +294,15 @@ def test_rounds_hold_every_tile_once(costs: list[int], world: int) -> None:
     parts = rounds(len(costs), world)
     assert [tile for part in parts for tile in part] == list(range(len(costs)))
     assert all(len(part) <= TILES_PER_ROUND * world for part in parts)
+
+
+@given(st.lists(st.integers(1, 5), max_size=9))
+def test_pieces_are_put_together(lengths: list[int]) -> None:
+    nothing = torch.empty(0)
+    pieces = [Tile(nothing, (), begins=piece == 0) for length in lengths for piece in range(length)]
+    found = wholes(pieces)
+    assert [len(whole) for whole in found] == lengths
+    assert [index for whole in found for index in whole] == list(range(len(pieces)))
 
 
 def test_720p_video_is_balanced() -> None:

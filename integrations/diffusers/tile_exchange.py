@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,10 +21,19 @@ TILES_PER_ROUND = 2
 
 @dataclass(frozen=True)
 class Tile:
-    """One tile: `source`, a view of the whole input, and the shape of what is made of it."""
+    """One tile, or a piece of one that cannot be made before the pieces before it.
+
+    Attributes:
+        source: what it is made of.
+        shape: of what is made of it.
+        begins: whether it is the first piece of a tile, or all of it.
+        options: what else it is made with.
+    """
 
     source: Tensor
     shape: tuple[int, ...]
+    begins: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def cost(self) -> int:
@@ -52,15 +62,23 @@ def rounds(count: int, world: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
+def wholes(pieces: Sequence[Tile]) -> list[range]:
+    """The pieces of each tile."""
+    starts = [index for index, piece in enumerate(pieces) if piece.begins]
+    return [range(*ends) for ends in pairwise([*starts, len(pieces)])]
+
+
 class TileExchange:
     """Computes this rank's tiles, sends each to all others from where it was made, and hands them out in order.
 
     The tiles of a round are broadcast after the rank has queued its own of that round, and travel while it computes
     those of the next one. So communication hides behind work, and no more than two rounds of tiles are in memory.
 
+    Tiles that are in pieces are shared out as tiles: the rank that makes the first piece makes all of them.
+
     Args:
-        tiles: of the whole call, the same ones on every rank.
-        compute: makes a tile of its source.
+        tiles: of the whole call, the same ones on every rank, in pieces.
+        compute: makes a piece, with what the piece before it has left, None for a first one; and what it leaves.
         dtype: of what it makes.
         group: the ranks.
         what: such as "decode", for messages.
@@ -69,7 +87,7 @@ class TileExchange:
     def __init__(
         self,
         tiles: Sequence[Tile],
-        compute: Callable[[Tensor], Tensor],
+        compute: Callable[[Tile, Any], tuple[Tensor, Any]],
         dtype: torch.dtype,
         group: dist.ProcessGroup,
         what: str,
@@ -80,8 +98,10 @@ class TileExchange:
         self._group = group
         self._ranks = dist.get_process_group_ranks(group)
         self._what = what
-        self._owners = assign([tile.cost for tile in tiles], group.size())
-        self._rounds = rounds(len(tiles), group.size())
+        self._wholes = wholes(tiles)
+        self._owners = assign([sum(tiles[index].cost for index in whole) for whole in self._wholes], group.size())
+        self._rounds = rounds(len(self._wholes), group.size())
+        self._whole_of = [number for number, whole in enumerate(self._wholes) for _ in whole]
         self._launched = 0
         self._taken = 0
         self._made: dict[int, tuple[Tensor, Any]] = {}
@@ -111,31 +131,42 @@ class TileExchange:
         index = self._taken
         if self.done or source.shape != self.tiles[index].source.shape:
             raise RuntimeError(f"{self._what}: diffusers asks for other tiles the second time; please report this")
-        ahead = index // (TILES_PER_ROUND * self._group.size()) + 2
+        whole = self._whole_of[index]
+        ahead = whole // (TILES_PER_ROUND * self._group.size()) + 2
         while self._launched < min(ahead, len(self._rounds)):
             self._launch(self._rounds[self._launched])
             self._launched += 1
         made, transfer = self._made.pop(index)
         if transfer is not None:
-            owner = self._owners[index]
-            name = f"tile {index} of {len(self.tiles)} of this {self._what}, which rank {self._ranks[owner]} makes"
+            owner = self._owners[whole]
+            name = f"tile {whole} of {len(self._wholes)} of this {self._what}, which rank {self._ranks[owner]} makes"
             wait_for_collective(transfer, self._group, name, owner)
         self._taken += 1
         return made
 
-    def _launch(self, tiles: range) -> None:
-        own = {index: self._run(index) for index in tiles if self._owners[index] == self._group.rank()}
-        for index in tiles:
-            tile = self.tiles[index]
-            made = own.pop(index, None)
-            if made is None:
-                made = torch.empty(tile.shape, dtype=self._dtype, device=tile.source.device)
-            self._made[index] = made, self._broadcast(made, self._owners[index])
+    def _launch(self, numbers: range) -> None:
+        own = {}
+        for number in numbers:
+            if self._owners[number] == self._group.rank():
+                own |= self._run(self._wholes[number])
+        for number in numbers:
+            for index in self._wholes[number]:
+                tile = self.tiles[index]
+                made = own.pop(index, None)
+                if made is None:
+                    made = torch.empty(tile.shape, dtype=self._dtype, device=tile.source.device)
+                self._made[index] = made, self._broadcast(made, self._owners[number])
 
-    def _run(self, index: int) -> Tensor:
-        tile = self.tiles[index]
-        with self._stopwatch:
-            made = self._compute(tile.source).contiguous()
+    def _run(self, pieces: range) -> dict[int, Tensor]:
+        """One tile, piece by piece."""
+        made, left = {}, None
+        for index in pieces:
+            with self._stopwatch:
+                piece, left = self._compute(self.tiles[index], left)
+                made[index] = self._checked(self.tiles[index], piece.contiguous())
+        return made
+
+    def _checked(self, tile: Tile, made: Tensor) -> Tensor:
         if made.shape != tile.shape or made.dtype != self._dtype:
             raise RuntimeError(
                 f"{self._what}: the tile of {tuple(tile.source.shape)} came out as {tuple(made.shape)} in {made.dtype},"

@@ -8,8 +8,8 @@ the tiles, and a second pass gets them, one by one in its own order, from a stan
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,114 +22,11 @@ from para_kernels.checks import check_inference
 from para_kernels.parallel.agreement import check_agreement, exchange
 from para_kernels.parallel.failure import DEFAULT_TIMEOUT, check_timeout, deadline, give_up
 
-from .tile_exchange import Tile, TileExchange
+from .tile_exchange import TileExchange
+from .vae_models import DIRECTIONS, FAMILIES, Direction, VaeFamily
+from .vae_tiles import Tiles
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-@dataclass(frozen=True)
-class VaeFamily:
-    """One row: how a VAE is recognised and what its tiled code needs to know.
-
-    Attributes:
-        name: class name; subclasses are recognised too.
-        scales: samples per latent in every dimension after the channels.
-        first_frame_alone: whether the first dimension is time, where one latent makes the first frame and every other
-            one `scales[0]` frames.
-        rounds_up: whether a sample size that its scale does not divide gives one latent more, or none.
-        blends: names of the methods that blend two tiles and return the second one.
-        settings: names of the attributes that decide about tiles; all ranks must agree on them.
-    """
-
-    name: str
-    scales: Callable[[Any], tuple[int, ...]]
-    first_frame_alone: bool
-    rounds_up: bool
-    blends: tuple[str, ...]
-    settings: tuple[str, ...]
-
-    def sample_size(self, vae: Any, latent: Sequence[int]) -> tuple[int, ...]:
-        """Sizes after the channels of what the decoder makes of a latent with the sizes `latent`."""
-        sizes = [size * scale for size, scale in zip(latent, self.scales(vae), strict=True)]
-        if self.first_frame_alone:
-            sizes[0] -= self.scales(vae)[0] - 1
-        return tuple(sizes)
-
-    def latent_size(self, vae: Any, sample: Sequence[int]) -> tuple[int, ...]:
-        """Sizes after the channels of what the encoder makes of a sample with the sizes `sample`."""
-        more = [scale - 1 if self.rounds_up else 0 for scale in self.scales(vae)]
-        return tuple((size + extra) // scale for size, extra, scale in zip(sample, more, self.scales(vae), strict=True))
-
-
-FAMILIES = (
-    VaeFamily(
-        name="AutoencoderKLHunyuanVideo",
-        scales=lambda vae: (vae.temporal_compression_ratio, *[vae.spatial_compression_ratio] * 2),
-        first_frame_alone=True,
-        rounds_up=True,
-        blends=("blend_v", "blend_h", "blend_t"),
-        settings=(
-            "use_slicing",
-            "use_framewise_encoding",
-            "use_framewise_decoding",
-            "tile_sample_min_height",
-            "tile_sample_min_width",
-            "tile_sample_min_num_frames",
-            "tile_sample_stride_height",
-            "tile_sample_stride_width",
-            "tile_sample_stride_num_frames",
-        ),
-    ),
-    VaeFamily(
-        name="AutoencoderKL",
-        scales=lambda vae: (2 ** (len(vae.config.block_out_channels) - 1),) * 2,
-        first_frame_alone=False,
-        rounds_up=False,
-        blends=("blend_v", "blend_h"),
-        settings=("use_slicing", "tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor"),
-    ),
-)
-
-
-@dataclass(frozen=True)
-class Direction:
-    """`decode` or `encode`, as a row.
-
-    Attributes:
-        name: of the method.
-        argument: name of its tensor argument.
-        chain: names of the submodules that a tile goes through, one after another; one of two may be None.
-        made_shape: the shape of what the chain makes of a tile of a given shape.
-    """
-
-    name: str
-    argument: str
-    chain: tuple[str, ...]
-    made_shape: Callable[[VaeFamily, Any, Sequence[int]], tuple[int, ...]]
-
-
-DIRECTIONS = (
-    Direction(
-        name="decode",
-        argument="z",
-        chain=("post_quant_conv", "decoder"),
-        made_shape=lambda family, vae, shape: (
-            shape[0],
-            vae.config.out_channels,
-            *family.sample_size(vae, shape[2:]),
-        ),
-    ),
-    Direction(
-        name="encode",
-        argument="x",
-        chain=("encoder", "quant_conv"),
-        made_shape=lambda family, vae, shape: (
-            shape[0],
-            2 * vae.config.latent_channels,
-            *family.latent_size(vae, shape[2:]),
-        ),
-    ),
-)
 
 
 def parallelize_vae(
@@ -144,11 +41,12 @@ def parallelize_vae(
     from the untiled one. An input no larger than a tile is one tile, with nothing to share out.
 
     Each rank holds, beyond what diffusers' tiled code holds anyway, at most four tiles per rank: 6.7 MB each in a 720p
-    HunyuanVideo in bfloat16, that is 0.2 GB on 8 ranks. Inference only. Works on the instance alone; called again it
+    HunyuanVideo in bfloat16, that is 0.2 GB on 8 ranks; of VAEs that go through a tile a few frames at a time (Wan,
+    CogVideoX, Mochi) a tile is all frames. Inference only. Works on the instance alone; called again it
     re-tunes. `vae.tiled_decode` and the like, called directly, stay as they are.
 
     Args:
-        vae: an `AutoencoderKLHunyuanVideo` or `AutoencoderKL`, with the same weights and settings on every rank.
+        vae: one of a class in vae_models.py, with the same weights and settings on every rank.
         mesh: the ranks, a one-dimensional `DeviceMesh` (`mesh._flatten()` makes one) or a process group; None for all.
         timeout: seconds of waiting for a tile after which its rank counts as lost; more than four tiles take.
 
@@ -310,11 +208,12 @@ class ParallelVae:
         self._last, self._work = None, ()
         with deadline(self._timeout), ExitStack() as undo:
             _set_for_now(undo, self._vae, "use_tiling", True)
-            tiles, chain, dtype = self._agreed(direction, original, group)
+            found = Tiles(self._vae, self._family, direction)
+            dtype = self._agreed(found, direction, original, group)
             undo.enter_context(torch.no_grad())
             try:
-                shared = TileExchange(tiles, nn.Sequential(*chain), dtype, group, direction.name)
-                with _stand_ins(self._vae, direction, shared.take):
+                shared = TileExchange(found.tiles, found.compute, dtype, group, direction.name)
+                with found.given_by(shared.take):
                     output = original()
                 if not shared.done:
                     raise RuntimeError(
@@ -329,46 +228,37 @@ class ParallelVae:
         return output
 
     def _agreed(
-        self, direction: Direction, original: functools.partial[Any], group: dist.ProcessGroup
-    ) -> tuple[list[Tile], list[nn.Module], torch.dtype]:
-        """The tiles, what they go through, and the dtype of what comes out, once all ranks have the same."""
+        self, found: Tiles, direction: Direction, original: functools.partial[Any], group: dist.ProcessGroup
+    ) -> torch.dtype:
+        """The dtype of what comes out of the tiles, which are found here, once all ranks have the same."""
         what = f"{direction.name} call"
         try:
             given = _given(direction, original)
             check_inference(**{direction.argument: given})
             _check_backend(direction, given, group)
-            chain = list(_chain(self._vae, direction).values())
-            dtype = _made_dtype(chain, given)
+            dtype = _made_dtype(found.chain, given)
             with torch.no_grad():
-                tiles = self._recorded(direction, original, dtype)
-                facts = self._facts(direction, given, dtype, chain)
+                self._find(found, original, dtype)
+                facts = self._facts(direction, given, dtype, found.weights)
         except Exception as error:
             with suppress(ValueError):  # for the others; here its own error is raised
                 check_agreement(group, {}, problem=str(error), what=what)
             raise
         check_agreement(group, facts, what=what)
-        return tiles, chain, dtype
+        return dtype
 
-    def _recorded(self, direction: Direction, original: Callable[[], Any], dtype: torch.dtype) -> list[Tile]:
-        """The tiles of the call, in the order in which diffusers makes them; nothing is computed."""
-        tiles: list[Tile] = []
-
-        def record(source: Tensor) -> Tensor:
-            tiles.append(Tile(source, direction.made_shape(self._family, self._vae, source.shape)))
-            return torch.empty(tiles[-1].shape, dtype=dtype, device="meta")
-
+    def _find(self, found: Tiles, original: Callable[[], Any], dtype: torch.dtype) -> None:
+        """Have `found` note the tiles of the call, in the order in which diffusers makes them; none is computed."""
         with ExitStack() as undo:
             for blend in self._family.blends:
                 _set_for_now(undo, self._vae, blend, lambda first, second, extent: second)
-            undo.enter_context(_stand_ins(self._vae, direction, record))
+            undo.enter_context(found.noted(dtype))
             original()
-        return tiles
 
     def _facts(
-        self, direction: Direction, given: Tensor, dtype: torch.dtype, chain: Sequence[nn.Module]
+        self, direction: Direction, given: Tensor, dtype: torch.dtype, weights: Sequence[Tensor]
     ) -> dict[str, Any]:
         """What must be equal on all ranks, by the name that it has in messages."""
-        weights = [tensor for module in chain for tensor in module.state_dict().values()]
         return {
             "method": direction.name,
             "class of the vae": type(self._vae).__name__,
@@ -427,37 +317,3 @@ def _set_for_now(undo: ExitStack, vae: Any, name: str, value: Any) -> None:
     else:
         undo.callback(attributes.pop, name, None)
     attributes[name] = value
-
-
-@contextmanager
-def _stand_ins(vae: Any, direction: Direction, make: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within, the first submodule of the chain is `make`, and the others return what they are given."""
-    real = _chain(vae, direction)
-    calls = [make, *[_as_it_is] * (len(real) - 1)]
-    try:
-        for (name, module), call in zip(real.items(), calls, strict=True):
-            vae._modules[name] = _StandIn(module, call)
-        yield
-    finally:
-        vae._modules.update(real)
-
-
-def _chain(vae: Any, direction: Direction) -> dict[str, nn.Module]:
-    """The submodules that there are, in order. Some VAEs have None instead of a convolution."""
-    return {name: module for name in direction.chain if (module := vae._modules.get(name)) is not None}
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-class _StandIn(nn.Module):
-    """Stands where `real` stood, which stays below it: whoever moves the VAE now, such as CPU offload, moves it too."""
-
-    def __init__(self, real: nn.Module, call: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.real = real
-        self._call = call
-
-    def forward(self, tensor: Tensor) -> Tensor:
-        return self._call(tensor)
