@@ -66,13 +66,20 @@ def wan_vae(dtype: torch.dtype = torch.float32, **config: Any) -> Any:
     """8 x 8 pixels and 4 frames to a latent, tiles of 32 x 32 pixels with strides of 24."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        vae = diffusers.AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **config)
+        small = {"base_dim": 3, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+        vae = diffusers.AutoencoderKLWan(**(small | config))
     return small_tiles(vae, dtype, _sample_min=32, _sample_stride=24)
 
 
 def wan_5b_vae(dtype: torch.dtype = torch.float32) -> Any:
     """16 x 16 pixels to a latent, of which the VAE itself is given patches of 2 x 2 as channels."""
-    return wan_vae(dtype, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16)
+    pixels = {"in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
+    return wan_vae(dtype, base_dim=4, decoder_base_dim=8, is_residual=True, **pixels)
+
+
+def small_wan_vae(dtype: torch.dtype = torch.float32) -> Any:
+    """4 x 4 pixels to a latent, while tiles are cut as if it were 8 x 8: as many latents, half as many pixels."""
+    return wan_vae(dtype, dim_mult=[1, 1, 1], temperal_downsample=[True, True])
 
 
 def cogvideox_vae(dtype: torch.dtype = torch.float32) -> Any:
@@ -199,6 +206,8 @@ CASES = {
     "Wan": Case(wan_vae, "decode", (1, 4, 3, 7, 8), 3 * 3),
     "Wan, bf16, batch": Case(wan_vae, "decode", (2, 4, 2, 4, 5), 2 * 2, BF16),
     "Wan, slices": Case(wan_vae, "decode", (2, 4, 2, 4, 5), 2 * 2 * 2, settings={"use_slicing": True}),
+    "Wan, autocast": Case(wan_vae, "decode", (1, 4, 2, 4, 5), 2 * 2, autocast=True),
+    "Wan, 4 x 4 pixels": Case(small_wan_vae, "decode", (1, 4, 2, 9, 7), 3 * 3),
     "Wan, one tile": Case(wan_vae, "decode", (1, 4, 3, 4, 4), 1),
     "encode Wan": Case(wan_vae, "encode", (1, 3, 9, 56, 40), 3 * 2),
     "encode Wan, one tile": Case(wan_vae, "encode", (1, 3, 5, 32, 32), 1),
@@ -206,12 +215,16 @@ CASES = {
     "encode Wan 2.2 5B": Case(wan_5b_vae, "encode", (1, 3, 5, 48, 80), 1 * 2),
     "CogVideoX": Case(cogvideox_vae, "decode", (1, 4, 5, 7, 5), 3 * 2),
     "CogVideoX, even": Case(cogvideox_vae, "decode", (1, 4, 4, 4, 5), 2 * 2),
+    "CogVideoX, three at a time": Case(
+        cogvideox_vae, "decode", (1, 4, 7, 4, 5), 2 * 2, settings={"num_latent_frames_batch_size": 3}
+    ),
     "CogVideoX, one frame": Case(cogvideox_vae, "decode", (1, 4, 1, 4, 5), 2 * 2),
     "CogVideoX, one tile": Case(cogvideox_vae, "decode", (1, 4, 5, 4, 4), 1),
     "encode CogVideoX": Case(cogvideox_vae, "encode", (1, 3, 17, 40, 56), 2 * 3),
     "Mochi": Case(mochi_vae, "decode", (1, 4, 3, 5, 7), 2 * 3),
     "Mochi, framewise": Case(mochi_vae, "decode", (1, 4, 3, 5, 7), 2 * 3, settings={"use_framewise_decoding": True}),
     "encode Mochi": Case(mochi_vae, "encode", (1, 3, 7, 40, 56), 2 * 3),
+    "encode Mochi, odd sizes": Case(mochi_vae, "encode", (1, 3, 9, 44, 36), 2 * 2),
 } | (
     {
         "HunyuanVideo 1.5": Case(hunyuan_15_vae, "decode", (1, 4, 3, 7, 5), 3 * 2),

@@ -27,7 +27,7 @@ class Tile:
         source: what it is made of.
         shape: of what is made of it.
         begins: whether it is the first piece of a tile, or all of it.
-        options: what else it is made with.
+        options: the keyword arguments that it is made with, as diffusers gave them: a memory among them has no data.
     """
 
     source: Tensor

@@ -42,7 +42,8 @@ def parallelize_vae(
 
     Each rank holds, beyond what diffusers' tiled code holds anyway, at most four tiles per rank: 6.7 MB each in a 720p
     HunyuanVideo in bfloat16, that is 0.2 GB on 8 ranks; of VAEs that go through a tile a few frames at a time (Wan,
-    CogVideoX, Mochi) a tile is all frames. Inference only. Works on the instance alone; called again it
+    CogVideoX, Mochi) a tile is all frames. Where the VAE is given patches of the pixels (Wan 2.2 5B), it also holds
+    those of the whole video once more while it encodes. Inference only. Works on the instance alone; called again it
     re-tunes. `vae.tiled_decode` and the like, called directly, stay as they are.
 
     Args:
@@ -236,7 +237,7 @@ class ParallelVae:
             given = _given(direction, original)
             check_inference(**{direction.argument: given})
             _check_backend(direction, given, group)
-            dtype = _made_dtype(found.chain, given)
+            dtype = _made_dtype(found.computed, given)
             with torch.no_grad():
                 self._find(found, original, dtype)
                 facts = self._facts(direction, given, dtype, found.weights)
@@ -290,7 +291,7 @@ def _check_backend(direction: Direction, given: Tensor, group: dist.ProcessGroup
 
 
 def _made_dtype(chain: Sequence[nn.Module], given: Tensor) -> torch.dtype:
-    """What the chain's last convolution returns: weights are in a dtype to compute in, or are cast from one to keep."""
+    """What the chain's last layer returns: weights are in a dtype to compute in, or are cast from one to keep."""
     if torch.is_autocast_enabled(given.device.type):
         return torch.get_autocast_dtype(given.device.type)
     dtype = list(chain[-1].parameters())[-1].dtype

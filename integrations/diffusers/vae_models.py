@@ -1,4 +1,4 @@
-"""What differs between VAEs, as data: one row each; and between decoding and encoding. No code here knows a VAE."""
+"""What differs between VAEs, as data, one row each, and between decoding and encoding. No other code knows a VAE."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-FirstFrame = Callable[[int, int, bool], int]
-"""Frames that a decoder makes: of the frames per latent, the number of latents, and whether they begin a tile."""
+Frames = Callable[[int, int, bool], int]
+"""From frames per latent, the number of latents, and whether they begin a tile, to how many frames a decoder makes."""
 
 
-def alone(scale: int, latents: int, begins: bool) -> int:
+def first_alone(scale: int, latents: int, begins: bool) -> int:
     """The first latent makes one frame."""
     return scale * (latents - 1) + 1
 
 
-def alone_where_a_tile_begins(scale: int, latents: int, begins: bool) -> int:
-    return alone(scale, latents, begins) if begins else scale * latents
+def first_of_a_tile_alone(scale: int, latents: int, begins: bool) -> int:
+    """The same, where a tile begins."""
+    return first_alone(scale, latents, begins) if begins else scale * latents
 
 
-def alone_among_an_odd_number(scale: int, latents: int, begins: bool) -> int:
-    return alone(scale, latents, begins) if latents % 2 else scale * latents
+def first_of_an_odd_number_alone(scale: int, latents: int, begins: bool) -> int:
+    """The same, of an odd number of latents."""
+    return first_alone(scale, latents, begins) if latents % 2 else scale * latents
 
 
-def like_the_others(scale: int, latents: int, begins: bool) -> int:
+def all_alike(scale: int, latents: int, begins: bool) -> int:
+    """Every latent makes as many frames."""
     return scale * latents
 
 
@@ -50,8 +53,9 @@ class VaeFamily:
     Attributes:
         name: class name; subclasses are recognised too.
         scales: samples per latent in every dimension after the channels.
-        first_frame: where the first dimension is time, what its first latent makes; None for pictures.
-        rounds_up: for every dimension, whether a sample size that its scale does not divide gives one latent more.
+        rounds_up: for every dimension (time, height, width; of pictures the last two), whether a sample size that its
+            scale does not divide gives one latent more.
+        frames: where the first dimension is time, how many a decoder makes; None for pictures.
         blends: names of the methods that blend two tiles and return the second one.
         settings: names of the attributes that decide about tiles; all ranks must agree on them.
         latent_channels: name of the config entry.
@@ -60,9 +64,9 @@ class VaeFamily:
 
     name: str
     scales: Callable[[Any], tuple[int, ...]]
+    rounds_up: tuple[bool, ...]
     settings: tuple[str, ...]
-    first_frame: FirstFrame | None = None
-    rounds_up: tuple[bool, ...] = (True, True, True)
+    frames: Frames | None = None
     blends: tuple[str, ...] = ("blend_v", "blend_h")
     latent_channels: str = "latent_channels"
     memory: Memory | None = None
@@ -71,8 +75,8 @@ class VaeFamily:
         """Sizes after the channels of what the decoder makes of a latent with the sizes `latent`."""
         scales = self.scales(vae)
         sizes = [size * scale for size, scale in zip(latent, scales, strict=True)]
-        if self.first_frame is not None:
-            sizes[0] = self.first_frame(scales[0], latent[0], begins)
+        if self.frames is not None:
+            sizes[0] = self.frames(scales[0], latent[0], begins)
         return tuple(sizes)
 
     def latent_size(self, vae: Any, sample: Sequence[int]) -> tuple[int, ...]:
@@ -97,7 +101,8 @@ FAMILIES = (
     VaeFamily(
         name="AutoencoderKLHunyuanVideo",
         scales=lambda vae: (vae.temporal_compression_ratio, *[vae.spatial_compression_ratio] * 2),
-        first_frame=alone,
+        rounds_up=(True, True, True),
+        frames=first_alone,
         blends=("blend_v", "blend_h", "blend_t"),
         settings=(
             "use_slicing",
@@ -111,7 +116,8 @@ FAMILIES = (
     VaeFamily(
         name="AutoencoderKLHunyuanVideo15",
         scales=lambda vae: (vae.temporal_compression_ratio, *[vae.spatial_compression_ratio] * 2),
-        first_frame=alone,
+        rounds_up=(True, True, True),
+        frames=first_alone,
         settings=("use_slicing", *_MIN, *_LATENT_MIN, "tile_overlap_factor"),
     ),
     VaeFamily(
@@ -119,9 +125,9 @@ FAMILIES = (
         # Of what is between patchify and unpatchify, where there are these.
         scales=lambda vae: (
             2 ** sum(vae.config.temperal_downsample),
-            *[vae.spatial_compression_ratio // (vae.config.patch_size or 1)] * 2,
+            *[2 ** (len(vae.config.dim_mult) - 1)] * 2,
         ),
-        first_frame=alone_where_a_tile_begins,
+        frames=first_of_a_tile_alone,
         rounds_up=(True, False, False),
         settings=("use_slicing", *_MIN, *_STRIDE),
         latent_channels="z_dim",
@@ -133,7 +139,7 @@ FAMILIES = (
             int(vae.config.temporal_compression_ratio),
             *[2 ** (len(vae.config.block_out_channels) - 1)] * 2,
         ),
-        first_frame=alone_among_an_odd_number,
+        frames=first_of_an_odd_number_alone,
         rounds_up=(True, False, False),
         settings=(
             "use_slicing",
@@ -148,7 +154,8 @@ FAMILIES = (
     VaeFamily(
         name="AutoencoderKLMochi",
         scales=lambda vae: (vae.temporal_compression_ratio, *[vae.spatial_compression_ratio] * 2),
-        first_frame=like_the_others,
+        rounds_up=(True, False, False),
+        frames=all_alike,
         settings=("use_slicing", *_FRAMEWISE, *_FRAMES_AT_A_TIME, "drop_last_temporal_frames", *_MIN, *_STRIDE),
         memory=Memory("conv_cache", returned=True),
     ),

@@ -24,7 +24,7 @@ class Tiles:
 
     Attributes:
         tiles: those of a call, once it has run where they are `noted`; in pieces where they have a memory.
-        chain: the submodules that a tile goes through.
+        computed: the submodules that stand-ins stand for, and that a tile goes through.
     """
 
     def __init__(self, vae: Any, family: VaeFamily, direction: Direction) -> None:
@@ -35,7 +35,7 @@ class Tiles:
         self._memory = family.memory
         self._names = direction.chain if self._memory is None else (direction.carries,)
         self._real = self._submodules(self._names)
-        self.chain = list(self._real.values())
+        self.computed = list(self._real.values())
 
     @property
     def weights(self) -> list[Tensor]:
@@ -46,15 +46,17 @@ class Tiles:
     @contextmanager
     def noted(self, dtype: torch.dtype) -> Iterator[None]:
         """Within, diffusers' code adds to `tiles`, and gets tensors of `dtype` without data."""
-        memory: Any = None
+        memory: Any = _CARRIED  # nobody's
 
         def note(source: Tensor, options: Mapping[str, Any]) -> Tensor:
             nonlocal memory
             begins, memory = self._begins(options, memory)
+            assert begins or self.tiles, "a tile begins with its first piece"
             shape = self._direction.made_shape(self._family, self._vae, source.shape, begins)
             self.tiles.append(Tile(source, shape, begins, options))
             return torch.empty(shape, dtype=dtype, device="meta")
 
+        # What is behind would be given tensors without data. What is before runs: it makes the sources.
         behind = self._direction.chain[self._direction.chain.index(self._names[0]) + 1 :]
         with self._stand_ins(note, self._names[:1] + behind):
             yield
@@ -66,15 +68,17 @@ class Tiles:
             yield
 
     def compute(self, tile: Tile, memory: Any) -> tuple[Tensor, Any]:
-        """What the real submodules make of a tile, and the memory for the next one, where that belongs to it."""
-        kind = self._memory
+        """What the real submodules make of a tile, and the memory that this leaves for the next piece; None where there
+        is none. Of the memory that was noted only the length counts.
+        """
+        kind, options = self._memory, dict(tile.options)
         if kind is None:
-            made = tile.source
-            for module in self.chain:
+            first, *others = self.computed
+            made = first(tile.source, **options)
+            for module in others:
                 made = module(made)
             return made, None
-        (module,) = self.chain
-        options = dict(tile.options)
+        (module,) = self.computed
         if kind.returned:
             return module(tile.source, **(options | {kind.argument: None if tile.begins else memory}))
         memory = [None] * len(options[kind.argument]) if tile.begins else memory
@@ -108,10 +112,11 @@ class Tiles:
 
 
 _CARRIED = object()
-"""Of a stand-in, in the place of a memory."""
+"""What a stand-in returns for a memory: anything but None, so that the next call goes on with the tile."""
 
 
 def _as_it_is(tensor: Tensor, options: Mapping[str, Any]) -> Tensor:
+    assert not options, "what is behind the first submodule takes a tensor alone"
     return tensor
 
 
