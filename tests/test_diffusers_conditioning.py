@@ -62,6 +62,8 @@ def test_every_rank_computes_all_where_nothing_may_be_shared(
 
 @pytest.mark.parametrize("family", conditioning_ranks.FAMILIES)
 def test_compiled_blocks_take_what_was_made(family: str, of_ranks: list[dict[str, dict[str, Any]]]) -> None:
+    if "compiled" not in of_ranks[0][family]:
+        pytest.skip("on two ranks alone")
     for rank, found in enumerate(of_ranks):
         compiled = found[family]["compiled"]
         assert compiled["worst"] <= 1e-5
