@@ -41,7 +41,7 @@ from para_kernels.parallel.agreement import exchange
 from . import step_profile
 from .record import Record, write_records
 from .reference import relative_error
-from .step_settings import MODELS, Model, forward
+from .step_settings import MODELS, Model, add_side, forward
 
 ALONE, STOCK_ALONE = "one GPU", "diffusers on one GPU"
 AUTO = "auto"
@@ -268,7 +268,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the JSON records")
     parser.add_argument("--small", action="store_true", help="a tiny model and picture")
     usual = ", ".join(f"{steps} for {model}" for model, steps in STEPS.items())
-    parser.add_argument("--side", type=int, default=1024, metavar="PIXELS", help="of flux's picture (default: 1024)")
+    add_side(parser)
     parser.add_argument("--steps", type=int, metavar="N", help=f"timed together (default: {usual})")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of these steps (default: 3)")
     parser.add_argument("--compile", action="store_true", help="with compiled blocks too")
@@ -281,8 +281,6 @@ def _options() -> argparse.Namespace:
     options.steps = STEPS[options.model] if options.steps is None else options.steps
     if options.steps < 1 or options.rounds < 1:
         parser.error("steps and rounds must be at least 1")
-    if options.side < 16 or options.side % 16:
-        parser.error("side must be a multiple of 16")
     return options
 
 

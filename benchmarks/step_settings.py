@@ -299,12 +299,24 @@ def _line(name: str, measured: dict[str, Measured]) -> str:
     )
 
 
+def add_side(parser: argparse.ArgumentParser) -> None:
+    """The size of a picture, for `MODELS["flux"]`."""
+    parser.add_argument("--side", type=_side, default=1024, metavar="PIXELS", help="of flux's picture (default: 1024)")
+
+
+def _side(text: str) -> int:
+    pixels = int(text)
+    if pixels < 16 or pixels % 16:
+        raise argparse.ArgumentTypeError(f"{pixels}; must be a multiple of 16")
+    return pixels
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the JSON records")
     parser.add_argument("--small", action="store_true", help="a tiny model and picture")
-    parser.add_argument("--side", type=int, default=1024, metavar="PIXELS", help="of flux's picture (default: 1024)")
+    add_side(parser)
     parser.add_argument("--steps", type=int, metavar="N", help="default: 28 for flux, 1 for the others")
     parser.add_argument("--rounds", type=int, default=1, metavar="N", help="of all steps (default: 1)")
     names = [setting.name for setting in SETTINGS]
@@ -312,8 +324,6 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if (options.steps is not None and options.steps < 1) or options.rounds < 1:
         parser.error("steps and rounds must be at least 1")
-    if options.side < 16 or options.side % 16:
-        parser.error("side must be a multiple of 16")
     return options
 
 

@@ -34,8 +34,7 @@ class Tiles:
         self._direction = direction
         self._memory = family.memory
         self._names = direction.chain if self._memory is None else (direction.carries,)
-        self._real = self._submodules(self._names)
-        self.computed = list(self._real.values())
+        self.computed = list(self._submodules(self._names).values())
 
     @property
     def weights(self) -> list[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import add_command, add_model, add_sampling, add_video, given, request_of
+from .options import add_command, add_model, add_sampling, add_video, given, model_of, request_of
 
 DESCRIPTION = """\
 Run the same prompts, as one batch, through stock diffusers, through exact attention, in one process and with the
@@ -45,19 +45,15 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from .. import demo
-    from ..loading import defaults_for, resolve_device, resolve_dtype
+    from ..loading import defaults_for, resolve_device
 
     defaults = defaults_for(options.model)
-    device = resolve_device(options.device)
     prompts = demo.QUICK_PROMPTS if options.quick else demo.PROMPTS
     thresholds = demo.QUICK_THRESHOLDS if options.quick else demo.THRESHOLDS
     steps = demo.QUICK_STEPS if options.quick else defaults.steps
     demo.run(
         demo.DemoJob(
-            model=options.model,
-            revision=options.revision,
-            device=device,
-            dtype=resolve_dtype(options.dtype, device),
+            **model_of(options, resolve_device(options.device)),
             request=request_of(options, defaults, prompts, steps),
             thresholds=tuple(given(options.thresholds, thresholds)),
             rounds=options.rounds,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import add_command, add_model, add_parallel, add_sampling, add_video, given
+from .options import add_command, add_model, add_parallel, add_sampling, add_video, given, model_of
 
 DESCRIPTION = """\
 Generate one video per prompt and print what every denoising step did.
@@ -95,7 +95,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from .. import generate, processes
-    from ..loading import defaults_for, resolve_device, resolve_dtype
+    from ..loading import defaults_for, resolve_device
 
     defaults = defaults_for(options.model)
     parallel = processes.parallel_options(
@@ -103,13 +103,9 @@ def run(options: argparse.Namespace) -> None:
     )
     if parallel is None and options.no_parallel_vae:
         raise ValueError("--no-parallel-vae: has no effect in one process; start the command with torchrun")
-    device = processes.own_device(resolve_device(options.device))
     generate.run(
         generate.GenerateJob(
-            model=options.model,
-            revision=options.revision,
-            device=device,
-            dtype=resolve_dtype(options.dtype, device),
+            **model_of(options, processes.own_device(resolve_device(options.device))),
             request=generate.Request(
                 prompts=tuple(options.prompts),
                 height=given(options.height, defaults.height),

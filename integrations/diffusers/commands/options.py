@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    import torch
+
     from ..generate import Request
     from ..loading import GenerationDefaults
 
@@ -74,6 +76,14 @@ def add_video(parser: argparse.ArgumentParser) -> None:
     """How a video is written."""
     parser.add_argument("--fps", type=int, metavar="N", help="frames per second (default: toy 8, others 24)")
     parser.add_argument("--zoom", type=int, metavar="N", help="enlarge each pixel N times (default: toy 4, others 1)")
+
+
+def model_of(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What `add_model` asks for, as every command's job takes it."""
+    from ..loading import resolve_dtype
+
+    dtype = resolve_dtype(options.dtype, device)
+    return {"model": options.model, "revision": options.revision, "device": device, "dtype": dtype}
 
 
 def request_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import add_command, add_model, add_sampling, given, request_of
+from .options import add_command, add_model, add_sampling, given, model_of, request_of
 
 DESCRIPTION = """\
 Run the same prompts from the same noise under every setting that changes the output (the cache at several thresholds,
@@ -55,19 +55,15 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from .. import demo, quality_report
-    from ..loading import defaults_for, resolve_device, resolve_dtype
+    from ..loading import defaults_for, resolve_device
 
     defaults = defaults_for(options.model)
-    device = resolve_device(options.device)
     prompts = demo.QUICK_PROMPTS if options.quick else demo.PROMPTS
     thresholds = quality_report.THRESHOLDS[-1:] if options.quick else quality_report.THRESHOLDS
     steps = quality_report.QUICK_STEPS if options.quick else defaults.steps
     quality_report.run(
         quality_report.QualityJob(
-            model=options.model,
-            revision=options.revision,
-            device=device,
-            dtype=resolve_dtype(options.dtype, device),
+            **model_of(options, resolve_device(options.device)),
             request=request_of(options, defaults, prompts, steps),
             thresholds=tuple(given(options.thresholds, thresholds)),
             batch=options.batch,

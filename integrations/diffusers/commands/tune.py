@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import add_command, add_model, add_sampling, given, request_of
+from .options import add_command, add_model, add_sampling, given, model_of, request_of
 
 DESCRIPTION = """\
 Search every cache policy for the highest threshold that keeps a quality, on your prompts, and say which one is fastest:
@@ -46,16 +46,12 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from .. import demo, tune
-    from ..loading import defaults_for, resolve_device, resolve_dtype
+    from ..loading import defaults_for, resolve_device
 
     defaults = defaults_for(options.model)
-    device = resolve_device(options.device)
     tune.run(
         tune.TuneJob(
-            model=options.model,
-            revision=options.revision,
-            device=device,
-            dtype=resolve_dtype(options.dtype, device),
+            **model_of(options, resolve_device(options.device)),
             request=request_of(options, defaults, demo.PROMPTS, defaults.steps),
             metric=options.metric,
             floor=given(options.floor, 30.0 if options.metric == "psnr" else 0.97),
